@@ -1,0 +1,1 @@
+"""The log and what is prepared from it: schema, vocabularies, datasets, batches."""

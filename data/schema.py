@@ -1,0 +1,278 @@
+"""What a log is made of: columns, features, embedding tables and the split.
+
+The schema is the `data:` section of a job. It needs no torch, so that a serving host can read it.
+
+A feature's `kind` says how its column becomes input of a tower:
+
+=========  ==========================================================================
+`id`       one category: string or int64, looked up in an embedding table
+`ids`      a bag of categories
+`history`  the user's last `length` items strictly before the event; derived, so it
+           cannot leak; `column` may name a list of still earlier items
+`number`   a float, normalised with the mean and deviation of the training period
+`vector`   a list of `width` floats, for instance a text embedding
+=========  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from twotower.errors import UserError, did_you_mean
+
+KINDS = ("id", "ids", "history", "number", "vector")
+ID_KINDS = ("id", "ids", "history")
+POOLINGS = ("mean", "sum", "attention")
+SPLITS = ("temporal", "leave_last_out", "given")
+TIME_UNITS = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 0}
+
+# What stands for "nothing here" in a raw tensor: padding of a list, or a missing id.
+PAD_STRING = ""
+PAD_INT64 = -(2**63)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """One input of a tower."""
+
+    name: str
+    """Name of the feature, unique in its tower; also the tensor's name in a request."""
+    kind: str
+    """id, ids, history, number or vector."""
+    column: str | None = None
+    """Column that it is read from; the feature's name by default."""
+    source: str | None = None
+    """users, items or interactions; found by itself unless the column is in two of them."""
+    table: str | None = None
+    """Embedding table of an id kind; features that name the same table share its rows."""
+    length: int = 50
+    """Most entries kept of ids and history: the newest of a history, the first of a bag."""
+    width: int | None = None
+    """Number of floats of a vector."""
+    pooling: str = "mean"
+    """How a list becomes one vector: mean, sum or attention (learned, knows the order)."""
+    separator: str | None = None
+    """Splits a string column into ids, for instance '|' in CSV files."""
+    pattern: str | None = None
+    """Regular expression whose one group is taken from a string column."""
+
+    @property
+    def source_column(self) -> str:
+        """The column's name in the log."""
+        return self.column or self.name
+
+    @property
+    def table_name(self) -> str:
+        """The embedding table's name."""
+        return self.table or self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Size of an embedding table's vocabulary."""
+
+    min_count: int = 1
+    """Ids seen fewer times in training go to the out-of-vocabulary rows."""
+    max_size: int | None = None
+    """Most ids kept, the most frequent first; no limit by default."""
+    oov_rows: int = 4
+    """Rows that unseen ids are hashed to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Names of the interaction log's columns."""
+
+    user: str = "user_id"
+    """User id, string or integer."""
+    item: str = "item_id"
+    """Item id, string or integer."""
+    timestamp: str = "timestamp"
+    """Time of the event: an integer, or a timestamp type."""
+    timestamp_unit: str = "s"
+    """Unit of an integer timestamp since 1970: s, ms, us or ns."""
+    weight: str | None = None
+    """Optional sample weight, not negative."""
+    label: str | None = None
+    """Optional outcome, for instance a rating; see `positive_from`."""
+    positive_from: float | None = None
+    """Events whose label is below are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How events are divided into training, validation and test."""
+
+    kind: str = "temporal"
+    """temporal (by time), leave_last_out (a user's last two events) or given."""
+    validation: float = 0.1
+    """temporal: share of the events, the second newest."""
+    test: float = 0.1
+    """temporal: share of the events, the newest."""
+    validation_from: str | None = None
+    """temporal: ISO date at which validation begins, instead of a share."""
+    test_from: str | None = None
+    """temporal: ISO date at which test begins, instead of a share."""
+    column: str | None = None
+    """given: the log's column that says train, validation or test."""
+    validation_files: str | None = None
+    """given: log of the validation events, when `interactions` holds training alone."""
+    test_files: str | None = None
+    """given: log of the test events, when `interactions` holds training alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The log and the features taken from it."""
+
+    interactions: str
+    """Log of events, Parquet or CSV: a file, folder, glob or fsspec URL."""
+    users: str | None = None
+    """Optional table with one row a user."""
+    items: str | None = None
+    """Optional table with one row an item; items never interacted with are candidates too."""
+    root: str = ""
+    """Folder or URL that the three locations above are relative to."""
+    columns: Columns = field(default_factory=Columns)
+    """Names of the log's columns."""
+    query: list[Feature] = field(default_factory=list)
+    """Features of the query tower: from users, interactions (context) and the history."""
+    item: list[Feature] = field(default_factory=list)
+    """Features of the item tower: from items."""
+    tables: dict[str, Table] = field(default_factory=dict)
+    """Vocabulary of an embedding table, where the defaults do not fit."""
+    display: list[str] = field(default_factory=list)
+    """Columns of items shown beside an answer, for instance a title."""
+    split: Split = field(default_factory=Split)
+    """How events are divided."""
+
+    def features(self) -> list[tuple[str, Feature]]:
+        """Return every (tower, feature), query first."""
+        return [("query", f) for f in self.query] + [("item", f) for f in self.item]
+
+    def histories(self) -> list[Feature]:
+        """Return the query features of kind history."""
+        return [f for f in self.query if f.kind == "history"]
+
+    def table(self, name: str) -> Table:
+        """Return the vocabulary settings of embedding table `name`."""
+        return self.tables.get(name, Table())
+
+    def validate(self) -> None:
+        """Refuse what no log could satisfy.
+
+        Raises:
+            UserError: with the key, what was expected and the remedy.
+        """
+        if not self.query or not self.item:
+            raise UserError(
+                "data.query and data.item must each name at least one feature: "
+                "add for instance '- {name: item_id, kind: id}' to data.item"
+            )
+        for tower in ("query", "item"):
+            names = [f.name for t, f in self.features() if t == tower]
+            for name in names:
+                if names.count(name) > 1:
+                    raise UserError(f"data.{tower}: feature '{name}' stands twice: rename one")
+        for tower, feature in self.features():
+            _validate_feature(tower, feature)
+        _one_of("data.split.kind", self.split.kind, SPLITS)
+        _one_of("data.columns.timestamp_unit", self.columns.timestamp_unit, TIME_UNITS)
+        used = {f.table_name for _, f in self.features() if f.kind in ID_KINDS}
+        for name, table in self.tables.items():
+            if name not in used:
+                raise UserError(
+                    f"data.tables.{name}: no feature uses this table{did_you_mean(name, used)}"
+                )
+            for key, value in (("oov_rows", table.oov_rows), ("min_count", table.min_count)):
+                if value < 1:
+                    raise UserError(f"data.tables.{name}.{key} must be >= 1, got {value}")
+        self._validate_split()
+        if self.columns.positive_from is not None and self.columns.label is None:
+            raise UserError(
+                "data.columns.positive_from needs data.columns.label: name the label's column"
+            )
+        if self.display and self.items is None:
+            raise UserError("data.display names columns of data.items, which is not set")
+
+    def _validate_split(self) -> None:
+        split = self.split
+        if split.kind == "given" and not (split.column or split.test_files):
+            raise UserError(
+                "data.split.kind is given: set data.split.column, or data.split.test_files"
+            )
+        if split.kind != "temporal":
+            return
+        for name, date in (
+            ("validation_from", split.validation_from), ("test_from", split.test_from)
+        ):  # fmt: skip
+            if date is not None:
+                parse_date(f"data.split.{name}", date)
+        if not (0 <= split.validation < 1 and 0 < split.test < 1) or (
+            split.validation + split.test >= 1
+        ):
+            raise UserError(
+                "data.split.validation and data.split.test are shares of the events, "
+                f"together below 1, test above 0; got {split.validation} and {split.test}"
+            )
+
+
+def parse_date(key: str, text: str) -> int:
+    """Return an ISO date's microseconds since 1970, read as UTC unless it names a zone."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"{key} must be an ISO date such as 2025-03-31, got '{text}'") from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=timezone.utc)
+    return int(moment.timestamp() * 1_000_000)
+
+
+def _one_of(key: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise UserError(
+            f"{key} must be one of {', '.join(known)}, got '{value}'{did_you_mean(value, known)}"
+        )
+
+
+def _validate_feature(tower: str, feature: Feature) -> None:
+    key = f"data.{tower}, feature '{feature.name}'"
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", feature.name):
+        raise UserError(f"{key}: a name is letters, digits and '_': rename it, set `column`")
+    if feature.name in ("k", "exclude"):
+        raise UserError(f"{key}: this name is an input of every request: rename it, set `column`")
+    _one_of(f"{key}: kind", feature.kind, KINDS)
+    _one_of(f"{key}: pooling", feature.pooling, POOLINGS)
+    if feature.kind == "history" and tower == "item":
+        raise UserError(f"{key}: a history belongs to the query tower: move it to data.query")
+    if feature.kind == "vector" and (feature.width is None or feature.width < 1):
+        raise UserError(f"{key}: a vector needs its width, for instance width: 384")
+    if feature.kind in ("ids", "history") and feature.length < 1:
+        raise UserError(f"{key}: length must be >= 1, got {feature.length}")
+    sources = ("users", "interactions") if tower == "query" else ("items",)
+    if feature.source is not None:
+        _one_of(f"{key}: source", feature.source, sources)
+    if feature.pattern is not None and re.compile(feature.pattern).groups != 1:
+        raise UserError(f"{key}: pattern must have exactly one group, got '{feature.pattern}'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One raw feature as a request carries it, without the batch dimension."""
+
+    name: str
+    """The tensor's name."""
+    kind: str
+    """The feature's kind."""
+    dtype: str
+    """string, int64 or float32."""
+    length: int
+    """Exact size of id (1), number (1) and vector; most entries of ids and history."""
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the number of entries varies from request to request."""
+        return self.kind in ("ids", "history")

@@ -1,0 +1,1 @@
+"""From a bundle to answers: model repository, Triton server, client. Needs no torch."""

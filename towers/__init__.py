@@ -1,0 +1,1 @@
+"""From features to vectors: embeddings, interaction, tower."""

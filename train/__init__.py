@@ -1,0 +1,1 @@
+"""Loss, Lightning module, TorchRec strategy, checkpoints and evaluation."""
