@@ -191,6 +191,8 @@ class DataConfig:
                 if value < 1:
                     raise UserError(f"data.tables.{name}.{key} must be >= 1, got {value}")
         self._validate_split()
+        if len([f for f in self.histories() if f.column]) > 1:
+            raise UserError("data.query: only one history may name a `column` of earlier items")
         if self.columns.positive_from is not None and self.columns.label is None:
             raise UserError(
                 "data.columns.positive_from needs data.columns.label: name the label's column"

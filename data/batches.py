@@ -1,0 +1,248 @@
+"""Batches: rows of a prepared dataset as one KeyedJaggedTensor and dense columns.
+
+Features of both towers share one KeyedJaggedTensor, with keys `query.<name>` and `item.<name>`, so
+that tables shared by the towers are looked up once. A batch that holds one side only has empty
+bags for the other.
+
+Shape legend: `B` batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from twotower.data.prepared import PreparedDataset, Ragged, dense, gather, one_chunk, ragged
+from twotower.data.schema import ID_KINDS, DataConfig, Feature
+
+I64 = npt.NDArray[np.int64]
+Bag = tuple[npt.NDArray[Any], I64]
+
+
+@dataclass
+class Batch:
+    """What a step reads.
+
+    Attributes:
+        ids: every id feature of both towers; stride B.
+        dense: `<tower>.<name>` -> (B, width) float32, for numbers and vectors.
+        item_B: catalogue row of the positive item.
+        weight_B: sample weight.
+    """
+
+    ids: KeyedJaggedTensor
+    dense: dict[str, Tensor]
+    item_B: Tensor
+    weight_B: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """Return the batch on another device."""
+        return Batch(
+            self.ids.to(device, non_blocking),
+            {k: v.to(device, non_blocking=non_blocking) for k, v in self.dense.items()},
+            self.item_B.to(device, non_blocking=non_blocking),
+            self.weight_B.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in pinned memory, for asynchronous copies to a GPU."""
+        return Batch(
+            self.ids.pin_memory(),
+            {k: v.pin_memory() for k, v in self.dense.items()},
+            self.item_B.pin_memory(),
+            self.weight_B.pin_memory(),
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory until `stream` is done with it."""
+        self.ids.record_stream(stream)
+        for value in (*self.dense.values(), self.item_B, self.weight_B):
+            value.record_stream(stream)
+
+
+def id_keys(config: DataConfig) -> list[str]:
+    """Return the keys of the KeyedJaggedTensor, in order."""
+    return [f"{t}.{f.name}" for t, f in config.features() if f.kind in ID_KINDS]
+
+
+class BatchBuilder:
+    """Gathers the columns of a prepared dataset into batches, with no per-row Python."""
+
+    def __init__(self, data: PreparedDataset) -> None:
+        self.data = data
+        self.config = data.config
+        self._ragged: dict[str, Ragged] = {}
+        self._dense: dict[str, npt.NDArray[Any]] = {}
+        self._history: dict[str, npt.NDArray[np.int64]] = {}
+        for tower, f in self.config.features():
+            key = f"{tower}.{f.name}"
+            if f.kind == "history":
+                rows = one_chunk(data.items[f"history.{f.name}"])
+                self._history[f.name] = rows.to_numpy()
+                continue
+            column = one_chunk(self._table(tower, f)[f.name])
+            if f.kind in ID_KINDS:
+                self._ragged[key] = ragged(column)
+            else:
+                self._dense[key] = dense(column)
+
+    def _table(self, tower: str, feature: Feature) -> pa.Table:
+        if tower == "item":
+            return self.data.items
+        return self.data.events if feature.source == "interactions" else self.data.users
+
+    def events(self, rows: I64) -> Batch:
+        """Return both towers' features of the events at `rows` (B,)."""
+        c = self.data.event_columns
+        user, item = c["user"][rows].astype(np.int64), c["item"][rows].astype(np.int64)
+        bags, columns = self._query(user, rows, c["history_to"][rows])
+        item_bags, item_columns = self._item(item)
+        return self._batch(
+            bags | item_bags, columns | item_columns, item, c["weight"][rows].astype(np.float32)
+        )
+
+    def queries(self, rows: I64) -> Batch:
+        """Return the query tower's features of the events at `rows` (B,)."""
+        c = self.data.event_columns
+        user = c["user"][rows].astype(np.int64)
+        bags, columns = self._query(user, rows, c["history_to"][rows])
+        return self._batch(bags, columns, c["item"][rows].astype(np.int64))
+
+    def items(self, rows: I64) -> Batch:
+        """Return the item tower's features of the catalogue's `rows` (B,)."""
+        bags, columns = self._item(rows)
+        return self._batch(bags, columns, rows)
+
+    def _query(
+        self, user: I64, event: I64, history_to: I64
+    ) -> tuple[dict[str, Bag], dict[str, npt.NDArray[Any]]]:
+        bags: dict[str, Bag] = {}
+        columns: dict[str, npt.NDArray[Any]] = {}
+        for f in self.config.query:
+            key = f"query.{f.name}"
+            if f.kind == "history":
+                start = np.maximum(self.data.history_from[user], history_to - f.length)
+                items, lengths = gather(self.data.timeline, start, history_to)
+                bags[key] = (self._history[f.name][items], lengths)
+                continue
+            rows = event if f.source == "interactions" else user
+            if key in self._ragged:
+                bags[key] = self._ragged[key].take(rows)
+            else:
+                columns[key] = self._dense[key][rows]
+        return bags, columns
+
+    def _item(self, rows: I64) -> tuple[dict[str, Bag], dict[str, npt.NDArray[Any]]]:
+        keys = [f"item.{f.name}" for f in self.config.item]
+        bags = {k: self._ragged[k].take(rows) for k in keys if k in self._ragged}
+        return bags, {k: self._dense[k][rows] for k in keys if k in self._dense}
+
+    def _batch(
+        self,
+        bags: dict[str, Bag],
+        columns: dict[str, npt.NDArray[Any]],
+        item: I64,
+        weight: npt.NDArray[np.float32] | None = None,
+    ) -> Batch:
+        return make_batch(self.config, bags, columns, item, weight)
+
+
+def make_batch(
+    config: DataConfig,
+    bags: dict[str, Bag],
+    columns: dict[str, npt.NDArray[Any]],
+    item: I64,
+    weight: npt.NDArray[np.float32] | None = None,
+) -> Batch:
+    """Assemble a batch; id features that `bags` lacks get empty bags.
+
+    Args:
+        config: names the keys and their order.
+        bags: key -> (values, lengths (B,)).
+        columns: key -> (B, width) float32.
+        item: catalogue rows (B,).
+        weight: sample weights (B,), 1 by default.
+    """
+    size = len(item)
+    nothing: Bag = (np.empty(0, np.int64), np.zeros(size, np.int64))
+    keys = id_keys(config)
+    parts = [bags.get(key, nothing) for key in keys]
+    ids = KeyedJaggedTensor(
+        keys=keys,
+        values=torch.from_numpy(np.concatenate([v for v, _ in parts]).astype(np.int64, copy=False)),
+        lengths=torch.from_numpy(np.concatenate([n for _, n in parts]).astype(np.int64)),
+        stride=size,
+    )
+    tensors = {
+        k: torch.from_numpy(np.ascontiguousarray(v, dtype=np.float32)) for k, v in columns.items()
+    }
+    ones = np.ones(size, np.float32) if weight is None else weight
+    item_B = torch.from_numpy(np.ascontiguousarray(item))
+    return Batch(ids, tensors, item_B, torch.from_numpy(ones))
+
+
+def encoded_batch(config: DataConfig, tower: str, columns: dict[str, pa.Array]) -> Batch:
+    """Return a batch of rows that `Encoder.encode_rows` encoded, for one tower."""
+    bags: dict[str, Bag] = {}
+    floats: dict[str, npt.NDArray[Any]] = {}
+    size = 0
+    for t, f in config.features():
+        if t != tower:
+            continue
+        column, size = columns[f.name], len(columns[f.name])
+        if f.kind in ID_KINDS:
+            bags[f"{t}.{f.name}"] = ragged(column).take(np.arange(size))
+        else:
+            floats[f"{t}.{f.name}"] = dense(column)
+    return make_batch(config, bags, floats, np.zeros(size, np.int64))
+
+
+class TrainLoader:
+    """Shuffled training batches; its place is saved, so a run resumes at the exact next batch.
+
+    The order depends on the seed and the epoch alone. The last batch of an epoch is left out when
+    it is not full, since in-batch negatives would be fewer there.
+
+    Args:
+        data: the prepared dataset.
+        batch_size: events a batch; fewer when the training period is smaller.
+        seed: of the shuffle.
+    """
+
+    def __init__(self, data: PreparedDataset, batch_size: int, seed: int) -> None:
+        self.builder = BatchBuilder(data)
+        self.rows = np.flatnonzero(data.event_columns["split"] == 0)
+        self.batch_size = min(batch_size, len(self.rows))
+        self.seed = seed
+        self.epoch = 0
+        self.next_batch = 0
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A consumer that counts batches never asks for the one after the last, so the turn of the
+        # epoch happens here and not behind the loop.
+        self.load_state_dict(self.state_dict())
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
+        while self.next_batch < len(self):
+            start = self.next_batch * self.batch_size
+            self.next_batch += 1
+            yield self.builder.events(order[start : start + self.batch_size])
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the place of the next batch."""
+        at_end = self.next_batch >= len(self)
+        return {"epoch": self.epoch + at_end, "next_batch": 0 if at_end else self.next_batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a saved place."""
+        self.epoch, self.next_batch = state["epoch"], state["next_batch"]

@@ -1,0 +1,172 @@
+"""A synthetic log with something to learn and something to see.
+
+    twotower demo-log --output data/demo
+
+Planted in it: tastes (a user likes a few sub-genres, each of a genre), popularity skew (Zipf within
+a sub-genre), drift (half of the users move to another sub-genre half-way, and items fade with age),
+side features that tell part of the truth (genre, tags, price, a text vector; age, country) and cold
+items, which are released in the last tenth of the time and so are unknown to training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from twotower.errors import UserError
+from twotower.files import atomic_directory
+
+GENRES = ("action", "comedy", "drama", "history", "nature", "science", "sport", "travel")
+SUBGENRES = 5
+DAYS = 60
+TEXT_WIDTH = 16
+FIRST_DAY_S = 1_735_689_600  # 2025-01-01
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoLogConfig:
+    """Size of the synthetic log."""
+
+    output: str = "runs/demo-log"
+    """Folder that is written: interactions, users and items as Parquet."""
+    users: int = 4000
+    """Number of users."""
+    items: int = 2000
+    """Number of items."""
+    events: int = 120_000
+    """Number of events, about."""
+    seed: int = 0
+    """The same seed gives the same files."""
+
+    def validate(self) -> None:
+        """Refuse sizes that leave nothing to learn.
+
+        Raises:
+            UserError: naming the option.
+        """
+        least = {"users": 10, "items": 2 * len(GENRES) * SUBGENRES, "events": 100}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise UserError(f"{name} must be >= {minimum}, got {getattr(self, name)}")
+
+
+def write_demo_log(config: DemoLogConfig) -> dict[str, int]:
+    """Write the log and return its counts.
+
+    Raises:
+        UserError: when a size is too small, or the output holds other files.
+    """
+    config.validate()
+    output = Path(config.output)
+    known = {"interactions.parquet", "users.parquet", "items.parquet"}
+    if output.exists() and (
+        not output.is_dir() or any(p.name not in known for p in output.iterdir())
+    ):
+        raise UserError(f"{output}: holds other files: choose an empty folder for --output")
+    rng = np.random.default_rng(config.seed)
+    items = _items(config.items, rng)
+    users = _users(config.users, rng)
+    events = _events(config.events, users, items, rng)
+    with atomic_directory(output) as partial:
+        pq.write_table(events, partial / "interactions.parquet")
+        pq.write_table(users["table"], partial / "users.parquet")
+        pq.write_table(items["table"], partial / "items.parquet")
+    return {"events": events.num_rows, "users": config.users, "items": config.items,
+            "cold items": int((items["release"] > 0.9).sum())}  # fmt: skip
+
+
+def _items(count: int, rng: np.random.Generator) -> dict[str, Any]:
+    subs = len(GENRES) * SUBGENRES
+    sub = rng.permutation(np.arange(count) % subs)
+    release = np.where(rng.random(count) < 0.08, rng.uniform(0.9, 0.98, count), 0.0)
+    release = np.where(
+        (release == 0) & (rng.random(count) < 0.3), rng.uniform(0, 0.85, count), release
+    )
+    popularity = (1 + rng.permutation(count) // subs) ** -0.9
+    centre = rng.normal(size=(subs, TEXT_WIDTH))
+    text = (centre[sub] + 0.7 * rng.normal(size=(count, TEXT_WIDTH))).astype(np.float32)
+    genre = [GENRES[s // SUBGENRES] for s in sub]
+    # One tag is the sub-genre's, up to two are noise.
+    noise = rng.integers(0, 60, size=(count, 2))
+    tags = [
+        [f"tag-{s}", *(f"noise-{n}" for n in noise[i, : i % 3])] for i, s in enumerate(sub)
+    ]  # fmt: skip
+    table = pa.table({
+        "item_id": [f"item-{i:06d}" for i in range(count)],
+        "title": [f"{genre[i].title()} story {i}" for i in range(count)],
+        "genre": genre,
+        "tags": tags,
+        "price": np.round(rng.lognormal(2 + (sub % 7) / 7, 0.4), 2),
+        "text": pa.FixedSizeListArray.from_arrays(pa.array(text.ravel()), TEXT_WIDTH),
+    })  # fmt: skip
+    return {"table": table, "sub": sub, "release": release, "popularity": popularity}
+
+
+def _users(count: int, rng: np.random.Generator) -> dict[str, Any]:
+    subs = len(GENRES) * SUBGENRES
+    # Sub-genres of one country are liked more there.
+    country = rng.integers(0, 6, count)
+    favourite = np.empty((count, 3), np.int64)
+    for place in range(3):
+        near = (country * 7 + rng.integers(0, 8, count)) % subs
+        favourite[:, place] = np.where(rng.random(count) < 0.4, near, rng.integers(0, subs, count))
+    moves = rng.random(count) < 0.5
+    later = favourite.copy()
+    later[moves, 0] = rng.integers(0, subs, int(moves.sum()))
+    table = pa.table({
+        "user_id": np.arange(1, count + 1),
+        "country": [f"c{c}" for c in country],
+        "age": pa.array(np.clip(rng.normal(30 + (favourite[:, 0] % 5) * 6, 6), 13, 90).round()),
+    })  # fmt: skip
+    return {"table": table, "favourite": favourite, "later": later}
+
+
+def _events(
+    count: int, users: dict[str, Any], items: dict[str, Any], rng: np.random.Generator
+) -> pa.Table:
+    num_users, num_items = len(users["favourite"]), len(items["sub"])
+    activity = rng.lognormal(0, 0.7, num_users)
+    user = rng.choice(num_users, count, p=activity / activity.sum())
+    time = np.sort(rng.random(count))
+    place = rng.choice(3, count, p=(0.6, 0.3, 0.1))
+    taste = np.where(time > 0.5, users["later"][user, place], users["favourite"][user, place])
+    item = np.full(count, -1)
+    by_sub = [np.flatnonzero(items["sub"] == s) for s in range(items["sub"].max() + 1)]
+    for s, members in enumerate(by_sub):
+        todo = np.flatnonzero(taste == s)
+        for part in np.array_split(todo, 60):  # narrow in time: weights change slowly
+            if not len(part):
+                continue
+            age = time[part].mean() - items["release"][members]
+            weight = np.where(age >= 0, items["popularity"][members] * np.exp(-2 * age), 0)
+            weight = weight + 1e-9 * (items["release"][members] == 0)
+            item[part] = members[_sample(weight, len(part), rng)]
+    # A tenth of all events follow no taste at all.
+    stray = np.flatnonzero(rng.random(count) < 0.1)
+    old = np.flatnonzero(items["release"] == 0)
+    item[stray] = old[_sample(items["popularity"][old], len(stray), rng)]
+    released = time >= items["release"][item]
+    keep = released & (item >= 0)
+    _, first = np.unique(user * num_items + item, return_index=True)  # nobody sees an item twice
+    keep &= np.isin(np.arange(count), first)
+    seconds = (FIRST_DAY_S + time[keep] * DAYS * 86_400).astype(np.int64)
+    ids = items["table"]["item_id"].combine_chunks()
+    device = rng.choice(["phone", "tablet", "web"], int(keep.sum()), p=(0.6, 0.1, 0.3))
+    return pa.table({
+        "user_id": user[keep] + 1,
+        "item_id": ids.take(pa.array(item[keep])),
+        "timestamp": seconds,
+        "device": device,
+    })  # fmt: skip
+
+
+def _sample(weight: Array, count: int, rng: np.random.Generator) -> Array:
+    bounds = np.cumsum(weight)
+    return np.searchsorted(bounds, rng.random(count) * bounds[-1], side="right")

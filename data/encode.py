@@ -1,0 +1,116 @@
+"""Encoding raw features into what a tower reads; the exported graph does the same in ONNX.
+
+`Encoder` is what preparation learnt from the training period: vocabularies and normalisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.data.schema import ID_KINDS, DataConfig, Feature, TensorSpec
+from twotower.data.vocabulary import Vocabulary
+from twotower.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normaliser:
+    """Mean and deviation of a number in the training period."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Raw features to rows and floats.
+
+    Attributes:
+        vocabularies: by embedding table.
+        normalisers: by `<tower>.<feature>`.
+    """
+
+    vocabularies: Mapping[str, Vocabulary]
+    normalisers: Mapping[str, Normaliser]
+
+    def encode(self, tower: str, feature: Feature, raw: pa.Array) -> pa.Array:
+        """Encode one raw column (see `twotower.data.log.raw_feature`).
+
+        Returns:
+            `id`: int64 rows, -1 for a missing one; `ids` and `history`: lists of rows; `number`:
+            float32, 0 for a missing one; `vector`: fixed lists of float32.
+        """
+        if feature.kind == "id":
+            return pa.array(self.vocabularies[feature.table_name].lookup(raw))
+        if feature.kind in ID_KINDS:
+            rows = self.vocabularies[feature.table_name].lookup(raw.flatten())
+            return pa.ListArray.from_arrays(raw.offsets, pa.array(rows))
+        if feature.kind == "number":
+            norm = self.normalisers[f"{tower}.{feature.name}"]
+            filled = pc.fill_null(raw, norm.mean).to_numpy(zero_copy_only=False)
+            # Like the exported graph, in float32 throughout.
+            scaled = (filled.astype(np.float32) - np.float32(norm.mean)) / np.float32(norm.std)
+            return pa.array(scaled)
+        return raw
+
+    def specs(self, config: DataConfig, tower: str) -> list[TensorSpec]:
+        """Return the raw tensors of a tower's request."""
+        return [
+            TensorSpec(
+                name=f.name, kind=f.kind, dtype=self._dtype(f), length=_length(f)
+            )
+            for t, f in config.features()
+            if t == tower
+        ]  # fmt: skip
+
+    def _dtype(self, feature: Feature) -> str:
+        if feature.kind in ID_KINDS:
+            return self.vocabularies[feature.table_name].dtype
+        return "float32"
+
+    def encode_rows(
+        self, config: DataConfig, tower: str, rows: list[dict[str, Any]]
+    ) -> dict[str, pa.Array]:
+        """Encode requests given as plain Python values, one dictionary a row."""
+        out = {}
+        for spec, (_, feature) in zip(
+            self.specs(config, tower),
+            [(t, f) for t, f in config.features() if t == tower],
+            strict=True,
+        ):
+            values = [row[spec.name] for row in rows]
+            out[spec.name] = self.encode(tower, feature, pa.array(values, arrow_type(spec)))
+        return out
+
+
+def _length(feature: Feature) -> int:
+    if feature.kind == "vector":
+        return feature.width or 0
+    return feature.length if feature.kind in ("ids", "history") else 1
+
+
+def arrow_type(spec: TensorSpec) -> pa.DataType:
+    """Return the Arrow type of a raw feature."""
+    scalar = {"string": pa.string(), "int64": pa.int64(), "float32": pa.float32()}[spec.dtype]
+    if spec.kind == "vector":
+        return pa.list_(scalar, spec.length)
+    if spec.kind == "number":
+        return pa.float64()
+    return pa.list_(scalar) if spec.is_list else scalar
+
+
+def fit_normaliser(values: pa.Array, where: str) -> Normaliser:
+    """Return the mean and deviation of a number; a constant one keeps deviation 1.
+
+    Raises:
+        UserError: when the training period has no value at all.
+    """
+    if len(values) == values.null_count:
+        raise UserError(f"{where}: no value in the training period: remove the feature")
+    mean, std = pc.mean(values).as_py(), pc.stddev(values).as_py()
+    return Normaliser(mean=float(mean), std=float(std) if std and std > 1e-12 else 1.0)

@@ -1,0 +1,184 @@
+"""Reading a prepared dataset: memory-mapped Arrow columns as numpy views.
+
+Shape legend: `E` events, `U` users, `N` items.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from twotower.data.encode import Encoder, Normaliser
+from twotower.data.schema import Columns, DataConfig, Feature, Split, Table
+from twotower.data.vocabulary import Vocabulary
+from twotower.errors import UserError
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lists of different lengths: list i is `values[starts[i]:ends[i]]`.
+
+    The bounds are Arrow's own offsets, so nothing is copied until rows are taken.
+    """
+
+    values: Array
+    starts: Array
+    ends: Array
+
+    def take(self, rows: Array) -> tuple[Array, Array]:
+        """Return the values of `rows` one after another, and the length of each."""
+        return gather(self.values, self.starts[rows], self.ends[rows])
+
+
+def gather(values: Array, starts: Array, ends: Array) -> tuple[Array, Array]:
+    """Return `values[starts[i]:ends[i]]` for all i in one array, and their lengths."""
+    lengths = (ends - starts).astype(np.int64)
+    before = np.cumsum(lengths) - lengths
+    index = np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
+    return values[index], lengths
+
+
+def ragged(column: pa.Array) -> Ragged:
+    """Return an encoded `id` or `ids` column as lists; a missing id is an empty list."""
+    if pa.types.is_list(column.type):
+        offsets = column.offsets.to_numpy()
+        return Ragged(column.values.to_numpy(), offsets[:-1], offsets[1:])
+    values = column.to_numpy()
+    starts = np.arange(len(values))
+    return Ragged(values, starts, starts + (values >= 0))
+
+
+def dense(column: pa.Array) -> Array:
+    """Return an encoded `number` (R, 1) or `vector` (R, W) column."""
+    if pa.types.is_fixed_size_list(column.type):
+        return np.asarray(column.flatten().to_numpy()).reshape(len(column), -1)
+    return np.asarray(column.to_numpy()).reshape(-1, 1)
+
+
+class PreparedDataset:
+    """A prepared dataset on disk; opening it reads the JSON alone.
+
+    Raises:
+        UserError: when nothing is prepared at `path`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.summary: dict[str, Any] = json.loads((path / "prepared.json").read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path}: no prepared dataset: run `twotower prepare` first") from None
+        self.config = data_config(self.summary["config"])
+        self.fingerprint: str = self.summary["fingerprint"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "summary": self.summary, "config": self.config,
+                "fingerprint": self.fingerprint}  # fmt: skip
+
+    def _read(self, name: str) -> pa.Table:
+        with pa.memory_map(str(self.path / name)) as source:
+            return pa.ipc.open_file(source).read_all()
+
+    @cached_property
+    def events(self) -> pa.Table:
+        """One row an event (E), sorted by (user, split, time)."""
+        return self._read("events.arrow")
+
+    @cached_property
+    def users(self) -> pa.Table:
+        """One row a user (U)."""
+        return self._read("users.arrow")
+
+    @cached_property
+    def items(self) -> pa.Table:
+        """The catalogue (N), ascending by raw id."""
+        return self._read("items.arrow")
+
+    @cached_property
+    def timeline(self) -> Array:
+        """Item rows of all users' histories, oldest first."""
+        return array(self._read("timeline.arrow"), "item")
+
+    @cached_property
+    def event_columns(self) -> dict[str, Array]:
+        """`user`, `item`, `time`, `split`, `weight`, `history_to`, each (E,)."""
+        names = ("user", "item", "time", "split", "weight", "history_to")
+        return {name: array(self.events, name) for name in names}
+
+    @cached_property
+    def history_from(self) -> Array:
+        """Where each user's part of the timeline starts (U,)."""
+        return array(self.users, "history_from")
+
+    @cached_property
+    def train_count(self) -> Array:
+        """Training events of each item (N,)."""
+        return array(self.items, "train_count")
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Vocabularies and normalisers."""
+        vocabularies = {}
+        for name, info in self.summary["tables"].items():
+            table = self._read(f"tables/{name}.arrow")
+            key, count = one_chunk(table["key"]), one_chunk(table["count"])
+            vocabularies[name] = Vocabulary(key, count, info["oov_rows"])
+        normalisers = {k: Normaliser(**v) for k, v in self.summary["normalisers"].items()}
+        return Encoder(vocabularies=vocabularies, normalisers=normalisers)
+
+    def timeline_of(self, user: int) -> Array:
+        """Return all item rows of a user, oldest first."""
+        ends = np.append(self.history_from[1:], len(self.timeline))
+        return self.timeline[self.history_from[user] : ends[user]]
+
+    def raw_query(self, user: int, event: int | None, history: Array) -> dict[str, Any]:
+        """Return the request that asks for `user`, with context from `event`.
+
+        Args:
+            user: row of the user.
+            event: row of an event whose context is sent; the first one if the user has none.
+            history: item rows, oldest first; cut to each feature's length.
+        """
+        out: dict[str, Any] = {}
+        for f in self.config.query:
+            if f.kind == "history":
+                newest = history[max(0, len(history) - f.length) :]
+                out[f.name] = self.items["id"].take(pa.array(newest)).to_pylist()
+            elif f.source == "interactions":
+                out[f.name] = self.events[f"raw.{f.name}"][event or 0].as_py()
+            else:
+                out[f.name] = self.users[f"raw.{f.name}"][user].as_py()
+        return out
+
+
+def one_chunk(values: pa.ChunkedArray) -> pa.Array:
+    """Return a column as one array; the files hold one chunk, so this copies nothing."""
+    if values.num_chunks == 1:
+        return values.chunk(0)
+    return pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
+
+
+def array(table: pa.Table, name: str) -> Array:
+    """Return a primitive column as a numpy view of the file."""
+    return np.asarray(one_chunk(table[name]).to_numpy(zero_copy_only=False))
+
+
+def data_config(raw: dict[str, Any]) -> DataConfig:
+    """Rebuild a `DataConfig` from its JSON form."""
+    nested = {
+        "columns": Columns(**raw["columns"]),
+        "split": Split(**raw["split"]),
+        "query": [Feature(**f) for f in raw["query"]],
+        "item": [Feature(**f) for f in raw["item"]],
+        "tables": {name: Table(**t) for name, t in raw["tables"].items()},
+    }
+    return DataConfig(**(raw | nested))

@@ -1,0 +1,106 @@
+"""Vocabularies: raw ids to rows of an embedding table.
+
+Rows 0 to `oov_rows - 1` belong to ids that training never saw, chosen by MurmurHash3 (x86, 32 bit,
+seed 0; Appleby 2011). ONNX Runtime has the same function as an operator, so the exported graph
+sends an unseen id to the row that training would have used. The other rows follow in order of
+falling training count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.data.schema import Table
+
+U32 = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids that training knows, in row order.
+
+    Attributes:
+        keys: string or int64 array; key i has row `oov_rows + i`.
+        counts: int64 training count of each key.
+        oov_rows: rows before the first key.
+    """
+
+    keys: pa.Array
+    counts: pa.Array
+    oov_rows: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding table."""
+        return self.oov_rows + len(self.keys)
+
+    @property
+    def dtype(self) -> str:
+        """string or int64."""
+        return "int64" if pa.types.is_int64(self.keys.type) else "string"
+
+    def lookup(self, ids: pa.Array) -> npt.NDArray[np.int64]:
+        """Return each id's row, -1 for null."""
+        if ids.type != self.keys.type:
+            ids = ids.cast(self.keys.type)
+        found = pc.index_in(ids, value_set=self.keys)
+        rows = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+        rows = np.where(rows >= 0, rows + self.oov_rows, rows)
+        unseen = (rows < 0) & ids.is_valid().to_numpy(zero_copy_only=False)
+        if unseen.any():
+            rows[unseen] = murmur3(ids.filter(pa.array(unseen))) % self.oov_rows
+        return np.where(ids.is_null().to_numpy(zero_copy_only=False), -1, rows)
+
+
+def build_vocabulary(ids: pa.Array, counts: npt.NDArray[np.int64], table: Table) -> Vocabulary:
+    """Return the vocabulary of `ids`, where id i was seen `counts[i]` times and may repeat."""
+    encoded = ids.dictionary_encode()
+    valid = encoded.indices.is_valid().to_numpy(zero_copy_only=False)
+    index = encoded.indices.drop_null().to_numpy(zero_copy_only=False)
+    seen = np.bincount(index, weights=counts[valid], minlength=len(encoded.dictionary))
+    seen = seen.astype(np.int64)
+    keys = encoded.dictionary
+    by_key = pc.sort_indices(keys).to_numpy()
+    order = by_key[np.argsort(-seen[by_key], kind="stable")]
+    order = order[seen[order] >= max(table.min_count, 1)][: table.max_size]
+    return Vocabulary(keys.take(pa.array(order)), pa.array(seen[order]), table.oov_rows)
+
+
+def murmur3(ids: pa.Array) -> npt.NDArray[np.int64]:
+    """Return MurmurHash3_x86_32 with seed 0 of int64 (8 bytes, little endian) or UTF-8 ids."""
+    if pa.types.is_int64(ids.type):
+        data = ids.to_numpy(zero_copy_only=False).astype("<i8").view(np.uint8).reshape(-1, 8)
+        lengths = np.full(len(ids), 8, dtype=np.int64)
+    else:
+        raw = [value.as_py().encode() for value in ids]
+        lengths = np.fromiter((len(r) for r in raw), np.int64, len(raw))
+        width = -(-int(lengths.max(initial=0)) // 4) * 4
+        data = np.zeros((len(raw), width), dtype=np.uint8)
+        for row, value in enumerate(raw):
+            data[row, : len(value)] = np.frombuffer(value, np.uint8)
+    return _murmur3(np.ascontiguousarray(data), lengths).astype(np.int64)
+
+
+def _rotate(x: U32, bits: int) -> U32:
+    return (x << np.uint32(bits)) | (x >> np.uint32(32 - bits))
+
+
+def _murmur3(data: npt.NDArray[np.uint8], lengths: npt.NDArray[np.int64]) -> U32:
+    blocks = data.view("<u4").astype(np.uint32)
+    h = np.zeros(len(data), dtype=np.uint32)
+    for i in range(blocks.shape[1]):
+        k = _rotate(blocks[:, i] * np.uint32(0xCC9E2D51), 15) * np.uint32(0x1B873593)
+        body = _rotate(h ^ k, 13) * np.uint32(5) + np.uint32(0xE6546B64)
+        # The last one to three bytes are mixed in without the body's rotation; zero bytes of
+        # padding contribute nothing to them.
+        whole, tail = lengths >= 4 * (i + 1), (lengths > 4 * i) & (lengths < 4 * (i + 1))
+        h = np.where(whole, body, np.where(tail, h ^ k, h))
+    h ^= lengths.astype(np.uint32)
+    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return np.asarray(h ^ (h >> np.uint32(16)), dtype=np.uint32)

@@ -1,0 +1,39 @@
+"""Settings of the two towers; free of torch, so that any host can read a job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from twotower.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the two towers."""
+
+    dim: int = 64
+    """Width of the embeddings and of the vectors that the towers give."""
+    hidden: list[int] = field(default_factory=lambda: [128])
+    """Widths of the hidden layers of each tower."""
+    dropout: float = 0.0
+    """Share of each tower's inputs dropped in training."""
+    residual: bool = True
+    """Add the pooled embeddings to the last layer, which helps where the log is small."""
+    temperature: float = 0.05
+    """The softmax divides inner products by it."""
+    learn_temperature: bool = False
+    """Train the temperature too."""
+
+    def validate(self) -> None:
+        """Refuse sizes that no tower can have.
+
+        Raises:
+            UserError: naming the key.
+        """
+        for name, width in (("dim", self.dim), *(("hidden", h) for h in self.hidden)):
+            if width < 1:
+                raise UserError(f"model.{name} must be >= 1, got {width}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout must be in [0, 1), got {self.dropout}")
+        if self.temperature <= 0:
+            raise UserError(f"model.temperature must be > 0, got {self.temperature}")

@@ -1,0 +1,95 @@
+"""One tower: embedded features in, a vector of unit length out.
+
+The query and the item tower are this class with other features. It sees embeddings, not ids, so
+training (TorchRec lookups) and the exported graph (plain gathers) run the same code.
+
+Shape legend: `B` batch, `L` entries of a list, `D` embedding width, `W` width of a dense feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twotower.data.schema import ID_KINDS, Feature
+from twotower.towers.config import ModelConfig
+
+
+class AttentionPool(nn.Module):
+    """Weighted mean of a list, by content and by place from its newest entry."""
+
+    def __init__(self, dim: int, length: int) -> None:
+        super().__init__()
+        self.content = nn.Parameter(torch.zeros(dim))
+        self.recency = nn.Parameter(torch.zeros(length))
+
+    def forward(self, entry_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """Return (B, D); an empty list gives zeros."""
+        keep_BL = mask_BL.to(entry_BLD.dtype)
+        place_BL = keep_BL.flip(1).cumsum(1).flip(1).to(torch.int64) - 1  # 0 is the newest
+        logits_BL = entry_BLD @ self.content + self.recency[place_BL.clamp_min(0)]
+        logits_BL = logits_BL + (keep_BL - 1) * 1e4
+        weight_BL = torch.softmax(logits_BL, dim=1) * keep_BL
+        return (entry_BLD * weight_BL.unsqueeze(-1)).sum(1)
+
+
+class Tower(nn.Module):
+    """Pools, concatenates and transforms one side's features.
+
+    Args:
+        features: of this tower.
+        config: of the model.
+    """
+
+    def __init__(self, features: Sequence[Feature], config: ModelConfig) -> None:
+        super().__init__()
+        self.features = list(features)
+        self.residual = config.residual
+        self.pools = nn.ModuleDict({
+            f.name: AttentionPool(config.dim, f.length)
+            for f in features
+            if f.kind in ("ids", "history") and f.pooling == "attention"
+        })  # fmt: skip
+        widths = {"number": 1}
+        width = sum(
+            config.dim if f.kind in ID_KINDS else widths.get(f.kind, f.width or 0)
+            for f in features
+        )
+        layers: list[nn.Module] = []
+        for hidden in config.hidden:
+            layers += [nn.Linear(width, hidden), nn.SiLU()]
+            width = hidden
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.Sequential(*layers, nn.Linear(width, config.dim))
+
+    def pool(self, feature: Feature, entry_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """Pool padded entries; see `pool_sum` for entries that are summed already."""
+        if feature.name in self.pools:
+            pooled: Tensor = self.pools[feature.name](entry_BLD, mask_BL)
+            return pooled
+        sum_BD = (entry_BLD * mask_BL.unsqueeze(-1)).sum(1)
+        return self.pool_sum(feature, sum_BD, mask_BL.sum(1))
+
+    @staticmethod
+    def pool_sum(feature: Feature, sum_BD: Tensor, length_B: Tensor) -> Tensor:
+        """Finish the pooling of a feature whose entries were summed."""
+        if feature.kind == "id" or feature.pooling == "sum":
+            return sum_BD
+        return sum_BD / length_B.clamp_min(1).unsqueeze(-1).to(sum_BD.dtype)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return (B, D) vectors of unit length.
+
+        Args:
+            inputs: feature name -> (B, D) pooled embedding, or (B, W) numbers.
+        """
+        x = torch.cat([inputs[f.name] for f in self.features], dim=-1)
+        vector_BD = self.layers(self.dropout(x))
+        if self.residual:
+            for f in self.features:
+                if f.kind in ID_KINDS:
+                    vector_BD = vector_BD + inputs[f.name]
+        return F.normalize(vector_BD, dim=-1)

@@ -1,0 +1,119 @@
+"""Two towers over TorchRec tables that they may share.
+
+Tables whose features are all pooled by a sum or mean live in an EmbeddingBagCollection; a table
+that a feature needs entry by entry (attention) lives in an EmbeddingCollection. The collections
+span both towers, so a table shared by `history` and the item's id exists once.
+
+Shape legend: `B` batch, `L` entries of a list, `D` embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+from twotower.data.batches import Batch
+from twotower.data.schema import ID_KINDS, DataConfig, Feature
+from twotower.towers.config import ModelConfig
+from twotower.towers.tower import Tower
+
+
+class TwoTower(nn.Module):
+    """The query tower, the item tower and their tables.
+
+    Args:
+        data: the schema.
+        table_rows: rows of each embedding table.
+        config: shape of the towers.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        table_rows: Mapping[str, int],
+        config: ModelConfig,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.data = data
+        id_features = [(t, f) for t, f in data.features() if f.kind in ID_KINDS]
+        listed = {f.table_name for _, f in id_features if f.pooling == "attention"}
+        bags, lists = [], []
+        for name, rows in table_rows.items():
+            keys = [f"{t}.{f.name}" for t, f in id_features if f.table_name == name]
+            # A vector of unit length, whatever the table's size, keeps small tables comparable.
+            bound = (3 / config.dim) ** 0.5
+            common: dict[str, Any] = {
+                "name": name, "embedding_dim": config.dim, "num_embeddings": rows,
+                "feature_names": keys, "weight_init_min": -bound, "weight_init_max": bound,
+            }  # fmt: skip
+            if name in listed:
+                lists.append(EmbeddingConfig(**common))
+            else:
+                bags.append(EmbeddingBagConfig(**common, pooling=PoolingType.SUM))
+        self.bags = EmbeddingBagCollection(tables=bags, device=device) if bags else None
+        self.lists = EmbeddingCollection(tables=lists, device=device) if lists else None
+        self.bag_keys = [k for t in bags for k in t.feature_names]
+        self.list_keys = [k for t in lists for k in t.feature_names]
+        self.query = Tower(data.query, config).to(device)
+        self.item = Tower(data.item, config).to(device)
+        log_temperature = torch.tensor(config.temperature, device=device).log()
+        self.log_temperature = nn.Parameter(log_temperature, requires_grad=config.learn_temperature)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the query vectors (B, D), the item vectors (B, D) and the temperature."""
+        bags, lists = self._look_up(batch)
+        query_BD = self._run(self.query, "query", batch, bags, lists)
+        item_BD = self._run(self.item, "item", batch, bags, lists)
+        return query_BD, item_BD, self.log_temperature.exp()
+
+    def table_names(self) -> list[str]:
+        """Return the names of the embedding tables."""
+        bags = self.bags.embedding_bag_configs() if self.bags is not None else []
+        lists = self.lists.embedding_configs() if self.lists is not None else []
+        return [table.name for table in (*bags, *lists)]
+
+    def table_parameters(self) -> list[nn.Parameter]:
+        """Return the embedding tables' weights."""
+        found = [m.parameters() for m in (self.bags, self.lists) if m is not None]
+        return [parameter for parameters in found for parameter in parameters]
+
+    def query_vectors(self, batch: Batch) -> Tensor:
+        """Return the query vectors (B, D)."""
+        return self._run(self.query, "query", batch, *self._look_up(batch))
+
+    def item_vectors(self, batch: Batch) -> Tensor:
+        """Return the item vectors (B, D)."""
+        return self._run(self.item, "item", batch, *self._look_up(batch))
+
+    def _look_up(self, batch: Batch) -> tuple[Any, Any]:
+        bags = self.bags(batch.ids) if self.bags is not None else None
+        lists = self.lists(batch.ids) if self.lists is not None else None
+        return bags, lists
+
+    def _run(self, tower: Tower, side: str, batch: Batch, bags: Any, lists: Any) -> Tensor:
+        inputs: dict[str, Tensor] = {}
+        for f in tower.features:
+            key = f"{side}.{f.name}"
+            if key in batch.dense:
+                inputs[f.name] = batch.dense[key]
+            elif key in self.bag_keys:
+                length_B = batch.ids[key].lengths()
+                inputs[f.name] = tower.pool_sum(f, bags[key], length_B)
+            else:
+                inputs[f.name] = tower.pool(f, *_padded(lists[key], f))
+        return tower(inputs)
+
+
+def _padded(entries: Any, feature: Feature) -> tuple[Tensor, Tensor]:
+    """Return a JaggedTensor's entries (B, L, D) and which of them exist (B, L)."""
+    length = feature.length if feature.kind in ("ids", "history") else 1
+    entry_BLD = entries.to_padded_dense(length)
+    place_L = torch.arange(length, device=entry_BLD.device)
+    return entry_BLD, place_L[None, :] < entries.lengths()[:, None]

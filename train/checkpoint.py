@@ -1,0 +1,72 @@
+"""Checkpoints: what a training directory holds and how to load towers from it, on one process.
+
+    train/
+      model.json      what the towers are built from: schema, table rows, model settings
+      checkpoint/     a `torch.distributed.checkpoint` directory, the best epoch's
+      train.json      what training did
+      curves.png, csv/, wandb/
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+
+from twotower.data.prepared import PreparedDataset, data_config
+from twotower.errors import UserError
+from twotower.files import write_json
+from twotower.towers.config import ModelConfig
+from twotower.towers.two_tower import TwoTower
+
+PREFIX = "model."
+
+
+def write_model_spec(directory: Path, data: PreparedDataset, model: ModelConfig) -> None:
+    """Write `model.json`, from which the towers can be built without the dataset."""
+    rows = {name: info["rows"] for name, info in data.summary["tables"].items()}
+    spec = {"data": asdict(data.config), "table_rows": rows, "model": asdict(model)}
+    write_json(directory / "model.json", spec)
+
+
+def read_model_spec(directory: Path) -> dict[str, Any]:
+    """Return the arguments of `TwoTower` for a training directory.
+
+    Raises:
+        UserError: when nothing was trained there.
+    """
+    try:
+        spec = json.loads((directory / "model.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory}: no trained model: run `twotower train` first") from None
+    return {
+        "data": data_config(spec["data"]),
+        "table_rows": spec["table_rows"],
+        "config": ModelConfig(**spec["model"]),
+    }
+
+
+def load_towers(directory: Path, checkpoint: Path | None = None) -> TwoTower:
+    """Return the trained towers, unsharded, on the CPU and in evaluation mode.
+
+    Args:
+        directory: the training directory.
+        checkpoint: the checkpoint in it, `checkpoint/` by default; saved on any world size.
+
+    Raises:
+        UserError: when it is missing or does not fit the model.
+    """
+    model = TwoTower(**read_model_spec(directory))
+    path = checkpoint or directory / "checkpoint"
+    state = {PREFIX + name: value for name, value in model.state_dict().items()}
+    try:
+        dcp.load({"model": state}, checkpoint_id=path, no_dist=True)
+    except (dcp.api.CheckpointException, RuntimeError, FileNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: the checkpoint is damaged or of another model ({reason}): train again"
+        ) from None
+    return model.eval()

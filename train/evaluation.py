@@ -1,0 +1,225 @@
+"""Judging retrieval over the whole catalogue, never over a sample of it.
+
+A query is a user at one moment of the split: the history holds the items strictly before, what was
+taken at that moment is relevant, and items seen before are neither answered nor relevant.
+
+Metrics follow the usual definitions: recall@k is the share of a query's relevant items among its
+first k, NDCG@k has binary gains and the ideal order of min(k, relevant) items below it, MRR@k is
+the inverse rank of the first hit, hit rate@k says whether there is one; each is the mean over
+queries. Coverage@k is the share of the catalogue that is answered to anyone.
+
+Shape legend: `Q` queries, `N` items, `D` width, `K` results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from twotower.data.batches import Batch, BatchBuilder
+from twotower.data.prepared import PreparedDataset, gather
+from twotower.kernels.top_k_inner_product import top_k_inner_product
+
+I64 = npt.NDArray[np.int64]
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The queries of a split.
+
+    Attributes:
+        event: row of the event that stands for each query (Q,).
+        relevant: item rows, query after query.
+        relevant_offset: where each query's relevant items begin (Q + 1).
+        seen: item rows that may not be answered, query after query.
+        seen_offset: where each query's seen items begin (Q + 1).
+    """
+
+    event: I64
+    relevant: I64
+    relevant_offset: I64
+    seen: I64
+    seen_offset: I64
+
+
+def split_queries(data: PreparedDataset, split: int, max_queries: int, seed: int) -> Queries:
+    """Return the queries of split 1 (validation) or 2 (test), a seeded sample if there are more."""
+    c = data.event_columns
+    rows = np.flatnonzero(c["split"] == split)
+    user, time = c["user"][rows], c["time"][rows]
+    first = np.ones(len(rows), bool)
+    first[1:] = (np.diff(user) != 0) | (np.diff(time) != 0)
+    start = np.flatnonzero(first)
+    if len(start) > max_queries:
+        chosen = np.random.default_rng(seed).choice(len(start), max_queries, replace=False)
+        pick = np.sort(chosen)
+    else:
+        pick = np.arange(len(start))
+    end = np.append(start[1:], len(rows))[pick]
+    event = rows[start[pick]]
+    relevant, counts = gather(c["item"][rows].astype(np.int64), start[pick], end)
+    seen, seen_counts = gather(
+        data.timeline.astype(np.int64),
+        data.history_from[c["user"][event].astype(np.int64)],
+        c["history_to"][event],
+    )
+    n = len(data.items)
+    owner = np.repeat(np.arange(len(event)), counts)
+    seen_owner = np.repeat(np.arange(len(event)), seen_counts)
+    # A repeated item counts once, and not at all when it was seen before.
+    pairs = np.setdiff1d(owner * n + relevant, seen_owner * n + seen)
+    counts = np.bincount(pairs // n, minlength=len(event))
+    asked = counts > 0
+    seen, seen_counts = gather(
+        seen, (np.cumsum(seen_counts) - seen_counts)[asked], np.cumsum(seen_counts)[asked]
+    )
+    return Queries(
+        event[asked], pairs % n, _offsets(counts[asked]), seen, _offsets(seen_counts)
+    )  # fmt: skip
+
+
+def _offsets(counts: I64) -> I64:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+@torch.no_grad()
+def catalogue_vectors(
+    embed: Callable[[Batch], Tensor], builder: BatchBuilder, device: torch.device, batch_size: int
+) -> Tensor:
+    """Return the vectors of all items (N, D)."""
+    n = len(builder.data.items)
+    parts = []
+    for start in range(0, n, batch_size):
+        rows = np.arange(start, min(start + batch_size, n))
+        parts.append(embed(builder.items(rows).to(device)))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def answer(
+    embed: Callable[[Batch], Tensor],
+    item_ND: Tensor,
+    builder: BatchBuilder,
+    queries: Queries,
+    k: int,
+    batch_size: int,
+) -> I64:
+    """Return the rows (Q, K) that a query tower and the item vectors answer."""
+    answers = []
+    for block, seen, offset in _blocks(queries, batch_size):
+        query_BD = embed(builder.queries(block).to(item_ND.device))
+        _, rows = top_k_inner_product(
+            query_BD,
+            item_ND,
+            k,
+            exclude_row_X=torch.from_numpy(seen).to(item_ND.device),
+            exclude_offset_B1=torch.from_numpy(offset).to(item_ND.device),
+        )
+        answers.append(rows.cpu().numpy())
+    return np.concatenate(answers)
+
+
+def _blocks(queries: Queries, size: int) -> Iterator[tuple[I64, I64, I64]]:
+    for start in range(0, len(queries.event), size):
+        end = min(start + size, len(queries.event))
+        offset = queries.seen_offset[start : end + 1]
+        yield queries.event[start:end], queries.seen[offset[0] : offset[-1]], offset - offset[0]
+
+
+def answer_by_popularity(data: PreparedDataset, queries: Queries, k: int, size: int) -> I64:
+    """Return the rows (Q, K) of the items most often taken in training."""
+    count_N1 = torch.from_numpy(data.train_count.astype(np.float32))[:, None]
+    answers = []
+    for block, seen, offset in _blocks(queries, size):
+        _, rows = top_k_inner_product(
+            torch.ones(len(block), 1), count_N1, k,
+            exclude_row_X=torch.from_numpy(seen), exclude_offset_B1=torch.from_numpy(offset),
+        )  # fmt: skip
+        answers.append(rows.numpy())
+    return np.concatenate(answers)
+
+
+def answer_by_cooccurrence(data: PreparedDataset, queries: Queries, k: int, size: int) -> I64:
+    """Return the rows (Q, K) of the items most often taken with those of the history.
+
+    The weight of a pair is the cosine of the two items' columns in the training user-item matrix
+    (Sarwar et al. 2001, "Item-based collaborative filtering"); a score is the sum over the history.
+    """
+    import scipy.sparse as sp
+
+    c, n = data.event_columns, len(data.items)
+    train = c["split"] == 0
+    ones = np.ones(int(train.sum()), np.float32)
+    taken = sp.csr_matrix((ones, (c["user"][train], c["item"][train])), (len(data.users), n))
+    taken.data[:] = 1
+    norm = np.sqrt(np.maximum(np.asarray(taken.power(2).sum(0)).ravel(), 1))
+    unit = taken @ sp.diags(1 / norm)
+    cosine = (unit.T @ unit).tocsr()
+    cosine.setdiag(0)
+    answers = []
+    for block, seen, offset in _blocks(queries, max(1, min(size, (256 << 20) // (4 * n)))):
+        history = sp.csr_matrix((np.ones(len(seen), np.float32), seen, offset), (len(block), n))
+        score = torch.from_numpy((history @ cosine).toarray())
+        score[torch.from_numpy(np.repeat(np.arange(len(block)), np.diff(offset))), seen] = -torch.inf
+        answers.append(score.topk(k).indices.numpy())
+    return np.concatenate(answers)
+
+
+def popularity_slices(train_count: I64) -> dict[str, npt.NDArray[np.bool_]]:
+    """Return which items are head, torso and tail (a third of training events each) and cold."""
+    order = np.argsort(-train_count, kind="stable")
+    before = np.cumsum(train_count[order]) - train_count[order]
+    third = np.minimum(3 * before // max(int(train_count.sum()), 1), 2)
+    part = np.empty(len(order), np.int64)
+    part[order] = third
+    part[train_count == 0] = 3
+    return {name: part == i for i, name in enumerate(("head", "torso", "tail", "cold"))}
+
+
+def score_answers(answers: I64, queries: Queries, data: PreparedDataset, ks: list[int]) -> Metrics:
+    """Return every metric of answers (Q, K), for each k and, for recall, by popularity slice."""
+    n, q = len(data.items), len(answers)
+    counts = np.diff(queries.relevant_offset)
+    pairs = np.repeat(np.arange(q), counts) * n + queries.relevant
+    hits = np.isin(np.arange(q)[:, None] * n + answers, pairs) & (answers >= 0)
+    discount = 1 / np.log2(np.arange(answers.shape[1]) + 2)
+    ideal = np.concatenate([[0], np.cumsum(discount)])
+    out: Metrics = {}
+    for k in ks:
+        top = hits[:, :k]
+        rank = np.where(top.any(1), top.argmax(1) + 1, 0)
+        out[f"recall@{k}"] = float((top.sum(1) / counts).mean())
+        out[f"ndcg@{k}"] = float(
+            ((top * discount[:k]).sum(1) / ideal[np.minimum(counts, top.shape[1])]).mean()
+        )
+        out[f"mrr@{k}"] = float(np.where(rank > 0, 1 / np.maximum(rank, 1), 0).mean())
+        out[f"hit_rate@{k}"] = float(top.any(1).mean())
+        shown = np.unique(answers[:, :k])
+        out[f"coverage@{k}"] = float((shown >= 0).sum() / n)
+        for name, members in popularity_slices(data.train_count).items():
+            total = int(members[queries.relevant].sum())
+            if total:
+                found = int((top & members[answers[:, :k]]).sum())
+                out[f"recall@{k}/{name}"] = found / total
+        new = np.diff(queries.seen_offset) == 0
+        if new.any():
+            out[f"recall@{k}/new users"] = float((top.sum(1) / counts)[new].mean())
+    return out
+
+
+def evaluate_towers(
+    model: Any, builder: BatchBuilder, queries: Queries, ks: list[int], batch_size: int,
+    device: torch.device,
+) -> Metrics:  # fmt: skip
+    """Return the metrics of a `TwoTower` on `queries`."""
+    item_ND = catalogue_vectors(model.item_vectors, builder, device, batch_size)
+    k = min(max(ks), len(item_ND))
+    answers = answer(model.query_vectors, item_ND, builder, queries, k, batch_size)
+    return score_answers(answers, queries, builder.data, ks)

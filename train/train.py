@@ -1,0 +1,204 @@
+"""Training: a prepared dataset to a checkpoint, resumable at the exact batch.
+
+    twotower train --config JOB.yaml
+
+Everything is written under `train.partial/` and renamed to `train/` at the end, so that a killed
+run leaves its checkpoints where the next one resumes, and nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.progress import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from twotower.data.batches import BatchBuilder, TrainLoader
+from twotower.data.prepared import PreparedDataset
+from twotower.errors import UserError
+from twotower.files import partial_path, publish, write_json
+from twotower.towers.config import ModelConfig
+from twotower.towers.two_tower import TwoTower
+from twotower.train.checkpoint import write_model_spec
+from twotower.train.config import EvaluateConfig, TrackingConfig, TrainConfig
+from twotower.train.curves import plot_curves, read_metrics
+from twotower.train.evaluation import evaluate_towers, split_queries
+from twotower.train.module import RetrievalModule
+from twotower.train.strategy import TorchRecStrategy
+from twotower.train.tracking import wandb_logger
+
+
+class CatalogueValidation(L.Callback):
+    """Judges the towers over the whole catalogue after every epoch."""
+
+    def __init__(self, data: PreparedDataset, config: EvaluateConfig, seed: int) -> None:
+        self.config = config
+        self.builder = BatchBuilder(data)
+        self.queries = split_queries(data, 1, config.max_queries, seed)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log `val/<metric>` for the checkpoint and early stopping to read."""
+        model: Any = pl_module.model
+        model.eval()
+        metrics = evaluate_towers(
+            model.module, self.builder, self.queries, self.config.k, self.config.batch_size,
+            pl_module.device,
+        )  # fmt: skip
+        model.train()
+        for name, value in metrics.items():
+            if "/" not in name:
+                pl_module.log(f"val/{name}", value, prog_bar=name == self.config.monitor)
+
+
+def train(
+    data: PreparedDataset,
+    directory: Path,
+    *,
+    job: dict[str, Any],
+    fingerprint: str,
+    seed: int,
+    name: str,
+    model: ModelConfig,
+    config: TrainConfig,
+    evaluate: EvaluateConfig,
+    tracking: TrackingConfig,
+) -> dict[str, Any]:
+    """Train, or resume a killed run of the same inputs, and publish `directory`.
+
+    Returns:
+        The content of `train.json`.
+
+    Raises:
+        UserError: when the dataset cannot be trained on.
+    """
+    started = time.monotonic()
+    partial = partial_path(directory)
+    resume = _resume_point(partial, fingerprint)
+    if resume is None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_model_spec(partial, data, model)
+        write_json(partial / "inputs.json", {"fingerprint": fingerprint, "job": job, "seed": seed})
+    validation = _validation(data, evaluate, seed)
+    L.seed_everything(seed, verbose=False)
+    rows = {table: info["rows"] for table, info in data.summary["tables"].items()}
+    towers = TwoTower(data.config, rows, model)
+    loader = TrainLoader(data, config.batch_size, seed)
+    module = RetrievalModule(towers, config, torch.from_numpy(data.train_count.copy()))
+    wandb = wandb_logger(partial, tracking, name, job)
+    trainer = _trainer(partial, config, evaluate, validation, wandb, len(loader))
+    trainer.fit(module, loader, ckpt_path=str(resume) if resume else None)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return _finish(trainer, partial, directory, fingerprint, resume, started, wandb)
+
+
+def _validation(data: PreparedDataset, config: EvaluateConfig, seed: int) -> CatalogueValidation:
+    validation = CatalogueValidation(data, config, seed)
+    if not len(validation.queries.event):
+        raise UserError(
+            "the validation split holds no query (no event of an unseen item), so no epoch can be "
+            "chosen: raise data.split.validation"
+        )
+    return validation
+
+
+def _resume_point(partial: Path, fingerprint: str) -> Path | None:
+    """Return the newest checkpoint of a killed run of the same inputs."""
+    try:
+        inputs = json.loads((partial / "inputs.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if inputs["fingerprint"] != fingerprint:
+        return None
+    found = (partial / "checkpoints").glob("*-step=*.ckpt")
+    return max(found, key=lambda p: (_step(p), p.name), default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.stem.rsplit("=", 1)[1])
+
+
+def _trainer(
+    partial: Path, config: TrainConfig, evaluate: EvaluateConfig,
+    validation: CatalogueValidation, wandb: WandbLogger | None, steps_per_epoch: int,
+) -> L.Trainer:  # fmt: skip
+    _quiet()
+    monitor = f"val/{evaluate.monitor}"
+    folder = partial / "checkpoints"
+    callbacks = [
+        validation,
+        EarlyStopping(monitor, mode="max", patience=config.patience, check_on_train_epoch_end=True),
+        # Named by step, so that a new one stands beside the old one until it is whole.
+        ModelCheckpoint(
+            folder, "best-{step}", monitor=monitor, mode="max", save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        ),
+        ModelCheckpoint(
+            folder, "last-{step}", monitor="step", mode="max", enable_version_counter=False,
+            every_n_train_steps=config.checkpoint_every_steps,
+        ),
+        RichProgressBar(leave=False),
+    ]  # fmt: skip
+    return L.Trainer(
+        accelerator="gpu" if config.accelerator == "cuda" else config.accelerator,
+        devices=1,
+        strategy=TorchRecStrategy(process_group_backend=None),
+        max_epochs=config.max_epochs,
+        callbacks=callbacks,
+        logger=[CSVLogger(partial, name="csv"), *([wandb] if wandb else [])],
+        log_every_n_steps=min(10, steps_per_epoch),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+
+
+def _quiet() -> None:
+    # What these say at every start is true of every run of ours and asks for nothing.
+    for name in ("lightning.pytorch", "lightning.fabric", "torchrec"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        for source in ("lightning", "torch", "torchrec"):
+            warnings.filterwarnings("ignore", category=category, module=rf"{source}\..*")
+    os.environ.setdefault("NCCL_DEBUG", "ERROR")
+
+
+def _finish(
+    trainer: L.Trainer, partial: Path, directory: Path, fingerprint: str,
+    resume: Path | None, started: float, wandb: WandbLogger | None,
+) -> dict[str, Any]:  # fmt: skip
+    best = next(c for c in trainer.checkpoint_callbacks if "best-" in c.filename)
+    score = float(best.best_model_score)
+    history = read_metrics(partial)
+    summary = {
+        "fingerprint": fingerprint,
+        "best_step": _step(Path(best.best_model_path)),
+        "monitor": best.monitor,
+        "score": score,
+        "steps": trainer.global_step,
+        "epochs": trainer.current_epoch,
+        "resumed_from": resume.name if resume else None,
+        "seconds": round(time.monotonic() - started, 1),
+        "wandb_run": wandb.experiment.id if wandb else None,
+    }
+    plot_curves(history, best.monitor, partial / "curves.png")
+    if wandb:
+        wandb.experiment.finish(quiet=True)
+    Path(best.best_model_path).rename(partial / "checkpoint")
+    shutil.rmtree(partial / "checkpoints")
+    write_json(partial / "train.json", summary)
+    publish(partial, directory)
+    return summary
+
+
