@@ -169,4 +169,4 @@ def _events(
 
 def _sample(weight: Array, count: int, rng: np.random.Generator) -> Array:
     bounds = np.cumsum(weight)
-    return np.searchsorted(bounds, rng.random(count) * bounds[-1], side="right")
+    return np.asarray(np.searchsorted(bounds, rng.random(count) * bounds[-1], side="right"))

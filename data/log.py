@@ -7,6 +7,7 @@ header) and the remedy.
 from __future__ import annotations
 
 import posixpath
+import re
 from typing import Any
 
 import fsspec
@@ -99,7 +100,9 @@ def refuse_rows(bad: Any, values: Any, where: str, message: str) -> None:
         return
     row = int(mask.argmax())
     value = values[row].as_py() if hasattr(values[row], "as_py") else values[row]
-    raise UserError(f"{where}: row {row + 1} (of {int(mask.sum())} such rows): {message}: {value!r}")
+    raise UserError(
+        f"{where}: row {row + 1} (of {int(mask.sum())} such rows): {message}: {value!r}"
+    )
 
 
 def as_ids(values: Any, where: str, *, allow_null: bool) -> pa.Array:
@@ -208,7 +211,8 @@ def raw_feature(feature: Feature, values: Any, where: str) -> pa.Array:
 def _extract(array: pa.Array, pattern: str, where: str) -> pa.Array:
     if not pa.types.is_string(array.type):
         raise UserError(f"{where}: `pattern` needs a string column, got {array.type}")
-    named = pattern.replace("(", "(?P<value>", 1) if "(?P<" not in pattern else pattern
+    # Arrow wants the group to have a name.
+    named = re.sub(r"(?<!\\)\((?!\?)", "(?P<value>", pattern, count=1)
     groups = pc.extract_regex(array, pattern=named)
     return pc.struct_field(groups, [0])
 

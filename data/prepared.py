@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from twotower.data.encode import Encoder, Normaliser
 from twotower.data.schema import Columns, DataConfig, Feature, Split, Table
@@ -140,24 +141,42 @@ class PreparedDataset:
         ends = np.append(self.history_from[1:], len(self.timeline))
         return self.timeline[self.history_from[user] : ends[user]]
 
-    def raw_query(self, user: int, event: int | None, history: Array) -> dict[str, Any]:
-        """Return the request that asks for `user`, with context from `event`.
+    def user_row(self, user: Any) -> int | None:
+        """Return the row of a raw user id, None for one that the log does not know."""
+        row = pc.index(self.users["id"], pa.scalar(user, self.users["id"].type)).as_py()
+        return None if row < 0 else int(row)
+
+    def raw_query(self, user: int | None, event: int | None, history: Array) -> dict[str, Any]:
+        """Return the request that asks for a user.
 
         Args:
-            user: row of the user.
-            event: row of an event whose context is sent; the first one if the user has none.
+            user: row of the user, or None for one that the log does not know: a request of
+                missing ids and average numbers.
+            event: row of the event whose context is sent; without one, context is as unknown.
             history: item rows, oldest first; cut to each feature's length.
         """
         out: dict[str, Any] = {}
         for f in self.config.query:
+            table, row = self.users, user
+            if f.source == "interactions":
+                table, row = self.events, event
             if f.kind == "history":
                 newest = history[max(0, len(history) - f.length) :]
                 out[f.name] = self.items["id"].take(pa.array(newest)).to_pylist()
-            elif f.source == "interactions":
-                out[f.name] = self.events[f"raw.{f.name}"][event or 0].as_py()
+            elif row is not None:
+                out[f.name] = table[f"raw.{f.name}"][row].as_py()
+            elif f.kind == "number":
+                out[f.name] = self.encoder.normalisers[f"query.{f.name}"].mean
+            elif f.kind == "vector":
+                out[f.name] = [0.0] * (f.width or 0)
             else:
-                out[f.name] = self.users[f"raw.{f.name}"][user].as_py()
+                out[f.name] = [] if f.kind == "ids" else None
         return out
+
+    def last_event_of(self, user: int) -> int | None:
+        """Return the row of a user's newest event."""
+        bounds = np.searchsorted(self.event_columns["user"], [user, user + 1])
+        return int(bounds[1]) - 1 if bounds[1] > bounds[0] else None
 
 
 def one_chunk(values: pa.ChunkedArray) -> pa.Array:

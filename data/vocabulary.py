@@ -41,7 +41,7 @@ class Vocabulary:
 
     @property
     def dtype(self) -> str:
-        """string or int64."""
+        """String or int64."""
         return "int64" if pa.types.is_int64(self.keys.type) else "string"
 
     def lookup(self, ids: pa.Array) -> npt.NDArray[np.int64]:

@@ -121,7 +121,9 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
     try:
         raw = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: {MANIFEST} is missing, so this is no whole bundle: {remedy}") from None
+        raise UserError(
+            f"{path}: {MANIFEST} is missing, so this is no whole bundle: {remedy}"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path / MANIFEST}: damaged ({error}): {remedy}") from None
     try:

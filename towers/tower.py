@@ -55,8 +55,7 @@ class Tower(nn.Module):
         })  # fmt: skip
         widths = {"number": 1}
         width = sum(
-            config.dim if f.kind in ID_KINDS else widths.get(f.kind, f.width or 0)
-            for f in features
+            config.dim if f.kind in ID_KINDS else widths.get(f.kind, f.width or 0) for f in features
         )
         layers: list[nn.Module] = []
         for hidden in config.hidden:

@@ -84,6 +84,17 @@ class TwoTower(nn.Module):
         found = [m.parameters() for m in (self.bags, self.lists) if m is not None]
         return [parameter for parameters in found for parameter in parameters]
 
+    def table_weight(self, name: str) -> nn.Parameter:
+        """Return the weights (rows, D) of an embedding table that is not sharded."""
+        for tables in (
+            self.bags.embedding_bags if self.bags is not None else {},
+            self.lists.embeddings if self.lists is not None else {},
+        ):
+            if name in tables:
+                weight: nn.Parameter = tables[name].weight
+                return weight
+        raise KeyError(name)
+
     def query_vectors(self, batch: Batch) -> Tensor:
         """Return the query vectors (B, D)."""
         return self._run(self.query, "query", batch, *self._look_up(batch))
@@ -108,7 +119,8 @@ class TwoTower(nn.Module):
                 inputs[f.name] = tower.pool_sum(f, bags[key], length_B)
             else:
                 inputs[f.name] = tower.pool(f, *_padded(lists[key], f))
-        return tower(inputs)
+        vector_BD: Tensor = tower(inputs)
+        return vector_BD
 
 
 def _padded(entries: Any, feature: Feature) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,22 @@
 """Checkpoints: what a training directory holds and how to load towers from it, on one process.
 
-    train/
-      model.json      what the towers are built from: schema, table rows, model settings
-      checkpoint/     a `torch.distributed.checkpoint` directory, the best epoch's
-      train.json      what training did
-      curves.png, csv/, wandb/
+train/
+model.json      what the towers are built from: schema, table rows, model settings
+checkpoint/     a `torch.distributed.checkpoint` directory, the best epoch's
+train.json      what training did
+curves.png, csv/, wandb/
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
 
 from twotower.data.prepared import PreparedDataset, data_config
 from twotower.errors import UserError
@@ -63,8 +65,10 @@ def load_towers(directory: Path, checkpoint: Path | None = None) -> TwoTower:
     path = checkpoint or directory / "checkpoint"
     state = {PREFIX + name: value for name, value in model.state_dict().items()}
     try:
-        dcp.load({"model": state}, checkpoint_id=path, no_dist=True)
-    except (dcp.api.CheckpointException, RuntimeError, FileNotFoundError) as error:
+        # It warns that there is no process group, which is what `no_dist` asks for.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load_state({"model": state}, checkpoint_id=path, no_dist=True)
+    except (CheckpointException, RuntimeError, FileNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path}: the checkpoint is damaged or of another model ({reason}): train again"

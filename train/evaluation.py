@@ -1,7 +1,6 @@
 """Judging retrieval over the whole catalogue, never over a sample of it.
 
-A query is a user at one moment of the split: the history holds the items strictly before, what was
-taken at that moment is relevant, and items seen before are neither answered nor relevant.
+What a query is, `twotower.data.queries` says.
 
 Metrics follow the usual definitions: recall@k is the share of a query's relevant items among its
 first k, NDCG@k has binary gains and the ideal order of min(k, relevant) items below it, MRR@k is
@@ -14,7 +13,6 @@ Shape legend: `Q` queries, `N` items, `D` width, `K` results.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,83 +21,15 @@ import torch
 from torch import Tensor
 
 from twotower.data.batches import Batch, BatchBuilder
-from twotower.data.prepared import PreparedDataset, gather
+from twotower.data.prepared import PreparedDataset
+from twotower.data.queries import Queries, split_queries
+from twotower.errors import UserError
 from twotower.kernels.top_k_inner_product import top_k_inner_product
+from twotower.towers.catalogue import catalogue_vectors
+from twotower.train.config import EvaluateConfig
 
 I64 = npt.NDArray[np.int64]
 Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Queries:
-    """The queries of a split.
-
-    Attributes:
-        event: row of the event that stands for each query (Q,).
-        relevant: item rows, query after query.
-        relevant_offset: where each query's relevant items begin (Q + 1).
-        seen: item rows that may not be answered, query after query.
-        seen_offset: where each query's seen items begin (Q + 1).
-    """
-
-    event: I64
-    relevant: I64
-    relevant_offset: I64
-    seen: I64
-    seen_offset: I64
-
-
-def split_queries(data: PreparedDataset, split: int, max_queries: int, seed: int) -> Queries:
-    """Return the queries of split 1 (validation) or 2 (test), a seeded sample if there are more."""
-    c = data.event_columns
-    rows = np.flatnonzero(c["split"] == split)
-    user, time = c["user"][rows], c["time"][rows]
-    first = np.ones(len(rows), bool)
-    first[1:] = (np.diff(user) != 0) | (np.diff(time) != 0)
-    start = np.flatnonzero(first)
-    if len(start) > max_queries:
-        chosen = np.random.default_rng(seed).choice(len(start), max_queries, replace=False)
-        pick = np.sort(chosen)
-    else:
-        pick = np.arange(len(start))
-    end = np.append(start[1:], len(rows))[pick]
-    event = rows[start[pick]]
-    relevant, counts = gather(c["item"][rows].astype(np.int64), start[pick], end)
-    seen, seen_counts = gather(
-        data.timeline.astype(np.int64),
-        data.history_from[c["user"][event].astype(np.int64)],
-        c["history_to"][event],
-    )
-    n = len(data.items)
-    owner = np.repeat(np.arange(len(event)), counts)
-    seen_owner = np.repeat(np.arange(len(event)), seen_counts)
-    # A repeated item counts once, and not at all when it was seen before.
-    pairs = np.setdiff1d(owner * n + relevant, seen_owner * n + seen)
-    counts = np.bincount(pairs // n, minlength=len(event))
-    asked = counts > 0
-    seen, seen_counts = gather(
-        seen, (np.cumsum(seen_counts) - seen_counts)[asked], np.cumsum(seen_counts)[asked]
-    )
-    return Queries(
-        event[asked], pairs % n, _offsets(counts[asked]), seen, _offsets(seen_counts)
-    )  # fmt: skip
-
-
-def _offsets(counts: I64) -> I64:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-
-@torch.no_grad()
-def catalogue_vectors(
-    embed: Callable[[Batch], Tensor], builder: BatchBuilder, device: torch.device, batch_size: int
-) -> Tensor:
-    """Return the vectors of all items (N, D)."""
-    n = len(builder.data.items)
-    parts = []
-    for start in range(0, n, batch_size):
-        rows = np.arange(start, min(start + batch_size, n))
-        parts.append(embed(builder.items(rows).to(device)))
-    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -167,7 +97,9 @@ def answer_by_cooccurrence(data: PreparedDataset, queries: Queries, k: int, size
     for block, seen, offset in _blocks(queries, max(1, min(size, (256 << 20) // (4 * n)))):
         history = sp.csr_matrix((np.ones(len(seen), np.float32), seen, offset), (len(block), n))
         score = torch.from_numpy((history @ cosine).toarray())
-        score[torch.from_numpy(np.repeat(np.arange(len(block)), np.diff(offset))), seen] = -torch.inf
+        score[
+            torch.from_numpy(np.repeat(np.arange(len(block)), np.diff(offset))), seen
+        ] = -torch.inf
         answers.append(score.topk(k).indices.numpy())
     return np.concatenate(answers)
 
@@ -223,3 +155,31 @@ def evaluate_towers(
     k = min(max(ks), len(item_ND))
     answers = answer(model.query_vectors, item_ND, builder, queries, k, batch_size)
     return score_answers(answers, queries, builder.data, ks)
+
+
+def compare_with_baselines(
+    model: Any, data: PreparedDataset, config: EvaluateConfig, seed: int
+) -> tuple[dict[str, Metrics], int]:
+    """Return the test metrics of the towers and of two baselines, and the number of queries.
+
+    Raises:
+        UserError: when the test split holds no query.
+    """
+    queries = split_queries(data, 2, config.max_queries, seed)
+    if not len(queries.event):
+        raise UserError(
+            "the test split holds no query: all its items were seen before: raise data.split.test"
+        )
+    k, size = min(max(config.k), len(data.items)), config.batch_size
+    results = {
+        "two towers": evaluate_towers(
+            model, BatchBuilder(data), queries, config.k, size, torch.device("cpu")
+        ),
+        "popularity": score_answers(
+            answer_by_popularity(data, queries, k, size), queries, data, config.k
+        ),
+        "co-occurrence": score_answers(
+            answer_by_cooccurrence(data, queries, k, size), queries, data, config.k
+        ),
+    }
+    return results, len(queries.event)

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -67,7 +68,7 @@ class TorchRecStrategy(DDPStrategy):
             _optimizers_to_device(self.optimizers, self.root_device)
         self.setup_precision_plugin()
 
-    def _shard(self, model: torch.nn.Module) -> DistributedModelParallel:
+    def _shard(self, model: Any) -> DistributedModelParallel:
         sharders: list[Any] = [_BagSharder(), EmbeddingCollectionSharder()]
         constraints = {
             name: ParameterConstraints(
@@ -121,7 +122,7 @@ class TorchRecStrategy(DDPStrategy):
         for i, optimizer in enumerate(checkpoint.pop("optimizer_states", [])):
             state[f"optimizer_{i}"] = optimizer
         with atomic_directory(path) as partial:
-            dcp.save(state, checkpoint_id=partial)
+            save_state(state, checkpoint_id=partial)
             torch.save(checkpoint, partial / META)
         self.barrier()
 
@@ -132,7 +133,7 @@ class TorchRecStrategy(DDPStrategy):
         state: dict[str, Any] = {"model": module.state_dict()}
         for i, optimizer in enumerate(self.optimizers):
             state[f"optimizer_{i}"] = self.optimizer_state(optimizer)
-        dcp.load(state, checkpoint_id=path)
+        load_state(state, checkpoint_id=path)
         # DMP's parameters are not named as its state is, so only its own loader fits.
         prefix = "model."
         module.model.load_state_dict(

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.loggers import WandbLogger
 
 from twotower.train.config import TrackingConfig
 
 
-def wandb_mode(config: TrackingConfig) -> str:
+def wandb_mode(config: TrackingConfig) -> Literal["online", "offline", "disabled"]:
     """Return online, offline or disabled."""
     if config.wandb == "off":
         return "disabled"
-    if config.wandb == "auto":
-        return "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    return config.wandb
+    if config.wandb == "auto" and os.environ.get("WANDB_API_KEY"):
+        return "online"
+    return "online" if config.wandb == "online" else "offline"
 
 
 def wandb_logger(
@@ -43,7 +43,11 @@ def wandb_logger(
 
 
 def log_bundle(
-    directory: Path, bundle: Path, config: TrackingConfig, run_id: str | None, metrics: dict[str, Any]
+    directory: Path,
+    bundle: Path,
+    config: TrackingConfig,
+    run_id: str | None,
+    metrics: dict[str, Any],
 ) -> None:
     """Add a bundle and its metrics to the run that trained it."""
     mode = wandb_mode(config)

@@ -25,15 +25,16 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from twotower.data.batches import BatchBuilder, TrainLoader
 from twotower.data.prepared import PreparedDataset
+from twotower.data.queries import split_queries
 from twotower.errors import UserError
 from twotower.files import partial_path, publish, write_json
 from twotower.towers.config import ModelConfig
 from twotower.towers.two_tower import TwoTower
 from twotower.train.checkpoint import write_model_spec
 from twotower.train.config import EvaluateConfig, TrackingConfig, TrainConfig
-from twotower.train.curves import plot_curves, read_metrics
-from twotower.train.evaluation import evaluate_towers, split_queries
+from twotower.train.evaluation import evaluate_towers
 from twotower.train.module import RetrievalModule
+from twotower.train.plots import plot_curves, read_metrics
 from twotower.train.strategy import TorchRecStrategy
 from twotower.train.tracking import wandb_logger
 
@@ -200,5 +201,3 @@ def _finish(
     write_json(partial / "train.json", summary)
     publish(partial, directory)
     return summary
-
-

@@ -1,4 +1,4 @@
-"""The curves of a run: read from its CSV logs, drawn as PNG."""
+"""Pictures of a run as PNG: its curves, read from the CSV logs, and its evaluation."""
 
 from __future__ import annotations
 
@@ -38,4 +38,33 @@ def plot_curves(series: Series, monitor: str, path: Path) -> None:
     right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def plot_evaluation(results: dict[str, dict[str, float]], k: int, path: Path) -> None:
+    """Draw the towers beside the baselines: accuracy at k, and recall by popularity slice.
+
+    Args:
+        results: model -> metric -> value.
+        k: the cut-off.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    whole = [f"{m}@{k}" for m in ("recall", "ndcg", "mrr", "hit_rate", "coverage")]
+    prefix = f"recall@{k}/"
+    slices = [n for n in next(iter(results.values())) if n.startswith(prefix)]
+    width = 0.8 / len(results)
+    for place, (name, metrics) in enumerate(results.items()):
+        for axis, names in ((left, whole), (right, slices)):
+            x = [i + place * width for i in range(len(names))]
+            axis.bar(x, [metrics.get(n, 0.0) for n in names], width, label=name)
+    for axis, labels in ((left, whole), (right, [n[len(prefix) :] for n in slices])):
+        axis.set_xticks([i + 0.4 - width / 2 for i in range(len(labels))], labels)
+        axis.grid(axis="y", alpha=0.3)
+    left.set_title("test split, whole catalogue, seen items removed")
+    right.set_title(f"recall@{k} by the relevant item's popularity in training")
+    left.legend()
     figure.savefig(path, dpi=120)

@@ -1,0 +1,130 @@
+"""Export: a checkpoint and the dataset it was trained on become a bundle.
+
+twotower export --config JOB.yaml
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from twotower.data.batches import BatchBuilder
+from twotower.data.prepared import PreparedDataset
+from twotower.errors import UserError
+from twotower.export.bundle import Bundle, Manifest, bundle_versions, read_bundle, seal
+from twotower.export.config import ExportConfig
+from twotower.export.graphs import raw_graph, save_graph, write_index
+from twotower.export.parity import (
+    check_answers,
+    check_item_graph,
+    eager_answers,
+    golden_rows,
+    onnx_answers,
+)
+from twotower.files import atomic_directory, write_json
+from twotower.towers.catalogue import catalogue_vectors
+from twotower.train.checkpoint import load_towers
+
+LIBRARIES = ("twotower", "torch", "torchrec", "onnx", "onnxruntime", "numpy")
+Progress = Callable[[str], None]
+
+
+def export(
+    data: PreparedDataset,
+    train_directory: Path,
+    bundles: Path,
+    *,
+    config: ExportConfig,
+    job: dict[str, Any],
+    name: str,
+    fingerprint: str,
+    metrics: dict[str, float],
+    seed: int,
+    progress: Progress,
+) -> Bundle:
+    """Write the next bundle version under `bundles` and return it.
+
+    Args:
+        data: the dataset that the checkpoint was trained on.
+        train_directory: see `twotower.train.checkpoint`.
+        bundles: holds one directory a version.
+        config: of the export.
+        job: the whole configuration, kept in the bundle.
+        name: the job's name.
+        fingerprint: of the inputs.
+        metrics: of the test split.
+        seed: chooses the golden queries.
+        progress: is told each stage.
+
+    Raises:
+        ParityError: when ONNX Runtime disagrees with eager PyTorch; no bundle is left.
+        UserError: when the checkpoint does not fit.
+    """
+    progress("loading the checkpoint")
+    model, encoder = load_towers(train_directory), data.encoder
+    number = max(bundle_versions(bundles), default=0) + 1
+    query, item = (encoder.specs(data.config, side) for side in ("query", "item"))
+    with atomic_directory(bundles / str(number)) as partial:
+        progress("item vectors")
+        vectors = catalogue_vectors(
+            model.item_vectors, BatchBuilder(data), torch.device("cpu"), batch_size=8192
+        ).numpy()
+        np.save(partial / "item_vectors.npy", np.ascontiguousarray(vectors, np.float32))
+        ids = data.items["id"]
+        np.save(partial / "item_ids.npy", _id_array(ids), allow_pickle=False)
+        _write_items(data, partial / "items.parquet")
+        for side, specs in (("query", query), ("item", item)):
+            progress(f"{side} graph")
+            save_graph(raw_graph(encoder, model, side, specs), partial / f"{side}.onnx")
+        write_index(partial / "item_vectors.npy", partial / "index.onnx")
+        progress("parity")
+        rows = golden_rows(data, query, config.golden_queries, seed)
+        k = min(config.golden_k, len(vectors))
+        golden = eager_answers(model, encoder, vectors, data, rows, k)
+        answers = onnx_answers(partial, query, golden, ids.to_pylist())
+        parity = {
+            "scores": check_answers(golden, answers, config.tolerance, "ONNX Runtime"),
+            "item_vectors": check_item_graph(partial, item, data, vectors, config.tolerance),
+        }
+        write_json(partial / "golden.json", [vars(g) for g in golden])
+        write_json(partial / "job.json", job)
+        progress("manifest")
+        seal(partial, Manifest(
+            version=number,
+            name=name,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            fingerprint=fingerprint,
+            query=query,
+            item=item,
+            item_id_dtype="int64" if pa.types.is_int64(ids.type) else "string",
+            num_items=len(vectors),
+            dim=vectors.shape[1],
+            versions={n: version(n) for n in LIBRARIES} | {"python": platform.python_version()},
+            metrics=metrics,
+            parity=parity,
+        ))  # fmt: skip
+    return read_bundle(bundles / str(number), verify=False)
+
+
+def _id_array(ids: pa.ChunkedArray) -> np.ndarray[Any, Any]:
+    if pa.types.is_int64(ids.type):
+        return np.asarray(ids.to_numpy())
+    return np.array([value.encode() for value in ids.to_pylist()])
+
+
+def _write_items(data: PreparedDataset, path: Path) -> None:
+    columns = {"id": data.items["id"], "train_count": data.items["train_count"]}
+    for name in data.config.display:
+        if name in columns:
+            raise UserError(f"data.display: '{name}' is a name of the bundle's own: rename it")
+        columns[name] = data.items[f"display.{name}"]
+    pq.write_table(pa.table(columns), path)

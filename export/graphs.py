@@ -1,0 +1,233 @@
+"""ONNX graphs of a tower: raw features in, vector out, in two halves joined into one file.
+
+The first half maps raw ids to table rows (vocabulary, or a hash for unseen ids) and normalises
+numbers; only ONNX Runtime can run it. The second half is the tower over padded rows: Gather, mask,
+ReduceSum, Gemm, which TensorRT takes too (bags by offsets would export through Loop and Sequence).
+
+Shape legend: `B` batch, `L` entries of a list, `D` width, `N` items, `K` results.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from twotower.data.encode import Encoder
+from twotower.data.schema import ID_KINDS, PAD_INT64, PAD_STRING, Feature, TensorSpec
+from twotower.data.vocabulary import Vocabulary
+from twotower.towers.tower import Tower
+from twotower.towers.two_tower import TwoTower
+
+OPSET = 20
+IR_VERSION = 9
+OPSETS = [
+    helper.make_opsetid("", OPSET),
+    helper.make_opsetid("ai.onnx.ml", 3),
+    helper.make_opsetid("com.microsoft", 1),
+]
+ELEMENT = {
+    "string": TensorProto.STRING, "int64": TensorProto.INT64, "float32": TensorProto.FLOAT,
+}  # fmt: skip
+UNSEEN = -2
+# Protobuf refuses messages of 2 GB; larger weights go to a file beside the graph.
+EXTERNAL_BYTES = 1 << 30
+
+
+class PaddedTower(nn.Module):
+    """The inference twin of one side of a `TwoTower`: padded rows in, vectors out."""
+
+    def __init__(self, model: TwoTower, side: str) -> None:
+        super().__init__()
+        self.tower: Tower = getattr(model, side)
+        self.features: list[Feature] = self.tower.features
+        names = {f.table_name for f in self.features if f.kind in ID_KINDS}
+        self.tables = nn.ParameterDict({n: model.table_weight(n) for n in sorted(names)})
+
+    def forward(self, *columns: Tensor) -> Tensor:
+        """Return (B, D).
+
+        Args:
+            columns: one a feature: rows (B, L) int64 with -1 for padding, or (B, W) float32.
+        """
+        inputs: dict[str, Tensor] = {}
+        for f, column in zip(self.features, columns, strict=True):
+            if f.kind not in ID_KINDS:
+                inputs[f.name] = column
+                continue
+            mask_BL = column >= 0
+            entry_BLD = nn.functional.embedding(column.clamp_min(0), self.tables[f.table_name])
+            inputs[f.name] = self.tower.pool(f, entry_BLD, mask_BL)
+        vector: Tensor = self.tower(inputs)
+        return vector
+
+
+def tower_graph(model: TwoTower, side: str, specs: list[TensorSpec]) -> Any:
+    """Return the second half as an ONNX model with inputs `<feature>_rows` or `<feature>_float`."""
+    twin = PaddedTower(model, side).eval()
+    batch = torch.export.Dim("batch", min=1, max=1 << 20)
+    example, dynamic = [], []
+    for spec in specs:
+        shape: dict[int, Any] = {0: batch}
+        if spec.kind in ID_KINDS:
+            length = min(spec.length, 3) if spec.is_list else 1
+            example.append(torch.zeros(2, length, dtype=torch.int64))
+            # A window of one entry has nothing to vary.
+            if spec.is_list and spec.length > 1:
+                shape[1] = torch.export.Dim(f"{spec.name}_length", min=1, max=spec.length)
+        else:
+            example.append(torch.zeros(2, spec.length))
+        dynamic.append(shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            twin, tuple(example), dynamo=True, verbose=False, optimize=True,
+            input_names=[f"{s.name}_encoded" for s in specs], output_names=["vector"],
+            dynamic_shapes=(tuple(dynamic),), opset_version=OPSET,
+        )  # fmt: skip
+    assert program is not None
+    graph = program.model_proto
+    graph.ir_version = IR_VERSION
+    return graph
+
+
+def encoding_graph(
+    encoder: Encoder, side: str, specs: list[TensorSpec], features: list[Feature]
+) -> Any:
+    """Return the first half: raw features to `<feature>_encoded`."""
+    nodes: list[Any] = []
+    initializers: list[Any] = []
+    inputs, outputs = [], []
+    for spec, feature in zip(specs, features, strict=True):
+        entries: Any = f"{spec.name}_length" if spec.is_list else spec.length
+        inputs.append(
+            helper.make_tensor_value_info(spec.name, ELEMENT[spec.dtype], ["batch", entries])
+        )
+        kind = TensorProto.INT64 if spec.kind in ID_KINDS else TensorProto.FLOAT
+        out = f"{spec.name}_encoded"
+        outputs.append(helper.make_tensor_value_info(out, kind, ["batch", entries]))
+        if spec.kind in ID_KINDS:
+            vocabulary = encoder.vocabularies[feature.table_name]
+            nodes += _lookup_nodes(spec, vocabulary, out, initializers)
+        elif spec.kind == "number":
+            norm = encoder.normalisers[f"{side}.{spec.name}"]
+            mean, std = (
+                _constant(f"{spec.name}_{n}", np.array([v], np.float32), initializers)
+                for n, v in (("mean", norm.mean), ("std", norm.std))
+            )
+            nodes.append(helper.make_node("Sub", [spec.name, mean], [f"{spec.name}_centred"]))
+            nodes.append(helper.make_node("Div", [f"{spec.name}_centred", std], [out]))
+        else:
+            nodes.append(helper.make_node("Identity", [spec.name], [out]))
+    graph = helper.make_graph(nodes, f"{side}_encoding", inputs, outputs, initializers)
+    return helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
+
+
+def _lookup_nodes(
+    spec: TensorSpec, vocabulary: Vocabulary, out: str, initializers: list[Any]
+) -> list[Any]:
+    """Return nodes for: padding -> -1, a known id -> its row, an unseen one -> hash mod rows."""
+    name = spec.name
+    rows = [-1, *range(vocabulary.oov_rows, vocabulary.rows)]
+    keys = vocabulary.keys.to_pylist()
+    if spec.dtype == "string":
+        known = {"keys_strings": [PAD_STRING, *keys]}
+    else:
+        known = {"keys_int64s": [PAD_INT64, *keys]}
+    unseen = _constant(f"{name}_unseen", np.array(UNSEEN, np.int64), initializers)
+    oov = _constant(f"{name}_oov_rows", np.array(vocabulary.oov_rows, np.int64), initializers)
+    return [
+        helper.make_node(
+            "LabelEncoder", [name], [f"{name}_known"], domain="ai.onnx.ml",
+            values_int64s=rows, default_int64=UNSEEN, **known,
+        ),
+        helper.make_node(
+            "MurmurHash3", [name], [f"{name}_hash"], domain="com.microsoft", seed=0, positive=1
+        ),
+        helper.make_node(
+            "Cast", [f"{name}_hash"], [f"{name}_hash64"], to=TensorProto.INT64
+        ),
+        helper.make_node("Mod", [f"{name}_hash64", oov], [f"{name}_fallback"]),
+        helper.make_node("Equal", [f"{name}_known", unseen], [f"{name}_is_unseen"]),
+        helper.make_node(
+            "Where", [f"{name}_is_unseen", f"{name}_fallback", f"{name}_known"], [out]
+        ),
+    ]  # fmt: skip
+
+
+def _constant(name: str, value: np.ndarray[Any, Any], initializers: list[Any]) -> str:
+    initializers.append(onnx.numpy_helper.from_array(value, name))
+    return name
+
+
+def raw_graph(encoder: Encoder, model: TwoTower, side: str, specs: list[TensorSpec]) -> Any:
+    """Return the whole graph: raw features to `vector` (B, D)."""
+    features = [f for t, f in model.data.features() if t == side]
+    first = encoding_graph(encoder, side, specs, features)
+    second = tower_graph(model, side, specs)
+    # Names of the two halves may not meet, but for the ones that join them.
+    second = onnx.compose.add_prefix(second, "tower/", rename_inputs=True, rename_outputs=True)
+    merged = onnx.compose.merge_models(
+        _same_opsets(first), _same_opsets(second),
+        io_map=[(f"{s.name}_encoded", f"tower/{s.name}_encoded") for s in specs],
+    )  # fmt: skip
+    for node in merged.graph.node:
+        for i, output in enumerate(node.output):
+            if output == "tower/vector":
+                node.output[i] = "vector"
+    merged.graph.output[0].name = "vector"
+    return merged
+
+
+def _same_opsets(model: Any) -> Any:
+    del model.opset_import[:]
+    model.opset_import.extend(OPSETS)
+    return model
+
+
+def save_graph(graph: Any, path: Path) -> None:
+    """Check a graph and write it, large weights beside it in `<name>.weights`."""
+    large = graph.ByteSize() > EXTERNAL_BYTES
+    onnx.save_model(
+        graph, str(path), save_as_external_data=large, location=f"{path.stem}.weights",
+        size_threshold=1024, all_tensors_to_one_file=True,
+    )  # fmt: skip
+
+
+def write_index(vectors: Path, path: Path) -> None:
+    """Write the exact index: `vector` (B, D) and `k` (1) to `scores` and `rows` (B, K).
+
+    Args:
+        vectors: (N, D) float32 as `.npy`; the graph reads its bytes in place.
+        path: of the graph, in the same folder.
+    """
+    item_ND = np.load(vectors, mmap_mode="r", allow_pickle=False)
+    n, d = item_ND.shape
+    items = TensorProto(name="items", data_type=TensorProto.FLOAT, dims=[n, d])
+    items.data_location = TensorProto.EXTERNAL
+    for key, value in (
+        ("location", vectors.name), ("offset", item_ND.offset), ("length", item_ND.nbytes)
+    ):  # fmt: skip
+        items.external_data.add(key=key, value=str(value))
+    nodes = [
+        helper.make_node("Gemm", ["vector", "items"], ["all_scores"], transB=1),
+        helper.make_node("TopK", ["all_scores", "k"], ["scores", "rows"], axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes, "index",
+        [helper.make_tensor_value_info("vector", TensorProto.FLOAT, ["batch", d]),
+         helper.make_tensor_value_info("k", TensorProto.INT64, [1])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", None]),
+         helper.make_tensor_value_info("rows", TensorProto.INT64, ["batch", None])],
+        [items],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=OPSETS[:1], ir_version=IR_VERSION)
+    path.write_bytes(model.SerializeToString())

@@ -1,0 +1,176 @@
+"""Parity: eager PyTorch and ONNX Runtime must give the same answers, or there is no bundle.
+
+The same golden queries travel in the bundle; a server is ready once it has answered them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import torch
+
+from twotower.data.batches import encoded_batch
+from twotower.data.encode import Encoder
+from twotower.data.prepared import PreparedDataset
+from twotower.data.queries import split_queries
+from twotower.data.schema import PAD_INT64, PAD_STRING, TensorSpec
+from twotower.errors import UserError
+from twotower.export.bundle import Golden, answer_difference
+from twotower.kernels.top_k_inner_product import top_k_inner_product
+from twotower.towers.two_tower import TwoTower
+
+UNSEEN_ID = {"string": "an id that no log holds", "int64": 2**62 + 1}
+Row = dict[str, Any]
+
+
+class ParityError(UserError):
+    """Two runtimes disagree about the same query."""
+
+
+def golden_rows(data: PreparedDataset, specs: list[TensorSpec], count: int, seed: int) -> list[Row]:
+    """Return raw queries: users of the test split, and some with nothing but unseen ids.
+
+    Each row is a request's features plus `exclude`, the item ids seen before.
+    """
+    queries = split_queries(data, 2, count, seed)
+    ids, rows = data.items["id"], []
+    users = data.event_columns["user"][queries.event]
+    for i in range(len(queries.event)):
+        seen = queries.seen[queries.seen_offset[i] : queries.seen_offset[i + 1]]
+        row = data.raw_query(int(users[i]), int(queries.event[i]), seen)
+        # Every other query filters what the user has seen.
+        exclude = np.unique(seen) if i % 2 == 0 else np.empty(0, np.int64)
+        row["exclude"] = ids.take(exclude).to_pylist()
+        rows.append(row)
+    for row in rows[: max(1, len(rows) // 20)]:
+        for spec in specs:
+            if spec.kind == "id":
+                row[spec.name] = UNSEEN_ID[spec.dtype]
+            elif spec.is_list:
+                row[spec.name] = [UNSEEN_ID[spec.dtype]] * (len(rows) % 2)
+    return rows
+
+
+@torch.no_grad()
+def eager_answers(
+    model: TwoTower, encoder: Encoder, vectors: npt.NDArray[np.float32], data: PreparedDataset,
+    rows: list[Row], k: int,
+) -> list[Golden]:  # fmt: skip
+    """Answer raw queries with PyTorch: encode, embed, search."""
+    columns = encoder.encode_rows(model.data, "query", rows)
+    query_BD = model.query_vectors(encoded_batch(model.data, "query", columns))
+    ids = data.items["id"].to_pylist()
+    row_of = {item: i for i, item in enumerate(ids)}
+    golden = []
+    for query_D, row in zip(query_BD, rows, strict=True):
+        exclude = torch.tensor([row_of[i] for i in row["exclude"] if i in row_of])
+        scores, found = top_k_inner_product(
+            query_D[None], torch.from_numpy(vectors), k,
+            exclude_row_X=exclude.to(torch.int64),
+            exclude_offset_B1=torch.tensor([0, len(exclude)]),
+        )  # fmt: skip
+        kept = found[0] >= 0
+        golden.append(Golden(
+            features={n: v for n, v in row.items() if n != "exclude"},
+            exclude=row["exclude"],
+            item_ids=[ids[i] for i in found[0][kept].tolist()],
+            scores=scores[0][kept].tolist(),
+        ))  # fmt: skip
+    return golden
+
+
+def raw_tensors(specs: Sequence[TensorSpec], rows: Sequence[Row]) -> dict[str, npt.NDArray[Any]]:
+    """Return raw features as a graph takes them: lists padded to the longest."""
+    out: dict[str, npt.NDArray[Any]] = {}
+    for spec in specs:
+        values = [row[spec.name] for row in rows]
+        if spec.dtype == "float32":
+            out[spec.name] = np.asarray(values, np.float32).reshape(len(rows), -1)
+            continue
+        lists = [v if spec.is_list else [] if v is None else [v] for v in values]
+        width = max(1, *(len(v) for v in lists))
+        text = spec.dtype == "string"
+        padded = np.full(
+            (len(rows), width), PAD_STRING if text else PAD_INT64, object if text else np.int64
+        )
+        for i, entries in enumerate(lists):
+            padded[i, : len(entries)] = entries
+        out[spec.name] = padded
+    return out
+
+
+def session(path: Path) -> ort.InferenceSession:
+    """Open a graph for the CPU."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def onnx_answers(
+    bundle: Path, specs: Sequence[TensorSpec], golden: Sequence[Golden], ids: list[Any]
+) -> list[tuple[list[Any], list[float]]]:
+    """Answer golden queries with the bundle's graphs in ONNX Runtime."""
+    tensors = raw_tensors(specs, [g.features for g in golden])
+    (vector,) = session(bundle / "query.onnx").run(["vector"], tensors)
+    index, answers = session(bundle / "index.onnx"), []
+    for query, g in zip(vector, golden, strict=True):
+        excluded = set(g.exclude)
+        k = min(len(ids), len(g.item_ids) + len(excluded))
+        scores, rows = index.run(None, {"vector": query[None], "k": np.array([k], np.int64)})
+        best = [(ids[r], float(s)) for r, s in zip(rows[0], scores[0], strict=True)]
+        best = [(i, s) for i, s in best if i not in excluded][: len(g.item_ids)]
+        answers.append(([i for i, _ in best], [s for _, s in best]))
+    return answers
+
+
+def check_answers(
+    golden: Sequence[Golden],
+    answers: Sequence[tuple[list[Any], list[float]]],
+    tolerance: float,
+    runtime: str,
+) -> float:
+    """Return the largest score difference.
+
+    Raises:
+        ParityError: naming the worst query and by how much it differs.
+    """
+    worst = 0.0
+    for number, (g, (ids, scores)) in enumerate(zip(golden, answers, strict=True)):
+        difference = answer_difference(g.item_ids, g.scores, ids, scores, tolerance)
+        if not difference <= tolerance:
+            raise ParityError(
+                f"golden query {number}: {runtime} answers {ids[:3]}… with {scores[:3]}, eager "
+                f"PyTorch {g.item_ids[:3]}… with {g.scores[:3]} (export.tolerance {tolerance:g}): "
+                "no bundle was made"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+@torch.no_grad()
+def check_item_graph(
+    bundle: Path, specs: Sequence[TensorSpec], data: PreparedDataset,
+    vectors: npt.NDArray[np.float32], tolerance: float, sample: int = 1000,
+) -> float:  # fmt: skip
+    """Return the largest difference between `item.onnx` and the item vectors, over a sample.
+
+    Raises:
+        ParityError: when it exceeds the tolerance.
+    """
+    rows = np.linspace(0, len(vectors) - 1, min(sample, len(vectors))).astype(np.int64)
+    table = data.items.take(rows)
+    raw = table.select([f"raw.{s.name}" for s in specs])
+    raw = raw.rename_columns([s.name for s in specs]).to_pylist()
+    (got,) = session(bundle / "item.onnx").run(["vector"], raw_tensors(specs, raw))
+    difference = float(np.abs(got - vectors[rows]).max())
+    if not difference <= tolerance:
+        raise ParityError(
+            f"item graph: vectors differ by {difference:.2e} from eager PyTorch "
+            f"(export.tolerance {tolerance:g}): no bundle was made"
+        )
+    return difference

@@ -1,0 +1,186 @@
+"""The command `twotower`: one YAML describes a job, one command runs any step of it.
+
+twotower run --config configs/quickstart.yaml
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from twotower import __version__, steps
+from twotower.data.demo_log import DemoLogConfig
+from twotower.errors import UserError, did_you_mean
+from twotower.job import Job
+from twotower.serve import commands
+from twotower.show import console, facts
+
+CLOSING = "Any key of the YAML can be given on the command line: --train.batch_size=4096."
+RECOMMEND = "Ask the running server for a user's recommendations, without what the user has seen."
+
+
+def demo_log(config: DemoLogConfig) -> None:
+    """Write the synthetic log."""
+    from twotower.data.demo_log import write_demo_log
+
+    with console.status("writing the demo log"):
+        counts = write_demo_log(config)
+    facts("demo-log", {**counts, "written to": config.output})
+
+
+def run(job: Job, _: Namespace) -> None:
+    """Do every step, then answer for three users from a real server."""
+    for step in (steps.prepare, steps.train, steps.evaluate, steps.export):
+        step(job)
+    commands.show_answers(job)
+
+
+JOB_COMMANDS: dict[str, tuple[str, Callable[[Job, Namespace], None]]] = {
+    "run": ("All steps of a job, skipping those whose inputs have not changed.", run),
+    "prepare": ("Read a log and write the prepared dataset.", lambda job, _: steps.prepare(job)),
+    "train": ("Train the towers, or resume a killed run.", lambda job, _: steps.train(job)),
+    "evaluate": (
+        "Judge the towers over the whole catalogue, beside two baselines.",
+        lambda job, _: steps.evaluate(job),
+    ),
+    "export": ("Make a bundle, if ONNX agrees with PyTorch.", lambda job, _: steps.export(job)),
+    "serve": ("Serve the newest bundle from Triton until stopped.", commands.serve),
+    "recommend": (RECOMMEND, commands.recommend),
+}
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of all commands."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="twotower",
+        description=(
+            "Two-tower retrieval, from an event log to live traffic. Start with: "
+            "twotower demo-log; twotower run --config configs/quickstart.yaml"
+        ),
+        exit_on_error=False,
+        version=__version__,
+    )
+    commands_ = parser.add_subcommands(required=True, dest="command")
+    demo = ArgumentParser(
+        description="Write a synthetic log: tastes, popularity skew, drift, cold items.",
+        exit_on_error=False,
+    )
+    demo.add_class_arguments(DemoLogConfig)
+    commands_.add_subcommand("demo-log", demo, help=demo.description)
+    setup = ArgumentParser(
+        description="Make the small environment that the local Triton server runs in.",
+        exit_on_error=False,
+    )
+    commands_.add_subcommand("setup-server", setup, help=setup.description)
+    for name, (text, _) in JOB_COMMANDS.items():
+        command = ArgumentParser(description=f"{text} {CLOSING}", exit_on_error=False)
+        command.add_argument("--config", action="config", help="YAML file of the job.")
+        command.add_class_arguments(Job)
+        if name == "recommend":
+            _add_recommend_arguments(command)
+        commands_.add_subcommand(name, command, help=text)
+    return parser
+
+
+def _add_recommend_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--user", type=str, required=True, help="User id; an unknown one is fine.")
+    parser.add_argument("-k", "--k", type=int, default=10, help="Number of items.")
+    parser.add_argument(
+        "--history", type=list[str], default=None,
+        help="Item ids, oldest first, instead of the log's: --history=[a,b].",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exclude", type=list[str], default=[], help="Further item ids to leave out."
+    )
+    parser.add_argument(
+        "--url", type=str, default=None, help="Triton's gRPC address; the served job's by default."
+    )
+
+
+def keys_of(cls: Any, prefix: str = "") -> list[str]:
+    """Return the dotted keys of a configuration dataclass, those of list entries included."""
+    found = []
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        found.append(prefix + f.name)
+        for inner in (hints[f.name], *get_args(hints[f.name])):
+            if is_dataclass(inner):
+                found += keys_of(inner, f"{prefix}{f.name}.")
+    return found
+
+
+def explain(message: str) -> str:
+    """Turn jsonargparse's message into one line with a suggestion for a misspelt key."""
+    text = re.sub(r"\n\s*Problem with given class_path '[^']*':", ":", message.strip())
+    text = re.sub(r"Expected a <class '(\w+)'>. Got value: (.*)", r"expected \1, got '\2'", text)
+    text = re.sub(r"Parser key \"([^\"]+)\"", r"\1", text)
+    text = re.sub(r"\s*\n\s*", " ", text)
+    keys = keys_of(Job) + [f.name for f in fields(DemoLogConfig)]
+    unknown = re.search(r"unrecognized arguments: --([\w.-]+)", text)
+    if unknown:
+        return text + did_you_mean(unknown[1].split("=")[0], keys)
+    unknown = re.search(r"[Oo]ption '([^']+)' is not accepted", text) or re.search(
+        r"does not accept option '([^']+)'", text
+    )
+    if unknown:
+        group = re.search(r"Group '([^']+)'", text) or re.match(r"([\w.]+):", text)
+        prefix = f"{group[1]}." if group else ""
+        near = [k[len(prefix) :] for k in keys if k.startswith(prefix)]
+        return text + did_you_mean(unknown[1], near)
+    if "arguments are required" in text and "--config" not in sys.argv:
+        text += ": give a job with --config JOB.yaml (see configs/quickstart.yaml)"
+    return text
+
+
+def dispatch(arguments: list[str]) -> None:
+    """Parse, build and run one command."""
+    parser = build_parser()
+    chosen = parser.parse_args(arguments)
+    options = parser.instantiate(chosen)
+    name, options = options.command, options[options.command]
+    if name == "demo-log":
+        demo_log(DemoLogConfig(**vars(options)))
+        return
+    if name == "setup-server":
+        commands.setup_server()
+        return
+    job = Job(**{f.name: options[f.name] for f in fields(Job)})
+    job.validate()
+    JOB_COMMANDS[name][1](job, options)
+
+
+def main() -> None:
+    """Run the command; a mistake of the user's is one line and exit code 2."""
+    code = 0
+    try:
+        dispatch(sys.argv[1:])
+    except ArgumentError as error:
+        code = _refuse(explain(str(error.message)))
+    except UserError as error:
+        code = _refuse(str(error))
+    except BrokenPipeError:
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "torch" in sys.modules:
+        # gloo's threads may abort the interpreter's orderly exit after all work is done.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _refuse(message: str) -> int:
+    print(f"twotower: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

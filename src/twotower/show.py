@@ -1,0 +1,31 @@
+"""What a person sees: short tables that fit a terminal, and a line while something takes long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console(highlight=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table; columns whose name begins with '>' are right-aligned."""
+    out = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
+    for name in columns:
+        out.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left")
+    for row in rows:
+        out.add_row(*(value if isinstance(value, str) else f"{value}" for value in row))
+    console.print(out)
+
+
+def facts(title: str, values: dict[str, Any]) -> None:
+    """Print what a step did, one fact a line."""
+    out = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    out.add_column(style="dim")
+    out.add_column(overflow="fold")
+    for name, value in values.items():
+        out.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+    console.print(out)

@@ -1,0 +1,196 @@
+"""The steps of a job: each reads what the one before left, and leaves a whole directory or none.
+
+A step whose inputs have not changed since it last finished is skipped: its output carries a
+fingerprint of the configuration, of the step before and, for the log, of the files.
+
+    run_dir/
+      prepared/      see `twotower.data.prepare`
+      train/         see `twotower.train.checkpoint`
+      evaluation/    metrics.json, evaluation.png
+      bundles/<n>/   see `twotower.export.bundle`
+      server/        Triton's model repository, logs and server.json
+
+Heavy libraries are imported by the steps that need them: `serve` and `recommend` never load torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twotower import __version__
+from twotower.errors import UserError
+from twotower.export.bundle import bundle_versions, latest_bundle, read_bundle
+from twotower.files import atomic_directory, fingerprint, write_json
+from twotower.job import Job
+from twotower.show import console, facts, table
+
+if TYPE_CHECKING:
+    from twotower.data.prepared import PreparedDataset
+
+
+def prepare(job: Job) -> None:
+    """Prepare the log."""
+    from twotower.data.prepare import prepare as prepare_log
+    from twotower.data.prepare import prepare_inputs
+
+    target = job.path("prepared")
+    mark = _prepared_mark(job, prepare_inputs(job.data))
+    if _mark_of(target / "prepared.json") == mark:
+        return _unchanged("prepare", target)
+    with console.status("preparing the log"), atomic_directory(target) as partial:
+        summary = prepare_log(job.data, partial, mark)
+    counts = {name.replace("_", " "): n for name, n in summary["counts"].items()}
+    rows = {f"table {n}": f"{t['rows']:,} rows" for n, t in summary["tables"].items()}
+    facts("prepare", {**counts, **rows, "written to": target})
+
+
+def _prepared_mark(job: Job, inputs: Any) -> str:
+    return fingerprint([__version__, inputs])
+
+
+def _prepared(job: Job) -> PreparedDataset:
+    """Open the prepared dataset, refusing one of other inputs."""
+    from twotower.data.prepare import prepare_inputs
+    from twotower.data.prepared import PreparedDataset
+
+    data = PreparedDataset(job.path("prepared"))
+    if data.fingerprint != _prepared_mark(job, prepare_inputs(job.data)):
+        raise UserError(
+            f"{data.path}: was prepared from another log or schema: run `twotower prepare` again"
+        )
+    return data
+
+
+def train(job: Job) -> None:
+    """Train the towers, resuming a killed run of the same inputs."""
+    target = job.path("train")
+    data = _prepared(job)
+    mark = _train_mark(job, data)
+    if _mark_of(target / "train.json") == mark:
+        return _unchanged("train", target)
+    from twotower.train.train import train as train_towers
+
+    summary = train_towers(
+        data, target, job=asdict(job), fingerprint=mark, seed=job.seed, name=job.name,
+        model=job.model, config=job.train, evaluate=job.evaluate, tracking=job.tracking,
+    )  # fmt: skip
+    facts("train", {
+        "epochs": summary["epochs"], "steps": summary["steps"],
+        "resumed from": summary["resumed_from"] or "-", "best step": summary["best_step"],
+        summary["monitor"]: f"{summary['score']:.4f}", "seconds": f"{summary['seconds']:.0f}",
+        "checkpoint": target / "checkpoint", "curves": target / "curves.png",
+    })  # fmt: skip
+
+
+def _train_mark(job: Job, data: PreparedDataset) -> str:
+    job_ = asdict(job)
+    sections = [job_[key] for key in ("seed", "name", "model", "train", "evaluate", "tracking")]
+    return fingerprint([data.fingerprint, *sections])
+
+
+def _trained(job: Job) -> tuple[PreparedDataset, dict[str, Any]]:
+    """Return the dataset and the summary of its training, refusing one of other inputs."""
+    data, target = _prepared(job), job.path("train")
+    if not (target / "train.json").exists():
+        raise UserError(f"{target}: no trained model: run `twotower train` first")
+    summary: dict[str, Any] = json.loads((target / "train.json").read_text())
+    if summary["fingerprint"] != _train_mark(job, data):
+        raise UserError(
+            f"{target}: was trained from other data or settings: run `twotower train` again"
+        )
+    return data, summary
+
+
+def evaluate(job: Job) -> None:
+    """Judge the towers and two baselines on the test split."""
+    target = job.path("evaluation")
+    data, trained = _trained(job)
+    mark = fingerprint([trained["fingerprint"], "evaluation"])
+    if _mark_of(target / "metrics.json") == mark:
+        return _unchanged("evaluate", target)
+    from twotower.train.checkpoint import load_towers
+    from twotower.train.evaluation import compare_with_baselines
+    from twotower.train.plots import plot_evaluation
+
+    with console.status("evaluating over the whole catalogue"), atomic_directory(target) as partial:
+        model = load_towers(job.path("train"))
+        results, queries = compare_with_baselines(model, data, job.evaluate, job.seed)
+        write_json(partial / "metrics.json", {
+            "fingerprint": mark, "split": "test", "queries": queries, "results": results,
+        })  # fmt: skip
+        k = int(job.evaluate.monitor.rsplit("@", 1)[1])
+        plot_evaluation(results, k, partial / "evaluation.png")
+    names = [f"{m}@{k}" for k in job.evaluate.k for m in ("recall", "ndcg", "mrr", "hit_rate")]
+    slices = [n for n in results["two towers"] if n.startswith(f"recall@{k}/")]
+    table(
+        f"evaluate: {queries:,} test queries, {len(data.items):,} items",
+        ["metric", *(f">{name}" for name in results)],
+        [
+            [n, *(f"{r[n]:.4f}" if n in r else "-" for r in results.values())]
+            for n in (*names, *slices, f"coverage@{k}")
+        ],
+    )
+    console.print(f"written to {target}, picture in {target / 'evaluation.png'}")
+
+
+def export(job: Job) -> None:
+    """Make the next bundle, unless the newest holds the same."""
+    bundles = job.path("bundles")
+    data, trained = _trained(job)
+    metrics = _metrics(job, trained)
+    mark = fingerprint([trained["fingerprint"], asdict(job.export), metrics])
+    if versions := bundle_versions(bundles):
+        newest = bundles / str(versions[-1])
+        if _mark_of(newest / "manifest.json") == mark:
+            return _unchanged("export", newest)
+    from twotower.export.export import export as export_bundle
+    from twotower.train.tracking import log_bundle
+
+    with console.status("exporting") as status:
+        bundle = export_bundle(
+            data, job.path("train"), bundles, config=job.export, job=asdict(job), name=job.name,
+            fingerprint=mark, metrics=metrics, seed=job.seed,
+            progress=lambda stage: status.update(f"exporting: {stage}"),
+        )  # fmt: skip
+        status.update("tracking the bundle")
+        log_bundle(job.path("train"), bundle.path, job.tracking, trained["wandb_run"], metrics)
+    m = bundle.manifest
+    size = sum(f.stat().st_size for f in bundle.path.iterdir()) / 1e6
+    facts("export", {
+        "bundle": bundle.path, "version": m.version, "items": m.num_items, "width": m.dim,
+        "golden queries": job.export.golden_queries,
+        "largest score difference": f"{m.parity['scores']:.1e} (eager against ONNX Runtime)",
+        "size": f"{size:.1f} MB",
+    })  # fmt: skip
+
+
+def _metrics(job: Job, trained: dict[str, Any]) -> dict[str, float]:
+    """Return the towers' test metrics, if this model was evaluated."""
+    file = job.path("evaluation") / "metrics.json"
+    if _mark_of(file) != fingerprint([trained["fingerprint"], "evaluation"]):
+        return {}
+    metrics: dict[str, float] = json.loads(file.read_text())["results"]["two towers"]
+    return metrics
+
+
+def _mark_of(manifest: Path) -> str | None:
+    """Return the fingerprint in a manifest, None when there is no readable one."""
+    try:
+        mark: str = json.loads(manifest.read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return mark
+
+
+def _unchanged(step: str, target: Path) -> None:
+    console.print(f"[bold]{step}[/bold]: inputs unchanged since {target} was made, skipped")
+
+
+def newest_bundle(job: Job) -> Path:
+    """Return the newest bundle after checking every file of it."""
+    path = latest_bundle(job.path("bundles"))
+    read_bundle(path)
+    return path
