@@ -215,10 +215,10 @@ def _resolve_sources(
             continue
         spot = f"data.{tower}, feature '{f.name}'"
         if (f.source is not None and f.source not in found) or not found:
-            tables = [f.source] if f.source else possible
-            names = [n for s in tables for n in have[s]]
+            searched = [f.source] if f.source else possible
+            names = [n for s in searched for n in have[s]]
             raise UserError(
-                f"{spot}: no column '{f.source_column}' in {' or '.join(tables)}"
+                f"{spot}: no column '{f.source_column}' in {' or '.join(searched)}"
                 f"{did_you_mean(f.source_column, names)}"
             )
         if f.source is None and len(found) > 1:

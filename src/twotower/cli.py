@@ -14,11 +14,10 @@ from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from twotower import __version__, steps
+from twotower import __version__, serving, steps
 from twotower.data.demo_log import DemoLogConfig
 from twotower.errors import UserError, did_you_mean
 from twotower.job import Job
-from twotower.serve import commands
 from twotower.show import console, facts
 
 CLOSING = "Any key of the YAML can be given on the command line: --train.batch_size=4096."
@@ -38,7 +37,7 @@ def run(job: Job, _: Namespace) -> None:
     """Do every step, then answer for three users from a real server."""
     for step in (steps.prepare, steps.train, steps.evaluate, steps.export):
         step(job)
-    commands.show_answers(job)
+    serving.show_answers(job)
 
 
 JOB_COMMANDS: dict[str, tuple[str, Callable[[Job, Namespace], None]]] = {
@@ -50,8 +49,8 @@ JOB_COMMANDS: dict[str, tuple[str, Callable[[Job, Namespace], None]]] = {
         lambda job, _: steps.evaluate(job),
     ),
     "export": ("Make a bundle, if ONNX agrees with PyTorch.", lambda job, _: steps.export(job)),
-    "serve": ("Serve the newest bundle from Triton until stopped.", commands.serve),
-    "recommend": (RECOMMEND, commands.recommend),
+    "serve": ("Serve the newest bundle from Triton until stopped.", serving.serve),
+    "recommend": (RECOMMEND, serving.recommend),
 }
 
 
@@ -149,7 +148,7 @@ def dispatch(arguments: list[str]) -> None:
         demo_log(DemoLogConfig(**vars(options)))
         return
     if name == "setup-server":
-        commands.setup_server()
+        serving.setup_server()
         return
     job = Job(**{f.name: options[f.name] for f in fields(Job)})
     job.validate()

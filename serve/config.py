@@ -1,0 +1,71 @@
+"""Settings of the server; free of torch and of Triton, so that any host can read a job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from twotower.errors import UserError
+
+MODEL = "recommend"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """How Triton serves a bundle."""
+
+    host: str = "127.0.0.1"
+    """Address that the endpoints are bound to."""
+    http_port: int = 8000
+    """Port of HTTP requests; 0 asks the system for a free one."""
+    grpc_port: int = 8001
+    """Port of gRPC requests; 0 asks the system for a free one."""
+    metrics_port: int = 8002
+    """Port of Prometheus metrics; 0 asks the system for a free one."""
+    instances: int = 1
+    """Processes that answer."""
+    threads: int = 1
+    """Threads of ONNX Runtime in each."""
+    max_batch_size: int = 64
+    """Most rows answered together."""
+    max_queue_delay_us: int = 0
+    """Time that a batch waits for more rows; 0 still batches what has queued up meanwhile."""
+    max_queue_size: int = 1024
+    """Requests that wait, at most; further ones are refused at once."""
+    queue_timeout_ms: int = 2000
+    """Requests that waited longer are refused."""
+    default_k: int = 10
+    """Results of a request that does not say."""
+    max_k: int = 1000
+    """Most results of a request."""
+    probe_interval_s: float = 1.0
+    """Time between two golden queries that prove the server's health."""
+    probe_timeout_s: float = 2.0
+    """A probe unanswered for this long has failed."""
+    load_timeout_s: float = 60.0
+    """A server or model that is not ready after this long has failed."""
+
+    def validate(self) -> None:
+        """Refuse what Triton would refuse later.
+
+        Raises:
+            UserError: naming the key.
+        """
+        ports = {n: getattr(self, n) for n in ("http_port", "grpc_port", "metrics_port")}
+        for name, port in ports.items():
+            if not 0 <= port < 65536:
+                raise UserError(f"serve.{name} must be in 0..65535, got {port}")
+        fixed = [port for port in ports.values() if port]
+        if len(set(fixed)) < len(fixed):
+            raise UserError(f"serve: the three ports must differ, got {ports}")
+        least = (
+            "instances", "threads", "max_batch_size", "max_queue_size", "queue_timeout_ms",
+            "default_k", "max_k",
+        )  # fmt: skip
+        for name in least:
+            if getattr(self, name) < 1:
+                raise UserError(f"serve.{name} must be >= 1, got {getattr(self, name)}")
+        if self.max_queue_delay_us < 0:
+            raise UserError(f"serve.max_queue_delay_us must be >= 0, got {self.max_queue_delay_us}")
+        for name in ("probe_interval_s", "probe_timeout_s", "load_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"serve.{name} must be > 0, got {getattr(self, name)}")

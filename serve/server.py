@@ -1,0 +1,373 @@
+"""The local Triton server: started, proven by golden queries, supervised and stopped cleanly.
+
+    twotower serve --config JOB.yaml
+
+Triton's own health endpoint stays green when the process that answers is dead, so health here is a
+golden query answered as eager PyTorch answered it. The supervisor asks one every second: when it
+fails, the model is loaded anew (Triton never restarts a dead stub by itself), and when that does
+not help, the server is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from twotower.errors import UserError
+from twotower.export.bundle import Bundle, Golden, answer_difference, read_bundle
+from twotower.files import write_json
+from twotower.serve.client import RecommendClient
+from twotower.serve.config import MODEL, ServeConfig
+from twotower.serve.repository import TARGET, render_repository
+from twotower.serve.runtime import Runtime, find_runtime
+
+TOLERANCE = 1e-4
+PORTS = ("http_port", "grpc_port", "metrics_port")
+ADMIN_HEADER = "admin-key"
+STOP_S = 20.0
+
+
+class TritonServer:
+    """One tritonserver process that serves one bundle.
+
+    Args:
+        bundle: checked already.
+        config: of the server; ports of 0 are chosen when it starts.
+        work_dir: holds the model repository, the log and `server.json`.
+    """
+
+    def __init__(self, bundle: Bundle, config: ServeConfig, work_dir: Path) -> None:
+        self.bundle, self.work_dir = bundle, work_dir
+        self.wanted, self.config = config, config
+        self.golden = bundle.golden()
+        self.runtime: Runtime = find_runtime()
+        self.log = work_dir / "triton.log"
+        self.repository = work_dir / "repository"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._admin_key = secrets.token_hex(16)
+        self._shm_prefix = ""
+        self._probes = 0
+
+    @property
+    def grpc_url(self) -> str:
+        """host:port of gRPC."""
+        return f"{self.config.host}:{self.config.grpc_port}"
+
+    @property
+    def http_url(self) -> str:
+        """host:port of HTTP."""
+        return f"{self.config.host}:{self.config.http_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """URL of the Prometheus metrics."""
+        return f"http://{self.config.host}:{self.config.metrics_port}/metrics"
+
+    def start(self) -> None:
+        """Start, wait until ready, and check every golden query.
+
+        Raises:
+            UserError: for a port in use, a server that does not come up, or a wrong answer.
+        """
+        self.config = choose_ports(self.wanted)
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.repository, ignore_errors=True)
+        render_repository(self.bundle, self.repository, self.config, self.runtime.path)
+        self._launch()
+        try:
+            self._wait_ready()
+            self.prove()
+        except BaseException:
+            self.stop()
+            raise
+        write_json(self.work_dir / "server.json", {
+            "pid": self.process.pid if self.process else None,
+            "host": self.config.host,
+            **{name: getattr(self.config, name) for name in PORTS},
+            "bundle": str(self.bundle.path),
+            "version": self.bundle.manifest.version,
+        })  # fmt: skip
+
+    def _launch(self) -> None:
+        c = self.config
+        # Unique a server, so that what a crash leaves in shared memory can be removed by name.
+        self._shm_prefix = f"twotower_{os.getpid()}_{c.grpc_port}_"
+        command = [
+            str(self.runtime.server / "bin" / "tritonserver"),
+            f"--model-repository={self.repository.resolve()}",
+            f"--backend-directory={self.runtime.backends.resolve()}",
+            f"--cache-directory={self.runtime.server / 'caches'}",
+            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            f"--model-config-name={TARGET}",
+            "--disable-auto-complete-config",
+            "--model-control-mode=explicit",
+            f"--load-model={MODEL}",
+            f"--exit-timeout-secs={int(STOP_S / 2)}",
+            "--allow-gpu-metrics=false",
+            f"--http-restricted-api=model-repository:{ADMIN_HEADER}={self._admin_key}",
+            f"--grpc-restricted-protocol=model-repository:{ADMIN_HEADER}={self._admin_key}",
+        ]
+        for name, port in (("http", c.http_port), ("grpc", c.grpc_port)):
+            command += [f"--{name}-port={port}", f"--{name}-address={c.host}"]
+        command += [f"--metrics-port={c.metrics_port}", f"--metrics-address={c.host}"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, env=self.runtime.environment(), cwd=self.work_dir, stdout=log,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + self.config.load_timeout_s
+        assert self.process is not None
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise UserError(
+                    f"Triton ended with code {self.process.returncode} before it was ready; its "
+                    f"log, {self.log}, closes with:\n{self.log_tail()}"
+                )
+            if self._http("GET", f"/v2/models/{MODEL}/ready", 2.0) == 200:
+                return
+            time.sleep(0.05)
+        raise UserError(
+            f"Triton was not ready after serve.load_timeout_s={self.config.load_timeout_s:g} "
+            f"seconds; its log, {self.log}, closes with:\n{self.log_tail()}"
+        )
+
+    def log_tail(self, lines: int = 12) -> str:
+        """Return the last lines of Triton's log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def _http(self, method: str, path: str, timeout_s: float) -> int | None:
+        request = urllib.request.Request(
+            f"http://{self.http_url}{path}", method=method, data=b"{}" if method == "POST" else None
+        )
+        request.add_header(ADMIN_HEADER, self._admin_key)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return None
+
+    def prove(self) -> float:
+        """Answer every golden query and return the largest score difference.
+
+        Raises:
+            UserError: when an answer differs from eager PyTorch's beyond ties.
+        """
+        with RecommendClient(self.grpc_url, timeout_s=self.config.load_timeout_s) as client:
+            return max(self._ask(client, number) for number in range(len(self.golden)))
+
+    def probe(self) -> None:
+        """Answer one golden query within the probe's deadline, another one each time.
+
+        Raises:
+            UserError: when no answer or a wrong one comes.
+        """
+        self._probes += 1
+        with RecommendClient(self.grpc_url, timeout_s=self.config.probe_timeout_s) as client:
+            self._ask(client, self._probes % len(self.golden))
+
+    def _ask(self, client: RecommendClient, number: int) -> float:
+        golden: Golden = self.golden[number]
+        limit = min(self.config.max_k, self.bundle.manifest.num_items)
+        k = min(max(1, len(golden.item_ids)), limit)
+        answer = client.recommend(golden.features, k=k, exclude=golden.exclude)
+        if not golden.item_ids:
+            # Everything was excluded; nothing may be answered.
+            return 0.0 if not answer.item_ids else float("inf")
+        difference = answer_difference(
+            golden.item_ids[:k], golden.scores[:k], answer.item_ids, answer.scores, TOLERANCE
+        )
+        if not difference <= TOLERANCE or answer.version != self.bundle.manifest.version:
+            raise UserError(
+                f"golden query {number}: version {answer.version} answered "
+                f"{answer.item_ids[:3]}… {answer.scores[:3]}, expected {golden.item_ids[:3]}… "
+                f"{golden.scores[:3]} of version {self.bundle.manifest.version}"
+            )
+        return difference
+
+    def reload(self) -> bool:
+        """Load the model anew, which starts new stubs; return whether Triton did so."""
+        # Triton skips a load when no file has changed.
+        (self.repository / MODEL / str(self.bundle.manifest.version) / "model.py").touch()
+        timeout_s = self.config.load_timeout_s
+        return self._http("POST", f"/v2/repository/models/{MODEL}/load", timeout_s) == 200
+
+    def restart(self) -> None:
+        """Replace the server process, on the same ports.
+
+        Raises:
+            UserError: as `start`.
+        """
+        ports = {name: getattr(self.config, name) for name in PORTS}
+        self.stop()
+        self.wanted = replace(self.wanted, **ports)
+        self.start()
+
+    def stop(self) -> None:
+        """End the process: it drains, is given time, and is killed only if it does not end."""
+        process, self.process = self.process, None
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        (self.work_dir / "server.json").unlink(missing_ok=True)
+        if self._shm_prefix:
+            for leftover in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
+                leftover.unlink(missing_ok=True)
+
+    def supervise(self, stop: threading.Event) -> None:
+        """Keep the model answering until `stop` is set."""
+        failures = 0
+        while not stop.wait(0.0 if failures else self.config.probe_interval_s):
+            try:
+                self.probe()
+                failures = 0
+                continue
+            except UserError as error:
+                failures += 1
+                _say(f"probe {failures} failed: {str(error).splitlines()[0]}")
+            started = time.monotonic()
+            alive = self.process is not None and self.process.poll() is None
+            try:
+                if alive and failures < 3:
+                    action, done = "model loaded anew", self.reload()
+                else:
+                    action, done = "server restarted", True
+                    self.restart()
+            except UserError as error:
+                action, done = f"restart failed: {str(error).splitlines()[0]}", False
+            _say(f"{action}{'' if done else ' (failed)'} in {time.monotonic() - started:.1f} s")
+            if not done:
+                stop.wait(self.config.probe_interval_s)
+
+
+def _say(message: str) -> None:
+    Console(stderr=True, highlight=False).print(f"twotower serve: {message}")
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def choose_ports(config: ServeConfig) -> ServeConfig:
+    """Return the configuration with every port of 0 replaced by a free one.
+
+    Raises:
+        UserError: for a port that is in use.
+    """
+    held, ports = [], {}
+    try:
+        for name in PORTS:
+            port = getattr(config, name)
+            sock = socket.socket()
+            held.append(sock)
+            # As servers do, so that connections closed a moment ago do not hold the port.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind((config.host, port))
+            except OSError as error:
+                raise UserError(
+                    f"serve.{name}: cannot bind {config.host}:{port} ({error.strerror}): stop "
+                    f"what uses it, or choose another, for instance --serve.{name}=0"
+                ) from None
+            ports[name] = sock.getsockname()[1]
+    finally:
+        for sock in held:
+            sock.close()
+    return replace(config, **ports)
+
+
+@contextmanager
+def running_server(
+    bundle_path: Path, config: ServeConfig, work_dir: Path
+) -> Iterator[TritonServer]:
+    """Serve a bundle, supervised by a thread, while the block runs.
+
+    Raises:
+        UserError: for a damaged bundle, or as `TritonServer.start`.
+    """
+    server = TritonServer(read_bundle(bundle_path), config, work_dir)
+    server.start()
+    stop = threading.Event()
+    thread = threading.Thread(target=server.supervise, args=(stop,), name="supervisor")
+    thread.start()
+    try:
+        yield server
+    finally:
+        stop.set()
+        thread.join()
+        server.stop()
+
+
+def serve_forever(bundle_path: Path, config: ServeConfig, work_dir: Path) -> None:
+    """Serve a bundle until SIGTERM or SIGINT, then stop cleanly.
+
+    Raises:
+        UserError: for a damaged bundle, a server of this job that runs already, or as
+            `TritonServer.start`.
+    """
+    _refuse_second(work_dir)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    server = TritonServer(read_bundle(bundle_path), config, work_dir)
+    started = time.monotonic()
+    server.start()
+    try:
+        _print_endpoints(server, time.monotonic() - started)
+        server.supervise(stop)
+    finally:
+        server.stop()
+    _say("stopped")
+
+
+def _refuse_second(work_dir: Path) -> None:
+    try:
+        pid = json.loads((work_dir / "server.json").read_text())["pid"]
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+    except (OSError, ValueError, KeyError):
+        return
+    if name.startswith("tritonserver"):
+        raise UserError(
+            f"{work_dir}: process {pid} serves this job already: stop it first, or give another "
+            "run_dir"
+        )
+
+
+def _print_endpoints(server: TritonServer, seconds: float) -> None:
+    m = server.bundle.manifest
+    out = Table(title="serve", title_justify="left", title_style="bold", show_header=False)
+    for name, value in {
+        "bundle": f"{server.bundle.path} (version {m.version}, {m.num_items:,} items)",
+        "gRPC": server.grpc_url,
+        "HTTP": f"http://{server.http_url}/v2/models/{MODEL}",
+        "metrics": server.metrics_url,
+        "golden queries": f"{len(server.golden)} answered as by eager PyTorch, in {seconds:.1f} s",
+        "log": str(server.log),
+    }.items():
+        out.add_row(name, value)
+    Console(highlight=False).print(out)

@@ -1,0 +1,139 @@
+"""The serving steps of a job: start Triton on the newest bundle, and ask it.
+
+Loads no torch: a user's features and history come from the prepared dataset, answers from Triton.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from jsonargparse import Namespace
+
+from twotower.data.prepared import PreparedDataset
+from twotower.data.queries import split_queries
+from twotower.data.schema import PAD_INT64
+from twotower.errors import UserError
+from twotower.export.bundle import latest_bundle, read_bundle
+from twotower.job import Job
+from twotower.serve.client import Recommendation, RecommendClient
+from twotower.serve.runtime import setup_runtime
+from twotower.serve.server import running_server, serve_forever
+from twotower.show import console, table
+
+SHOWN_USERS = 3
+SHOWN_HISTORY = 3
+
+
+def setup_server() -> None:
+    """Make the environment that the local Triton server runs in, unless it is there."""
+    with console.status("preparing the local Triton server"):
+        runtime = setup_runtime()
+    console.print(f"Triton server ready in {runtime.path}")
+
+
+def serve(job: Job, _: Namespace) -> None:
+    """Serve the newest bundle until SIGTERM or Ctrl-C."""
+    serve_forever(latest_bundle(job.path("bundles")), job.serve, job.path("server"))
+
+
+def recommend(job: Job, options: Namespace) -> None:
+    """Print one user's recommendations from the running server."""
+    data = PreparedDataset(job.path("prepared"))
+    user = _parse_id(options.user, data, "users")
+    features, seen = request_of(data, user)
+    if options.history is not None:
+        seen = [_parse_id(i, data, "items") for i in options.history]
+        for f in data.config.histories():
+            features[f.name] = seen[max(0, len(seen) - f.length) :]
+    exclude = seen + [_parse_id(i, data, "items") for i in options.exclude]
+    with RecommendClient(options.url or _served_url(job)) as client:
+        answer = client.recommend(features, k=options.k, exclude=exclude)
+    _print_answer(job, user, seen, answer)
+
+
+def show_answers(job: Job) -> None:
+    """Start a server on a free port, print three users' recommendations and stop it."""
+    data = PreparedDataset(job.path("prepared"))
+    bundle = latest_bundle(job.path("bundles"))
+    queries = split_queries(data, 2, 1000, job.seed)
+    rows = np.unique(data.event_columns["user"][queries.event])
+    chosen = rows[np.linspace(0, len(rows) - 1, min(SHOWN_USERS, len(rows))).astype(int)]
+    free = replace(job.serve, http_port=0, grpc_port=0, metrics_port=0)
+    with running_server(bundle, free, job.path("server")) as server:
+        console.print(f"Triton answers over gRPC at {server.grpc_url}")
+        with RecommendClient(server.grpc_url) as client:
+            for row in chosen:
+                user = data.users["id"][int(row)].as_py()
+                features, seen = request_of(data, user)
+                answer = client.recommend(features, k=min(10, len(data.items)), exclude=seen)
+                _print_answer(job, user, seen, answer)
+
+
+def request_of(data: PreparedDataset, user: Any) -> tuple[dict[str, Any], list[Any]]:
+    """Return a user's request as of the newest event, and every item the user has seen.
+
+    An id that the log does not know gives a request of missing and average features, with the id
+    itself where the model has a feature for it.
+    """
+    row = data.user_row(user)
+    history = data.timeline_of(row) if row is not None else np.empty(0, np.int64)
+    event = data.last_event_of(row) if row is not None else None
+    features = data.raw_query(row, event, history)
+    for f in data.config.query:
+        if f.kind == "id" and f.source_column == data.config.columns.user:
+            features[f.name] = user
+    return features, data.items["id"].take(history).to_pylist()
+
+
+def _parse_id(text: str, data: PreparedDataset, side: str) -> Any:
+    """Read an id from the command line in the type that the log uses."""
+    if str(getattr(data, side)["id"].type) == "string":
+        return text
+    try:
+        number = int(text)
+    except ValueError:
+        raise UserError(f"'{text}' is not an id: the log's {side} have integer ids") from None
+    if not PAD_INT64 < number < 2**63:
+        raise UserError(f"'{text}' is not an id: it does not fit 64 bits")
+    return number
+
+
+def _served_url(job: Job) -> str:
+    """Return the gRPC address of the job's running server."""
+    try:
+        state = json.loads((job.path("server") / "server.json").read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"no server of this job is running ({job.path('server')}): start "
+            "`twotower serve` with the same --config, or give --url HOST:PORT"
+        ) from None
+    return f"{state['host']}:{state['grpc_port']}"
+
+
+def _print_answer(job: Job, user: Any, seen: list[Any], answer: Recommendation) -> None:
+    bundle = read_bundle(job.path("bundles") / str(answer.version), verify=False)
+    items = pq.read_table(bundle.path / "items.parquet")
+    row_of = {item: i for i, item in enumerate(items["id"].to_pylist())}
+    shown = [n for n in items.column_names if n not in ("id", "train_count")]
+
+    def describe(item: Any) -> list[str]:
+        row = row_of.get(item)
+        return ["" if row is None else str(items[n][row].as_py()) for n in shown]
+
+    recent = ", ".join(
+        " · ".join([str(item), *describe(item)[:1]]) for item in seen[-SHOWN_HISTORY:]
+    )
+    table(
+        f"user {user}: {len(seen)} items seen, newest {recent or 'none'}",
+        [">#", "item", *shown, ">score"],
+        [
+            [n, str(item), *describe(item), f"{score:.4f}"]
+            for n, (item, score) in enumerate(
+                zip(answer.item_ids, answer.scores, strict=True), start=1
+            )
+        ],
+    )
