@@ -9,6 +9,7 @@ Shape legend: `B` batch, `L` entries of a list, `D` embedding width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,8 @@ class TwoTower(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        # TorchRec asks at every look-up whether it is being traced, and torch warns of the asking.
+        logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
         self.data = data
         id_features = [(t, f) for t, f in data.features() if f.kind in ID_KINDS]
         listed = {f.table_name for _, f in id_features if f.pooling == "attention"}

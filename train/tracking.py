@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 
 from twotower.train.config import TrackingConfig
@@ -34,9 +35,12 @@ def wandb_logger(
     mode = wandb_mode(config)
     if mode == "disabled":
         return None
-    os.environ.setdefault("WANDB_SILENT", "true")
     logger = WandbLogger(
-        name=name, save_dir=str(directory), offline=mode == "offline", project=config.project
+        name=name,
+        save_dir=str(directory),
+        offline=mode == "offline",
+        project=config.project,
+        settings=wandb.Settings(silent=True),
     )
     logger.experiment.config.update(job, allow_val_change=True)
     return logger
@@ -53,15 +57,13 @@ def log_bundle(
     mode = wandb_mode(config)
     if mode == "disabled" or run_id is None:
         return
-    import wandb
-
-    os.environ.setdefault("WANDB_SILENT", "true")
     run = wandb.init(
         project=config.project, id=run_id, dir=str(directory), mode=mode,
         resume="allow" if mode == "online" else None,
+        settings=wandb.Settings(silent=True),
     )  # fmt: skip
     run.summary.update(metrics)
     artifact = wandb.Artifact(f"{run.project}-bundle", type="bundle", metadata=metrics)
     artifact.add_dir(str(bundle))
     run.log_artifact(artifact, aliases=[f"v{bundle.name}"])
-    run.finish(quiet=True)
+    run.finish()

@@ -195,7 +195,7 @@ def _finish(
     }
     plot_curves(history, best.monitor, partial / "curves.png")
     if wandb:
-        wandb.experiment.finish(quiet=True)
+        wandb.experiment.finish()
     Path(best.best_model_path).rename(partial / "checkpoint")
     shutil.rmtree(partial / "checkpoints")
     write_json(partial / "train.json", summary)

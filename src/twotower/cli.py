@@ -145,7 +145,7 @@ def dispatch(arguments: list[str]) -> None:
     options = parser.instantiate(chosen)
     name, options = options.command, options[options.command]
     if name == "demo-log":
-        demo_log(DemoLogConfig(**vars(options)))
+        demo_log(DemoLogConfig(**{f.name: options[f.name] for f in fields(DemoLogConfig)}))
         return
     if name == "setup-server":
         serving.setup_server()
