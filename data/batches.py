@@ -182,7 +182,9 @@ def make_batch(
         stride=size,
     )
     tensors = {
-        k: torch.from_numpy(np.ascontiguousarray(v, dtype=np.float32)) for k, v in columns.items()
+        # A view of a mapped file is read-only, which torch does not know.
+        k: torch.from_numpy(np.require(v, np.float32, ["C", "W"]))
+        for k, v in columns.items()
     }
     ones = np.ones(size, np.float32) if weight is None else weight
     item_B = torch.from_numpy(np.ascontiguousarray(item))
@@ -228,10 +230,12 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self.rows) // self.batch_size
 
+    def set_epoch(self, epoch: int) -> None:
+        """Turn to an epoch; its place is kept if it is this one."""
+        if epoch != self.epoch:
+            self.epoch, self.next_batch = epoch, 0
+
     def __iter__(self) -> Iterator[Batch]:
-        # A consumer that counts batches never asks for the one after the last, so the turn of the
-        # epoch happens here and not behind the loop.
-        self.load_state_dict(self.state_dict())
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
         while self.next_batch < len(self):
             start = self.next_batch * self.batch_size
@@ -240,8 +244,7 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Return the place of the next batch."""
-        at_end = self.next_batch >= len(self)
-        return {"epoch": self.epoch + at_end, "next_batch": 0 if at_end else self.next_batch}
+        return {"epoch": self.epoch, "next_batch": self.next_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a saved place."""

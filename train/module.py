@@ -40,6 +40,10 @@ class RetrievalModule(L.LightningModule):
             RowWiseAdagrad, model.table_parameters(), {"lr": config.table_lr, "eps": 1e-8}
         )
 
+    def on_train_epoch_start(self) -> None:
+        """Turn the loader to the epoch; behind a whole one, Lightning restores no place in it."""
+        self.trainer.train_dataloader.set_epoch(self.current_epoch)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         query_BD, item_BD, temperature = self.model(batch)

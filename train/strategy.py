@@ -27,6 +27,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingType
+from torchrec.optim.keyed import KeyedOptimizerWrapper
 
 from twotower.files import atomic_directory
 
@@ -130,6 +131,8 @@ class TorchRecStrategy(DDPStrategy):
         """Load weights and optimizers into the live shards and return Lightning's own part."""
         path = Path(self.broadcast(str(checkpoint_path)))
         module = self.lightning_module
+        for optimizer in self.optimizers:
+            _make_states(optimizer)
         state: dict[str, Any] = {"model": module.state_dict()}
         for i, optimizer in enumerate(self.optimizers):
             state[f"optimizer_{i}"] = self.optimizer_state(optimizer)
@@ -148,6 +151,18 @@ class TorchRecStrategy(DDPStrategy):
         """Delete a checkpoint directory."""
         if self.is_global_zero:
             shutil.rmtree(filepath, ignore_errors=True)
+
+
+def _make_states(optimizer: Any) -> None:
+    """Give dense parameters the optimizer states that loading fills in.
+
+    AdamW makes them at its first step, and only tensors that exist are loaded; without them a
+    resumed run would silently begin with fresh moments. The weights that this step decays are
+    loaded afterwards.
+    """
+    for _, part in _plain(optimizer).optimizers:
+        if isinstance(part, KeyedOptimizerWrapper):
+            part.init_state()
 
 
 def _plain(optimizer: Any) -> Any:

@@ -64,6 +64,7 @@ def log_bundle(
     )  # fmt: skip
     run.summary.update(metrics)
     artifact = wandb.Artifact(f"{run.project}-bundle", type="bundle", metadata=metrics)
-    artifact.add_dir(str(bundle))
+    for file in sorted(bundle.iterdir()):
+        artifact.add_file(str(file))
     run.log_artifact(artifact, aliases=[f"v{bundle.name}"])
     run.finish()

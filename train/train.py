@@ -19,7 +19,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.progress import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
@@ -59,6 +59,48 @@ class CatalogueValidation(L.Callback):
         for name, value in metrics.items():
             if "/" not in name:
                 pl_module.log(f"val/{name}", value, prog_bar=name == self.config.monitor)
+
+
+class ResumeCheckpoint(Checkpoint):
+    """Keeps one checkpoint that a killed run resumes from: every n steps, and after each epoch.
+
+    An epoch's own is written once its validation has been judged, so that no run resumes behind
+    the last batch of an epoch that nothing has chosen from.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int) -> None:
+        self.folder, self.every_n_steps = folder, every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
+        batch_idx: int,
+    ) -> None:  # fmt: skip
+        """Save in the middle of an epoch."""
+        last = batch_idx + 1 == trainer.num_training_batches
+        if trainer.global_step % self.every_n_steps == 0 and not last:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save after an epoch."""
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        # Named by step, so that the new one is whole before the old one goes.
+        old = list(self.folder.glob("last-step=*.ckpt"))
+        new = self.folder / f"last-step={trainer.global_step}.ckpt"
+        trainer.save_checkpoint(new)
+        for path in old:
+            if path != new:
+                trainer.strategy.remove_checkpoint(path)
+
+
+class _Progress(RichProgressBar):
+    """Leaves out the loggers' version, which says nothing of the run."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        shown: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        shown.pop("v_num", None)
+        return shown
 
 
 def train(
@@ -122,8 +164,8 @@ def _resume_point(partial: Path, fingerprint: str) -> Path | None:
         return None
     if inputs["fingerprint"] != fingerprint:
         return None
-    found = (partial / "checkpoints").glob("*-step=*.ckpt")
-    return max(found, key=lambda p: (_step(p), p.name), default=None)
+    found = (partial / "checkpoints").glob("last-step=*.ckpt")
+    return max(found, key=_step, default=None)
 
 
 def _step(checkpoint: Path) -> int:
@@ -140,16 +182,12 @@ def _trainer(
     callbacks = [
         validation,
         EarlyStopping(monitor, mode="max", patience=config.patience, check_on_train_epoch_end=True),
-        # Named by step, so that a new one stands beside the old one until it is whole.
         ModelCheckpoint(
             folder, "best-{step}", monitor=monitor, mode="max", save_on_train_epoch_end=True,
             enable_version_counter=False,
         ),
-        ModelCheckpoint(
-            folder, "last-{step}", monitor="step", mode="max", enable_version_counter=False,
-            every_n_train_steps=config.checkpoint_every_steps,
-        ),
-        RichProgressBar(leave=False),
+        ResumeCheckpoint(folder, config.checkpoint_every_steps),
+        _Progress(leave=False),
     ]  # fmt: skip
     return L.Trainer(
         accelerator="gpu" if config.accelerator == "cuda" else config.accelerator,
@@ -179,7 +217,7 @@ def _finish(
     trainer: L.Trainer, partial: Path, directory: Path, fingerprint: str,
     resume: Path | None, started: float, wandb: WandbLogger | None,
 ) -> dict[str, Any]:  # fmt: skip
-    best = next(c for c in trainer.checkpoint_callbacks if "best-" in c.filename)
+    best: Any = next(c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
     score = float(best.best_model_score)
     history = read_metrics(partial)
     summary = {
