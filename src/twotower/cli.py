@@ -122,17 +122,16 @@ def explain(message: str) -> str:
     text = re.sub(r"Parser key \"([^\"]+)\"", r"\1", text)
     text = re.sub(r"\s*\n\s*", " ", text)
     keys = keys_of(Job) + [f.name for f in fields(DemoLogConfig)]
-    unknown = re.search(r"unrecognized arguments: --([\w.-]+)", text)
-    if unknown:
-        return text + did_you_mean(unknown[1].split("=")[0], keys)
-    unknown = re.search(r"[Oo]ption '([^']+)' is not accepted", text) or re.search(
-        r"does not accept option '([^']+)'", text
-    )
-    if unknown:
-        group = re.search(r"Group '([^']+)'", text) or re.match(r"([\w.]+):", text)
-        prefix = f"{group[1]}." if group else ""
-        near = [k[len(prefix) :] for k in keys if k.startswith(prefix)]
-        return text + did_you_mean(unknown[1], near)
+    if found := re.search(r"unrecognized arguments: --([\w.-]+)", text):
+        return f"unknown option --{found[1]}{did_you_mean(found[1], keys)}"
+    if found := re.search(
+        r"(Group '([^']+)'|Subcommand '[^']+') does not accept option '(.+)'", text
+    ):
+        name = f"{found[2]}.{found[3]}" if found[2] else found[3]
+        return f"unknown key '{name}'{did_you_mean(name, keys)}"
+    if found := re.match(r"([\w.]+):.* Option '([^']+)' is not accepted", text):
+        near = [k.removeprefix(f"{found[1]}.") for k in keys if k.startswith(f"{found[1]}.")]
+        return f"unknown key '{found[2]}' in {found[1]}{did_you_mean(found[2], near)}"
     if "arguments are required" in text and "--config" not in sys.argv:
         text += ": give a job with --config JOB.yaml (see configs/quickstart.yaml)"
     return text

@@ -1,0 +1,124 @@
+"""The contract of every tower: TorchRec in training = the padded twin = ONNX on raw features."""
+
+import numpy as np
+import pytest
+import torch
+
+from twotower.data.batches import BatchBuilder, encoded_batch
+from twotower.data.schema import Feature, Table
+from twotower.export.graphs import raw_graph, save_graph
+from twotower.export.parity import raw_tensors, session
+from twotower.towers.config import ModelConfig
+from twotower.towers.two_tower import TwoTower
+
+from ..conftest import EVENTS
+
+USERS = {"user_id": [1, 2, 3], "age": [20, 30, None], "city": ["x", None, "é"]}
+ITEMS = {
+    "item_id": list("abcd"),
+    "tags": [["p", "q"], ["q"], None, ["r", "p", "q"]],
+    "price": [1.5, 2.0, None, 9.0],
+    "text": [[1.0, 2.0], [3.0, 4.0], None, [5.0, 6.0]],
+}
+KINDS = {
+    "history": Feature(name="history", kind="history", table="item_id", length=3),
+    "one": Feature(name="history", kind="history", table="item_id", length=1),
+    "integer id": Feature(name="user_id", kind="id"),
+    "string id with nulls": Feature(name="city", kind="id"),
+    "number": Feature(name="age", kind="number"),
+}
+ITEM_KINDS = {
+    "id": Feature(name="item_id", kind="id"),
+    "ids": Feature(name="tags", kind="ids", length=2),
+    "number": Feature(name="price", kind="number"),
+    "vector": Feature(name="text", kind="vector", width=2),
+}
+
+
+def pooled(features, pooling):
+    from dataclasses import replace
+
+    return [replace(f, pooling=pooling) if f.kind in ("history", "ids") else f for f in features]
+
+
+CASES = {
+    **{f"query {n}, {p}": ([f], list(ITEM_KINDS.values())[:1], p)
+       for n, f in KINDS.items() for p in ("mean", "sum", "attention")
+       if f.kind == "history" or p == "mean"},
+    **{f"item {n}, {p}": ([KINDS["history"]], [f], p)
+       for n, f in ITEM_KINDS.items() for p in ("mean", "sum", "attention")
+       if f.kind == "ids" or p == "mean"},
+    "all, mean": (list(KINDS.values())[:1] + list(KINDS.values())[2:],
+                  list(ITEM_KINDS.values()), "mean"),
+    "all, attention": (list(KINDS.values())[:1] + list(KINDS.values())[2:],
+                       list(ITEM_KINDS.values()), "attention"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_training_twin_and_onnx_agree(name, residual, make, tmp_path) -> None:
+    query, item, pooling = CASES[name]
+    data = make(
+        EVENTS, users=USERS, items=ITEMS, query=pooled(query, pooling), item=pooled(item, pooling),
+        tables={"item_id": Table(min_count=2, oov_rows=3)}
+        if any(f.table_name == "item_id" and f.kind != "number" for f in (*query, *item)) else {},
+    )  # fmt: skip
+    torch.manual_seed(1)
+    rows = {n: t["rows"] for n, t in data.summary["tables"].items()}
+    config = ModelConfig(dim=8, hidden=[16], residual=residual)
+    model = TwoTower(data.config, rows, config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    builder, encoder = BatchBuilder(data), data.encoder
+    events = np.arange(len(data.events))
+    requests = []
+    for row in events:
+        user = int(data.event_columns["user"][row])
+        history = data.timeline[data.history_from[user] : data.event_columns["history_to"][row]]
+        requests.append(data.raw_query(user, int(row), history))
+    catalogue = np.arange(len(data.items))
+    raw_items = data.items.select([f"raw.{f.name}" for f in data.config.item])
+    raw_items = raw_items.rename_columns([f.name for f in data.config.item]).to_pylist()
+    for side, trained, raw in (
+        ("query", model.query_vectors(builder.queries(events)), requests),
+        ("item", model.item_vectors(builder.items(catalogue)), raw_items),
+    ):
+        specs = encoder.specs(data.config, side)
+        save_graph(raw_graph(encoder, model, side, specs), tmp_path / "graph.onnx")
+        graph = session(tmp_path / "graph.onnx")
+        assert [i.name for i in graph.get_inputs()] == [s.name for s in specs]
+        (served,) = graph.run(["vector"], raw_tensors(specs, raw))
+        # The rounding of a few fp32 layers of width 16, on vectors of length 1.
+        np.testing.assert_allclose(served, trained.detach().numpy(), atol=2e-6)
+        encode = model.query_vectors if side == "query" else model.item_vectors
+        columns = encoder.encode_rows(data.config, side, raw)
+        encoded = encode(encoded_batch(data.config, side, columns))
+        np.testing.assert_allclose(served, encoded.detach().numpy(), atol=2e-6)
+        for place, request in enumerate(raw):
+            (alone,) = graph.run(["vector"], raw_tensors(specs, [request]))
+            np.testing.assert_allclose(alone[0], served[place], atol=2e-6)
+
+
+def test_unseen_and_missing_ids_are_answered_as_in_training(make, tmp_path) -> None:
+    features = [KINDS["history"], KINDS["integer id"], KINDS["string id with nulls"]]
+    data = make(EVENTS, users=USERS, query=features)
+    rows = {n: t["rows"] for n, t in data.summary["tables"].items()}
+    model = TwoTower(data.config, rows, ModelConfig(dim=8, hidden=[16])).eval()
+    specs = data.encoder.specs(data.config, "query")
+    requests = [
+        {"history": history, "user_id": user, "city": city}
+        for history in ([], ["zebra"], ["a", "zebra", "ü"])
+        for user in (1, -7, 2**62, None)
+        for city in ("x", "nowhere", "", None)
+    ]
+    save_graph(raw_graph(data.encoder, model, "query", specs), tmp_path / "graph.onnx")
+    (served,) = session(tmp_path / "graph.onnx").run(["vector"], raw_tensors(specs, requests))
+    for request in requests:
+        request["city"] = request["city"] or None
+    columns = data.encoder.encode_rows(data.config, "query", requests)
+    eager = model.query_vectors(encoded_batch(data.config, "query", columns))
+    np.testing.assert_allclose(served, eager.detach().numpy(), atol=2e-6)
+    assert len(np.unique(served.round(5), axis=0)) > 20, "ids make a difference"

@@ -1,0 +1,57 @@
+"""Parity is a gate: eager PyTorch, ONNX Runtime and Triton agree, or there is no bundle."""
+
+import numpy as np
+import pytest
+
+from twotower.data.prepared import PreparedDataset
+from twotower.export.bundle import read_bundle
+from twotower.export.config import ExportConfig
+from twotower.export.export import export
+from twotower.export.parity import (
+    ParityError,
+    check_answers,
+    eager_answers,
+    onnx_answers,
+)
+from twotower.train.checkpoint import load_towers
+
+
+def test_200_golden_queries_agree_between_eager_and_onnx(finished_run) -> None:
+    """`tests/serve` asks the running server the same."""
+    bundle = read_bundle(finished_run.bundle)
+    golden = bundle.golden()
+    assert len(golden) == 200
+    assert any(g.exclude for g in golden)
+    assert any(not g.features["history"] for g in golden)
+    data = PreparedDataset(finished_run.run_dir / "prepared")
+    model = load_towers(finished_run.run_dir / "train")
+    vectors = np.load(bundle.path / "item_vectors.npy")
+    rows = [g.features | {"exclude": g.exclude} for g in golden]
+    again = eager_answers(model, data.encoder, vectors, data, rows, 10)
+    assert check_answers(golden, [(g.item_ids, g.scores) for g in again], 1e-6, "eager") < 1e-6
+    ids = data.items["id"].to_pylist()
+    answers = onnx_answers(bundle.path, bundle.manifest.query, golden, ids)
+    assert check_answers(golden, answers, 1e-4, "ONNX Runtime") < 1e-4
+    for g in golden:
+        assert not set(g.exclude) & set(g.item_ids)
+        assert len(g.item_ids) == 10
+
+
+def test_a_difference_beyond_the_tolerance_leaves_no_bundle(finished_run, tmp_path) -> None:
+    # Far below the rounding of fp32, so that the two runtimes must differ.
+    strict = ExportConfig(tolerance=1e-12)
+    with pytest.raises(ParityError, match=r"golden query \d+: ONNX Runtime answers"):
+        export(
+            PreparedDataset(finished_run.run_dir / "prepared"), finished_run.run_dir / "train",
+            tmp_path / "bundles", config=strict, job={}, name="x", fingerprint="x",
+            metrics={}, seed=0, progress=lambda _: None,
+        )  # fmt: skip
+    assert list((tmp_path / "bundles").iterdir()) == []
+
+
+def test_a_wrong_answer_is_named(finished_run) -> None:
+    golden = read_bundle(finished_run.bundle).golden()
+    answers = [(g.item_ids, g.scores) for g in golden]
+    answers[17] = (golden[17].item_ids[::-1], golden[17].scores)
+    with pytest.raises(ParityError, match="golden query 17: a server answers"):
+        check_answers(golden, answers, 1e-4, "a server")
