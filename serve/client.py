@@ -87,17 +87,17 @@ def encode(
                 "unknown id, [] for an empty list"
             )
         tensors[spec.name] = (WIRE[spec.dtype], _feature(spec, features[spec.name]))
-    if k is not None:
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise UserError(f"k must be an integer, got {k!r}")
-        if not 1 <= k <= schema.max_k:
-            raise UserError(
-                f"k must be in 1..{schema.max_k} (catalogue: {schema.num_items} items), got {k}"
-            )
-        tensors["k"] = ("INT32", np.array([[k]], np.int32))
-    if len(exclude):
-        ids = [_id("exclude", schema.item_id_dtype, value) for value in exclude]
-        tensors["exclude"] = (WIRE[schema.item_id_dtype], _ids(schema.item_id_dtype, ids))
+    k = schema.default_k if k is None else k
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise UserError(f"k must be an integer, got {k!r}")
+    if not 1 <= k <= schema.max_k:
+        raise UserError(
+            f"k must be in 1..{schema.max_k} (catalogue: {schema.num_items} items), got {k}"
+        )
+    # Both are optional to the server, but it batches only requests that carry the same inputs.
+    tensors["k"] = ("INT32", np.array([[k]], np.int32))
+    ids = [_id("exclude", schema.item_id_dtype, value) for value in exclude]
+    tensors["exclude"] = (WIRE[schema.item_id_dtype], _ids(schema.item_id_dtype, ids))
     return tensors
 
 

@@ -29,10 +29,6 @@ class ServeConfig:
     """Most rows answered together."""
     max_queue_delay_us: int = 0
     """Time that a batch waits for more rows; 0 still batches what has queued up meanwhile."""
-    max_queue_size: int = 1024
-    """Requests that wait, at most; further ones are refused at once."""
-    queue_timeout_ms: int = 2000
-    """Requests that waited longer are refused."""
     default_k: int = 10
     """Results of a request that does not say."""
     max_k: int = 1000
@@ -57,11 +53,7 @@ class ServeConfig:
         fixed = [port for port in ports.values() if port]
         if len(set(fixed)) < len(fixed):
             raise UserError(f"serve: the three ports must differ, got {ports}")
-        least = (
-            "instances", "threads", "max_batch_size", "max_queue_size", "queue_timeout_ms",
-            "default_k", "max_k",
-        )  # fmt: skip
-        for name in least:
+        for name in ("instances", "threads", "max_batch_size", "default_k", "max_k"):
             if getattr(self, name) < 1:
                 raise UserError(f"serve.{name} must be >= 1, got {getattr(self, name)}")
         if self.max_queue_delay_us < 0:

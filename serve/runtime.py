@@ -65,8 +65,6 @@ class Runtime:
         ]
         env["LD_LIBRARY_PATH"] = ":".join(p for p in libraries if p)
         env["PATH"] = f"{self.path / 'bin'}:{env.get('PATH', '')}"
-        # A .pyc written beside the model would look like a change of it.
-        env["PYTHONDONTWRITEBYTECODE"] = "1"
         return env
 
 

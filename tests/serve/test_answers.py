@@ -1,0 +1,263 @@
+"""What the running server answers, over every protocol, and what it refuses."""
+
+import asyncio
+import json
+import re
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+from tritonclient.utils import InferenceServerException
+
+from twotower.errors import UserError
+from twotower.serve.client import AsyncRecommendClient, RecommendClient, ServerUnavailable
+
+
+@pytest.fixture(scope="module")
+def golden(server):
+    return server.golden
+
+
+@pytest.fixture
+def client(server):
+    with RecommendClient(server.grpc_url) as client:
+        yield client
+
+
+def url_of(server, protocol: str) -> str:
+    return server.grpc_url if protocol == "grpc" else server.http_url
+
+
+def test_all_golden_queries_are_answered_as_by_eager_pytorch(server) -> None:
+    assert len(server.golden) == 200
+    assert server.prove() < 1e-4
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_both_protocols_sync_and_asyncio_answer_alike(server, golden, protocol) -> None:
+    url = url_of(server, protocol)
+
+    async def ask() -> list[object]:
+        async with AsyncRecommendClient(url, protocol) as client:
+            return await asyncio.gather(
+                *(client.recommend(g.features, k=10, exclude=g.exclude) for g in golden[:40])
+            )
+
+    with RecommendClient(url, protocol) as client:
+        for g, other in zip(golden[:40], asyncio.run(ask()), strict=True):
+            answer = client.recommend(g.features, k=10, exclude=g.exclude)
+            assert answer.item_ids == other.item_ids == g.item_ids
+            np.testing.assert_allclose(answer.scores, g.scores, atol=1e-4)
+            assert answer.version == 1
+
+
+def test_excluded_items_are_left_out_and_the_next_best_move_up(client, golden) -> None:
+    features = golden[50].features
+    best = client.recommend(features, k=20).item_ids
+    answer = client.recommend(features, k=10, exclude=[*best[:5], best[9], "no such item"])
+    assert answer.item_ids == [*best[5:9], *best[10:16]]
+
+
+def test_everything_but_a_few_may_be_excluded(client, server, golden) -> None:
+    ids = [i.decode() for i in np.load(server.bundle.path / "item_ids.npy")]
+    answer = client.recommend(golden[0].features, k=10, exclude=ids[3:])
+    assert sorted(answer.item_ids) == ids[:3]
+    assert client.recommend(golden[0].features, k=10, exclude=ids).item_ids == []
+
+
+def test_a_longer_id_than_any_is_not_mistaken_for_a_shorter_one(client, golden) -> None:
+    best = client.recommend(golden[0].features, k=5).item_ids
+    again = client.recommend(golden[0].features, k=5, exclude=[best[0] + "x"])
+    assert again.item_ids == best
+
+
+def test_k_is_the_servers_default_or_as_asked(client, golden) -> None:
+    assert len(client.recommend(golden[0].features).item_ids) == 10
+    for k in (1, 7, 250):
+        assert len(client.recommend(golden[0].features, k=k).item_ids) == k
+
+
+def test_unseen_and_missing_ids_are_answered(client) -> None:
+    features = {"user_id": 10**12, "history": [], "country": None, "age": 33, "device": "fridge"}
+    answer = client.recommend(features, k=5)
+    assert len(set(answer.item_ids)) == 5
+    features["history"] = ["no such item", "item-000001"]
+    assert client.recommend(features, k=5).item_ids != answer.item_ids
+
+
+GOOD = {"user_id": 1, "history": ["item-000001"], "country": "c1", "age": 30.0, "device": "web"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"age": None}, "'age' must hold numbers"),
+        ({"age": float("nan")}, "'age' must hold finite numbers, got nan"),
+        ({"age": "old"}, "'age' must hold numbers, got 'old'"),
+        ({"user_id": "one"}, "'user_id' must hold integer ids, got 'one'"),
+        ({"user_id": True}, "'user_id' must hold integer ids"),
+        ({"user_id": 2**63}, "does not fit 64 bits"),
+        ({"country": 7}, "'country' must hold string ids, got 7"),
+        ({"history": "item-000001"}, "'history' must be a list"),
+        ({"history": [1]}, "'history' must hold string ids"),
+        ({"history": ["item-000001"] * 51}, "51 entries, the model's window is 50"),
+        ({"devise": "web"}, "no feature 'devise'; did you mean 'device'"),
+    ],
+)
+def test_the_client_explains_a_mistake(client, change, words) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        client.recommend(GOOD | change)
+
+
+def test_the_client_names_a_missing_feature(client) -> None:
+    with pytest.raises(UserError, match=r"'age' .* is missing"):
+        client.recommend({k: v for k, v in GOOD.items() if k != "age"})
+
+
+@pytest.mark.parametrize("k", [0, -1, 301, 10**6])
+def test_k_beyond_the_catalogue_is_refused(client, k) -> None:
+    with pytest.raises(UserError, match=r"k must be in 1\.\.300 \(catalogue: 300 items\)"):
+        client.recommend(GOOD, k=k)
+
+
+def raw_inputs(**changes):
+    """Return the tensors of a good request, changed, with no check of ours in between."""
+    tensors = {
+        "user_id": ("INT64", np.array([[1]])),
+        "history": ("BYTES", np.array([[b"item-000001"]], dtype=object)),
+        "country": ("BYTES", np.array([[b"c1"]], dtype=object)),
+        "age": ("FP32", np.array([[30]], np.float32)),
+        "device": ("BYTES", np.array([[b"web"]], dtype=object)),
+    } | changes
+    inputs = []
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            inputs.append(grpc.InferInput(name, list(tensor[1].shape), tensor[0]))
+            inputs[-1].set_data_from_numpy(tensor[1])
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"age": ("FP32", np.array([[np.nan]], np.float32))}, "age holds NaN or infinity"),
+        ({"age": ("FP32", np.array([[np.inf]], np.float32))}, "age holds NaN or infinity"),
+        ({"age": ("INT64", np.array([[3]]))}, "data-type"),
+        ({"age": None}, "expected .* inputs"),
+        ({"extra": ("INT64", np.array([[3]]))}, "extra"),
+        (
+            {"history": ("BYTES", np.array([[b"x"] * 51], dtype=object))},
+            "history has 51 entries, the model's window is 50",
+        ),
+        ({"country": ("BYTES", np.array([[b"\xff"]], dtype=object))}, "country .* not UTF-8"),
+        ({"k": ("INT32", np.array([[301]], np.int32))}, r"k must be in 1\.\.300"),
+        ({"k": ("INT32", np.array([[0]], np.int32))}, r"k must be in 1\.\.300"),
+    ],
+)
+def test_the_server_explains_a_mistake_of_any_client(server, change, words) -> None:
+    with grpc.InferenceServerClient(server.grpc_url) as raw:
+        with pytest.raises(InferenceServerException, match=words):
+            raw.infer("recommend", raw_inputs(**change))
+        assert raw.infer("recommend", raw_inputs()).as_numpy("item_ids").shape == (1, 10)
+
+
+def test_a_request_of_several_rows_is_answered_row_by_row(server, client) -> None:
+    rows = {
+        "user_id": ("INT64", np.array([[1], [2]])),
+        "history": ("BYTES", np.array([[b"item-000001", b""], [b"item-000002", b"item-000003"]],
+                                      dtype=object)),
+        "country": ("BYTES", np.array([[b"c1"], [b""]], dtype=object)),
+        "age": ("FP32", np.array([[30], [40]], np.float32)),
+        "device": ("BYTES", np.array([[b"web"], [b"web"]], dtype=object)),
+    }  # fmt: skip
+    with grpc.InferenceServerClient(server.grpc_url) as raw:
+        together = raw.infer("recommend", raw_inputs(**rows)).as_numpy("item_ids")
+    first = client.recommend(GOOD)
+    second = client.recommend(
+        {"user_id": 2, "history": ["item-000002", "item-000003"], "country": None, "age": 40,
+         "device": "web"}
+    )  # fmt: skip
+    assert [i.decode() for i in together[0]] == first.item_ids
+    assert [i.decode() for i in together[1]] == second.item_ids
+
+
+def test_a_bad_request_fails_alone_in_its_batch(server, golden) -> None:
+    bad = raw_inputs(age=("FP32", np.array([[np.nan]], np.float32)))
+
+    def ask(number: int) -> bool:
+        if number % 3 == 0:
+            with grpc.InferenceServerClient(server.grpc_url) as raw:
+                try:
+                    raw.infer("recommend", bad)
+                except InferenceServerException as error:
+                    return "age holds NaN" in str(error)
+            return False
+        g = golden[number % len(golden)]
+        with RecommendClient(server.grpc_url) as client:
+            return client.recommend(g.features, k=10, exclude=g.exclude).item_ids == g.item_ids
+
+    with ThreadPoolExecutor(24) as pool:
+        assert all(pool.map(ask, range(240)))
+
+
+def test_concurrent_requests_are_batched(server, golden) -> None:
+    async def ask() -> None:
+        async with AsyncRecommendClient(server.grpc_url, timeout_s=20) as client:
+            await asyncio.gather(
+                *(client.recommend(golden[i % 200].features, k=10) for i in range(600))
+            )
+
+    def count(name: str) -> int:
+        text = urllib.request.urlopen(server.metrics_url).read().decode()
+        return int(float(re.search(rf'^{name}{{model="recommend".*}} (\S+)$', text, re.M)[1]))
+
+    before = [count("nv_inference_count"), count("nv_inference_exec_count")]
+    asyncio.run(ask())
+    rows = count("nv_inference_count") - before[0]
+    runs = count("nv_inference_exec_count") - before[1]
+    assert rows >= 600
+    assert runs < rows / 2
+
+
+def test_json_over_http_answers_without_any_client_library(server) -> None:
+    body = {
+        "inputs": [
+            {"name": "user_id", "datatype": "INT64", "shape": [1, 1], "data": [1]},
+            {"name": "history", "datatype": "BYTES", "shape": [1, 1], "data": ["item-000001"]},
+            {"name": "country", "datatype": "BYTES", "shape": [1, 1], "data": ["c1"]},
+            {"name": "age", "datatype": "FP32", "shape": [1, 1], "data": [30]},
+            {"name": "device", "datatype": "BYTES", "shape": [1, 1], "data": ["web"]},
+        ]
+    }
+    request = urllib.request.Request(
+        f"http://{server.http_url}/v2/models/recommend/infer", json.dumps(body).encode()
+    )
+    with urllib.request.urlopen(request) as response:
+        outputs = {o["name"]: o["data"] for o in json.load(response)["outputs"]}
+    with RecommendClient(server.grpc_url) as client:
+        assert outputs["item_ids"] == client.recommend(GOOD).item_ids
+
+
+def test_no_server_is_an_answer_too() -> None:
+    for protocol in ("grpc", "http"):
+        with (
+            RecommendClient("127.0.0.1:9", protocol, timeout_s=1) as client,
+            pytest.raises(ServerUnavailable, match="twotower serve"),
+        ):
+            client.recommend(GOOD)
+
+
+def test_the_admin_endpoints_are_locked(server) -> None:
+    with (
+        grpc.InferenceServerClient(server.grpc_url) as raw,
+        pytest.raises(InferenceServerException, match=r"restricted|forbidden|expecting"),
+    ):
+        raw.unload_model("recommend")
+    request = urllib.request.Request(
+        f"http://{server.http_url}/v2/repository/models/recommend/unload", b"{}", method="POST"
+    )
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request)
+    server.probe()
