@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_run_ends_with_ten_items_for_each_of_three_users(finished_run) -> None:
     output = finished_run.output
     assert "Triton answers over gRPC" in output
-    users = re.findall(r"^ *user (\d+): \d+ items seen", output, re.MULTILINE)
+    users = re.findall(r"^user (\d+): \d+ items seen", output, re.MULTILINE)
     assert len(set(users)) == 3
     answers = output[output.index("Triton answers") :]
     assert len(re.findall(r"│ +\d+ │ item-\d{6} │", answers)) == 30

@@ -19,7 +19,7 @@ class ModelConfig:
     """Share of each tower's inputs dropped in training."""
     residual: bool = True
     """Add the pooled embeddings to the last layer, which helps where the log is small."""
-    temperature: float = 0.05
+    temperature: float = 0.1
     """The softmax divides inner products by it."""
     learn_temperature: bool = False
     """Train the temperature too."""

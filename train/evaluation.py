@@ -115,6 +115,13 @@ def popularity_slices(train_count: I64) -> dict[str, npt.NDArray[np.bool_]]:
     return {name: part == i for i, name in enumerate(("head", "torso", "tail", "cold"))}
 
 
+def slice_sizes(queries: Queries, data: PreparedDataset) -> dict[str, int]:
+    """Return how many relevant items, or queries of new users, the recall of a slice is over."""
+    slices = popularity_slices(data.train_count)
+    sizes = {name: int(members[queries.relevant].sum()) for name, members in slices.items()}
+    return sizes | {"new users": int((np.diff(queries.seen_offset) == 0).sum())}
+
+
 def score_answers(answers: I64, queries: Queries, data: PreparedDataset, ks: list[int]) -> Metrics:
     """Return every metric of answers (Q, K), for each k and, for recall, by popularity slice."""
     n, q = len(data.items), len(answers)
@@ -159,8 +166,11 @@ def evaluate_towers(
 
 def compare_with_baselines(
     model: Any, data: PreparedDataset, config: EvaluateConfig, seed: int
-) -> tuple[dict[str, Metrics], int]:
-    """Return the test metrics of the towers and of two baselines, and the number of queries.
+) -> dict[str, Any]:
+    """Return the test metrics of the towers and of two baselines.
+
+    Returns:
+        `split`; `queries`, their number; `slices`, the size of each; `results`, model -> metrics.
 
     Raises:
         UserError: when the test split holds no query.
@@ -182,4 +192,9 @@ def compare_with_baselines(
             answer_by_cooccurrence(data, queries, k, size), queries, data, config.k
         ),
     }
-    return results, len(queries.event)
+    return {
+        "split": "test",
+        "queries": len(queries.event),
+        "slices": slice_sizes(queries, data),
+        "results": results,
+    }

@@ -41,11 +41,14 @@ def plot_curves(series: Series, monitor: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_evaluation(results: dict[str, dict[str, float]], k: int, path: Path) -> None:
-    """Draw the towers beside the baselines: accuracy at k, and recall by popularity slice.
+def plot_evaluation(
+    results: dict[str, dict[str, float]], slices: dict[str, int], k: int, path: Path
+) -> None:
+    """Draw the towers beside the baselines: accuracy at k, and recall by slice.
 
     Args:
         results: model -> metric -> value.
+        slices: slice -> how many relevant items or queries it holds.
         k: the cut-off.
         path: of the PNG.
     """
@@ -55,16 +58,17 @@ def plot_evaluation(results: dict[str, dict[str, float]], k: int, path: Path) ->
     left, right = figure.subplots(1, 2)
     whole = [f"{m}@{k}" for m in ("recall", "ndcg", "mrr", "hit_rate", "coverage")]
     prefix = f"recall@{k}/"
-    slices = [n for n in next(iter(results.values())) if n.startswith(prefix)]
+    shown = [name for name, size in slices.items() if size]
     width = 0.8 / len(results)
     for place, (name, metrics) in enumerate(results.items()):
-        for axis, names in ((left, whole), (right, slices)):
+        for axis, names in ((left, whole), (right, [prefix + n for n in shown])):
             x = [i + place * width for i in range(len(names))]
             axis.bar(x, [metrics.get(n, 0.0) for n in names], width, label=name)
-    for axis, labels in ((left, whole), (right, [n[len(prefix) :] for n in slices])):
+    sized = [f"{name}\nn={slices[name]:,}" for name in shown]
+    for axis, labels in ((left, whole), (right, sized)):
         axis.set_xticks([i + 0.4 - width / 2 for i in range(len(labels))], labels)
         axis.grid(axis="y", alpha=0.3)
     left.set_title("test split, whole catalogue, seen items removed")
-    right.set_title(f"recall@{k} by the relevant item's popularity in training")
+    right.set_title(f"recall@{k} by popularity in training, and of users without a history")
     left.legend()
     figure.savefig(path, dpi=120)

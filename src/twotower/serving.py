@@ -127,8 +127,9 @@ def _print_answer(job: Job, user: Any, seen: list[Any], answer: Recommendation) 
     recent = ", ".join(
         " · ".join([str(item), *describe(item)[:1]]) for item in seen[-SHOWN_HISTORY:]
     )
+    console.print(f"[bold]user {user}[/bold]: {len(seen)} items seen, newest {recent or 'none'}")
     table(
-        f"user {user}: {len(seen)} items seen, newest {recent or 'none'}",
+        f"version {answer.version} answers",
         [">#", "item", *shown, ">score"],
         [
             [n, str(item), *describe(item), f"{score:.4f}"]

@@ -117,20 +117,21 @@ def evaluate(job: Job) -> None:
 
     with console.status("evaluating over the whole catalogue"), atomic_directory(target) as partial:
         model = load_towers(job.path("train"))
-        results, queries = compare_with_baselines(model, data, job.evaluate, job.seed)
-        write_json(partial / "metrics.json", {
-            "fingerprint": mark, "split": "test", "queries": queries, "results": results,
-        })  # fmt: skip
+        report = compare_with_baselines(model, data, job.evaluate, job.seed)
+        write_json(partial / "metrics.json", {"fingerprint": mark, **report})
         k = int(job.evaluate.monitor.rsplit("@", 1)[1])
-        plot_evaluation(results, k, partial / "evaluation.png")
+        results, slices = report["results"], report["slices"]
+        plot_evaluation(results, slices, k, partial / "evaluation.png")
     names = [f"{m}@{k}" for k in job.evaluate.k for m in ("recall", "ndcg", "mrr", "hit_rate")]
-    slices = [n for n in results["two towers"] if n.startswith(f"recall@{k}/")]
+    rows = {name: name for name in (*names, f"coverage@{k}")}
+    rows |= {f"recall@{k}/{n}": f"recall@{k}, {n} (n={size:,})" for n, size in slices.items()}
     table(
-        f"evaluate: {queries:,} test queries, {len(data.items):,} items",
+        f"evaluate: {report['queries']:,} test queries, {len(data.items):,} items",
         ["metric", *(f">{name}" for name in results)],
         [
-            [n, *(f"{r[n]:.4f}" if n in r else "-" for r in results.values())]
-            for n in (*names, *slices, f"coverage@{k}")
+            [label, *(f"{r[n]:.4f}" for r in results.values())]
+            for n, label in rows.items()
+            if n in results["two towers"]
         ],
     )
     console.print(f"written to {target}, picture in {target / 'evaluation.png'}")
