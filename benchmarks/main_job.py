@@ -81,7 +81,7 @@ def main() -> None:
         "peak_memory_gb": round(peak / 1e9, 2),
         "ratios": ratios,
         "queries": report["queries"],
-        "metrics": {n: m for n, m in report["results"].items()},
+        "metrics": report["results"],
         "machine": {"cores": os.cpu_count(), "processor": platform.processor() or "unknown",
                     "system": platform.platform()},
         "versions": {n: version(n) for n in ("twotower", "torch", "torchrec", "lightning")},

@@ -8,6 +8,7 @@ A client reads the model's schema from the server, so a mistake is explained bef
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Sequence
@@ -172,15 +173,15 @@ def explain(error: Exception, url: str) -> UserError:
     text = str(error)
     if isinstance(error, InferenceServerException):
         text = error.message() or text
-        if error.status() in ("400", "StatusCode.INVALID_ARGUMENT", "500", "StatusCode.INTERNAL"):
+        if error.status() in ("400", "StatusCode.INVALID_ARGUMENT"):
             return UserError(f"{url} refused the request: {text}")
+        if error.status() in ("500", "StatusCode.INTERNAL"):
+            # For instance a stub that has died, which the supervisor is bringing back.
+            return ServerUnavailable(f"{url} failed to answer: {text}: try again in a few seconds")
     return ServerUnavailable(
         f"no answer from {url} ({text.splitlines()[0] if text else type(error).__name__}): is "
         "`twotower serve` running there, and is this its port for the protocol?"
     )
-
-
-FAILURES = (InferenceServerException, OSError, TimeoutError)
 
 
 def _module(protocol: str, *, asynchronous: bool) -> Any:
@@ -204,10 +205,8 @@ def _inputs(protocol: str, tensors: Tensors) -> list[Any]:
 
 
 def _deadline(protocol: str, timeout_s: float) -> dict[str, Any]:
-    """Return the arguments of a deadline; over HTTP the server holds it, in microseconds."""
-    if protocol == "grpc":
-        return {"client_timeout": timeout_s}
-    return {"timeout": int(timeout_s * 1e6)}
+    """Return the arguments of a request's deadline; over HTTP the connection holds it."""
+    return {"client_timeout": timeout_s} if protocol == "grpc" else {}
 
 
 class RecommendClient:
@@ -222,7 +221,9 @@ class RecommendClient:
     def __init__(self, url: str, protocol: str = "grpc", timeout_s: float = 2.0) -> None:
         self.url, self.protocol, self.timeout_s = url, protocol, timeout_s
         module = _module(protocol, asynchronous=False)
-        limits = {"network_timeout": timeout_s} if protocol == "http" else {}
+        limits = {}
+        if protocol == "http":
+            limits = {"network_timeout": timeout_s, "connection_timeout": timeout_s}
         self._client = module.InferenceServerClient(url, **limits)
         self._schema: Schema | None = None
 
@@ -250,7 +251,7 @@ class RecommendClient:
                     )["config"]
                 else:
                     config = self._client.get_model_config(MODEL)
-            except FAILURES as error:
+            except Exception as error:
                 raise ServerUnavailable(str(explain(error, self.url))) from None
             self._schema = parse_schema(config)
         return self._schema
@@ -275,7 +276,7 @@ class RecommendClient:
             result = self._client.infer(
                 MODEL, _inputs(self.protocol, tensors), **_deadline(self.protocol, self.timeout_s)
             )
-        except FAILURES as error:
+        except Exception as error:  # also what the HTTP libraries raise and tritonclient lets by
             raise explain(error, self.url) from None
         return decode(self.schema(), result)
 
@@ -293,6 +294,7 @@ class AsyncRecommendClient:
         self.url, self.protocol, self.timeout_s = url, protocol, timeout_s
         self._client = _module(protocol, asynchronous=True).InferenceServerClient(url)
         self._schema: Schema | None = None
+        self._schema_lock = asyncio.Lock()
 
     async def __aenter__(self) -> AsyncRecommendClient:
         return self
@@ -310,19 +312,21 @@ class AsyncRecommendClient:
         Raises:
             ServerUnavailable: when no server answers.
         """
-        if self._schema is None:
-            try:
-                if self.protocol == "grpc":
-                    answer = await self._client.get_model_config(
-                        MODEL, as_json=True, client_timeout=self.timeout_s
-                    )
-                    config = answer["config"]
-                else:
-                    config = await self._client.get_model_config(MODEL)
-            except FAILURES as error:
-                raise ServerUnavailable(str(explain(error, self.url))) from None
-            self._schema = parse_schema(config)
+        async with self._schema_lock:  # many first requests at once ask once
+            if self._schema is None:
+                self._schema = parse_schema(await self._model_config())
         return self._schema
+
+    async def _model_config(self) -> dict[str, Any]:
+        try:
+            if self.protocol == "grpc":
+                asked = self._client.get_model_config(MODEL, as_json=True)
+                return dict((await asyncio.wait_for(asked, self.timeout_s))["config"])
+            return dict(
+                await asyncio.wait_for(self._client.get_model_config(MODEL), self.timeout_s)
+            )
+        except Exception as error:
+            raise ServerUnavailable(str(explain(error, self.url))) from None
 
     async def recommend(
         self, features: dict[str, Any], *, k: int | None = None, exclude: Sequence[Any] = ()
@@ -331,9 +335,10 @@ class AsyncRecommendClient:
         schema = await self.schema()
         tensors = encode(schema, features, k, exclude)
         try:
-            result = await self._client.infer(
-                MODEL, _inputs(self.protocol, tensors), **_deadline(self.protocol, self.timeout_s)
+            # Triton's asyncio HTTP client has no deadline of its own.
+            result = await asyncio.wait_for(
+                self._client.infer(MODEL, _inputs(self.protocol, tensors)), self.timeout_s
             )
-        except FAILURES as error:
+        except Exception as error:  # also what the HTTP libraries raise and tritonclient lets by
             raise explain(error, self.url) from None
         return decode(schema, result)

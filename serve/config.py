@@ -56,6 +56,11 @@ class ServeConfig:
         for name in ("instances", "threads", "max_batch_size", "default_k", "max_k"):
             if getattr(self, name) < 1:
                 raise UserError(f"serve.{name} must be >= 1, got {getattr(self, name)}")
+        if self.default_k > self.max_k:
+            raise UserError(
+                f"serve.default_k must be <= serve.max_k ({self.max_k}), got {self.default_k}: "
+                "lower it, or raise serve.max_k"
+            )
         if self.max_queue_delay_us < 0:
             raise UserError(f"serve.max_queue_delay_us must be >= 0, got {self.max_queue_delay_us}")
         for name in ("probe_interval_s", "probe_timeout_s", "load_timeout_s"):

@@ -54,7 +54,9 @@ class TritonPythonModel:
         valid = [p for p in parsed if not isinstance(p, Refused)]
         answers = iter(self.answer(valid)) if valid else iter(())
         return [
-            pb_utils.InferenceResponse(error=pb_utils.TritonError(str(p)))
+            pb_utils.InferenceResponse(
+                error=pb_utils.TritonError(str(p), pb_utils.TritonError.INVALID_ARG)
+            )
             if isinstance(p, Refused)
             else next(answers)
             for p in parsed

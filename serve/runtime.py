@@ -98,11 +98,7 @@ def find_runtime() -> Runtime:
         UserError: when it is not there, is incomplete, or of other versions.
     """
     runtime = Runtime(default_path())
-    try:
-        found = json.loads((runtime.path / MARKER).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        found = None
-    if found != _wanted():
+    if not _is_complete(runtime):
         raise UserError(f"{runtime.path}: no local Triton server: run `twotower setup-server` once")
     libpython()
     return runtime
@@ -116,9 +112,9 @@ def setup_runtime() -> Runtime:
     """
     libpython()
     runtime = Runtime(default_path())
-    marker = runtime.path / MARKER
-    if marker.exists() and json.loads(marker.read_text()) == _wanted():
+    if _is_complete(runtime):
         return runtime
+    _refuse_foreign(runtime.path)
     # A virtual environment cannot be moved, so it is built in place and marked complete last.
     shutil.rmtree(runtime.path, ignore_errors=True)
     _run([sys.executable, "-m", "venv", str(runtime.path)])
@@ -126,8 +122,24 @@ def setup_runtime() -> Runtime:
     _run([*pip, "--disable-pip-version-check", "numpy<2", f"onnxruntime=={version('onnxruntime')}"])
     _run([*pip, "--disable-pip-version-check", "--no-deps", PYTRITON])
     _make_backends(runtime)
-    write_json(marker, _wanted())
+    write_json(runtime.path / MARKER, _wanted())
     return runtime
+
+
+def _is_complete(runtime: Runtime) -> bool:
+    try:
+        return bool(json.loads((runtime.path / MARKER).read_text()) == _wanted())
+    except (OSError, ValueError):
+        return False
+
+
+def _refuse_foreign(path: Path) -> None:
+    # What is there is deleted first, so it must be a virtual environment, ours or half-made.
+    if path.exists() and not (path / "pyvenv.cfg").exists() and any(path.iterdir()):
+        raise UserError(
+            f"{path}: not an environment of the local Triton server, and not empty: name an empty "
+            "or new folder in TWOTOWER_TRITON_RUNTIME"
+        )
 
 
 def _wanted() -> dict[str, str]:

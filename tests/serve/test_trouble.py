@@ -1,0 +1,282 @@
+"""What goes wrong around the server, on a bundle made by hand with integer ids and a vector."""
+
+import asyncio
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import psutil
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from twotower.data.schema import TensorSpec
+from twotower.errors import UserError
+from twotower.export.bundle import Manifest, seal
+from twotower.files import write_json
+from twotower.serve import runtime as runtime_module
+from twotower.serve.client import AsyncRecommendClient, RecommendClient, ServerUnavailable
+from twotower.serve.config import ServeConfig
+from twotower.serve.server import TritonServer, running_server
+
+from .conftest import FREE, stubs_of
+
+USERS, ITEMS, WIDTH = 4, 40, 3
+ITEM_IDS = np.arange(100, 100 + ITEMS, dtype=np.int64)
+
+
+def spec(name: str, kind: str, dtype: str, length: int = 1) -> TensorSpec:
+    return TensorSpec(name=name, kind=kind, dtype=dtype, length=length)
+
+
+QUERY = [spec("user_id", "id", "int64"), spec("text", "vector", "float32", WIDTH)]
+
+
+def write_graph(path: Path, nodes, inputs, outputs, constants) -> None:
+    tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "g", [value(*i) for i in inputs], [value(*o) for o in outputs], tensors
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 2)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Query vector = table[user] + text, made unit; the unseen share the last row."""
+    path = tmp_path_factory.mktemp("tiny") / "1"
+    path.mkdir()
+    random = np.random.default_rng(3)
+    table = random.normal(size=(USERS + 1, WIDTH)).astype(np.float32)
+    items = unit(random.normal(size=(ITEMS, WIDTH)))
+    node = helper.make_node
+    write_graph(
+        path / "query.onnx",
+        [
+            node("Cast", ["user_id"], ["name"], to=TensorProto.STRING),
+            node("LabelEncoder", ["name"], ["row"], domain="ai.onnx.ml",
+                 keys_strings=[str(u) for u in range(USERS)], values_int64s=list(range(USERS)),
+                 default_int64=USERS),
+            node("Gather", ["table", "row"], ["gathered"]),
+            node("Squeeze", ["gathered", "one"], ["user"]),
+            node("Add", ["user", "text"], ["sum"]),
+            node("LpNormalization", ["sum"], ["vector"], axis=-1, p=2),
+        ],
+        [("user_id", TensorProto.INT64, ["B", 1]), ("text", TensorProto.FLOAT, ["B", WIDTH])],
+        [("vector", TensorProto.FLOAT, ["B", WIDTH])],
+        {"table": table, "one": np.array([1])},
+    )  # fmt: skip
+    write_graph(
+        path / "index.onnx",
+        [node("MatMul", ["vector", "items"], ["all"]),
+         node("TopK", ["all", "k"], ["scores", "rows"], axis=-1)],
+        [("vector", TensorProto.FLOAT, ["B", WIDTH]), ("k", TensorProto.INT64, [1])],
+        [("scores", TensorProto.FLOAT, ["B", "K"]), ("rows", TensorProto.INT64, ["B", "K"])],
+        {"items": np.ascontiguousarray(items.T)},
+    )  # fmt: skip
+    (path / "item.onnx").write_bytes(b"not served")
+    np.save(path / "item_vectors.npy", items)
+    np.save(path / "item_ids.npy", ITEM_IDS)
+    golden = []
+    for user in range(USERS + 1):
+        text = random.normal(size=WIDTH).astype(np.float32)
+        scores = items @ unit(table[user] + text)
+        order = [int(i) for i in np.argsort(-scores) if i != user][:6]
+        golden.append({
+            "features": {"user_id": user, "text": text.tolist()}, "exclude": [100 + user],
+            "item_ids": ITEM_IDS[order].tolist(), "scores": scores[order].tolist(),
+        })  # fmt: skip
+    write_json(path / "golden.json", golden)
+    seal(path, Manifest(
+        version=1, name="tiny", created="2025-01-01T00:00:00+00:00", fingerprint="f", query=QUERY,
+        item=[spec("item_id", "id", "int64")], item_id_dtype="int64", num_items=ITEMS, dim=WIDTH,
+        versions={}, metrics={}, parity={},
+    ))  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    with running_server(bundle, FREE, tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def unwatched(bundle: Path, tmp_path: Path) -> Iterator[TritonServer]:
+    """A server that nobody brings back."""
+    with running_server(bundle, replace(FREE, probe_interval_s=1000.0), tmp_path) as running:
+        yield running
+        # With its stub dead or hung, Triton would use up its time to stop.
+        running.process.kill()
+
+
+def url_of(server: TritonServer, protocol: str) -> str:
+    return server.grpc_url if protocol == "grpc" else server.http_url
+
+
+def test_integer_ids_and_vectors(server) -> None:
+    assert server.prove() < 1e-4
+    golden = server.golden[1]
+    with RecommendClient(server.grpc_url) as client:
+        best = client.recommend(golden.features, k=ITEMS).item_ids
+        assert sorted(best) == ITEM_IDS.tolist()
+        left = client.recommend(golden.features, k=5, exclude=[*best[:2], best[4], -7, 10**15])
+        assert left.item_ids == [best[2], best[3], *best[5:8]]
+        assert client.recommend(golden.features, k=5, exclude=ITEM_IDS.tolist()).item_ids == []
+        unseen = [client.recommend(golden.features | {"user_id": u}, k=5) for u in (77, None)]
+        assert unseen[0].item_ids == unseen[1].item_ids
+        for text in ([0.1] * 2, [0.1] * 4, []):
+            with pytest.raises(UserError, match=f"width 3, got {len(text)}"):
+                client.recommend({"user_id": 1, "text": text})
+        with pytest.raises(UserError, match="'exclude' must hold integer ids"):
+            client.recommend(golden.features, exclude=["100"])
+
+
+def test_a_refused_request_is_the_clients_fault_over_http(server) -> None:
+    """A 5xx would page someone for a mistake of the caller."""
+    body = {"inputs": [
+        {"name": "user_id", "datatype": "INT64", "shape": [1, 1], "data": [1]},
+        {"name": "text", "datatype": "FP32", "shape": [1, 3], "data": [0, 0, float("nan")]},
+    ]}  # fmt: skip
+    request = urllib.request.Request(
+        f"http://{server.http_url}/v2/models/recommend/infer", json.dumps(body).encode()
+    )
+    with pytest.raises(urllib.error.HTTPError, match="400") as caught:
+        urllib.request.urlopen(request)
+    assert "text holds NaN" in caught.value.read().decode()
+
+
+@pytest.mark.parametrize(
+    "path", ["repository/index", "logging", "trace/setting", "systemsharedmemory/region/x/register"]
+)
+def test_what_changes_the_server_needs_the_key(server, path) -> None:
+    request = urllib.request.Request(f"http://{server.http_url}/v2/{path}", b"{}", method="POST")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_the_other_protocols_port_is_explained(server, protocol) -> None:
+    url = url_of(server, "http" if protocol == "grpc" else "grpc")
+    features = server.golden[0].features
+
+    async def ask() -> None:
+        async with AsyncRecommendClient(url, protocol) as client:
+            await client.recommend(features)
+
+    with (
+        RecommendClient(url, protocol) as client,
+        pytest.raises(ServerUnavailable, match="its port for the protocol"),
+    ):
+        client.recommend(features)
+    with pytest.raises(ServerUnavailable, match="its port for the protocol"):
+        asyncio.run(ask())
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_asyncio_clients_keep_their_deadline_when_the_model_hangs(unwatched, protocol) -> None:
+    features = unwatched.golden[0].features
+
+    async def ask() -> float:
+        async with AsyncRecommendClient(url_of(unwatched, protocol), protocol, 0.4) as client:
+            await client.recommend(features)
+            for stub in stubs_of(unwatched.process.pid):
+                stub.suspend()
+            started = time.monotonic()
+            with pytest.raises(ServerUnavailable):
+                await client.recommend(features)
+            return time.monotonic() - started
+
+    try:
+        # The deadline, and as much again for a busy machine; Triton itself notices after 1 s.
+        assert asyncio.run(ask()) < 0.8
+    finally:
+        for stub in stubs_of(unwatched.process.pid):
+            stub.resume()
+
+
+def test_many_first_requests_ask_for_the_schema_once(server) -> None:
+    async def ask() -> int:
+        calls = 0
+        async with AsyncRecommendClient(server.grpc_url) as client:
+            asked = client._model_config
+
+            async def counted():
+                nonlocal calls
+                calls += 1
+                return await asked()
+
+            client._model_config = counted
+            features = server.golden[0].features
+            await asyncio.gather(*(client.recommend(features) for _ in range(50)))
+        return calls
+
+    assert asyncio.run(ask()) == 1
+
+
+def test_a_dead_stub_is_no_mistake_of_the_caller(unwatched) -> None:
+    for stub in stubs_of(unwatched.process.pid):
+        stub.kill()
+    with RecommendClient(unwatched.grpc_url, timeout_s=5) as client:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with pytest.raises(ServerUnavailable) as caught:
+                client.recommend(unwatched.golden[0].features)
+            if "not healthy" in str(caught.value):
+                return
+    pytest.fail(f"Triton never said so: {caught.value}")
+
+
+def test_a_hung_stub_does_not_outlive_its_killed_server(server) -> None:
+    (stub,) = stubs_of(server.process.pid)
+    before = server.process.pid
+    stub.suspend()
+    os.kill(before, 9)
+    deadline = time.monotonic() + 30
+    while server.process is None or server.process.pid == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    gone, _ = psutil.wait_procs([stub], timeout=5)
+    if not gone:
+        stub.kill()
+    assert gone or stub.status() == psutil.STATUS_ZOMBIE
+
+
+def test_supervision_outlives_an_error_of_ours(server, monkeypatch) -> None:
+    failed = threading.Event()
+
+    def broken() -> None:
+        failed.set()
+        monkeypatch.undo()
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(server, "probe", broken)
+    assert failed.wait(10)
+    time.sleep(3 * FREE.probe_interval_s)
+    assert any(t.name == "supervisor" and t.is_alive() for t in threading.enumerate())
+
+
+def test_a_default_k_that_no_request_could_use_is_refused() -> None:
+    with pytest.raises(UserError, match=r"serve\.default_k must be <= serve\.max_k"):
+        ServeConfig(default_k=20, max_k=10).validate()
+
+
+def test_setup_deletes_no_folder_but_its_own(tmp_path, monkeypatch) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine")
+    monkeypatch.setenv("TWOTOWER_TRITON_RUNTIME", str(tmp_path))
+    with pytest.raises(UserError, match="not an environment of the local Triton server"):
+        runtime_module.setup_runtime()
+    assert precious.read_text() == "mine"
