@@ -41,7 +41,7 @@ class DemoLogConfig:
     items: int = 2000
     """Number of items."""
     events: int = 120_000
-    """Number of events, about."""
+    """Events drawn; those that repeat an item of the user, about a quarter, are left out."""
     seed: int = 0
     """The same seed gives the same files."""
 

@@ -16,9 +16,19 @@ def wandb_mode(config: TrackingConfig) -> Literal["online", "offline", "disabled
     """Return online, offline or disabled."""
     if config.wandb == "off":
         return "disabled"
-    if config.wandb == "auto" and os.environ.get("WANDB_API_KEY"):
+    if config.wandb == "online" or (config.wandb == "auto" and os.environ.get("WANDB_API_KEY")):
         return "online"
-    return "online" if config.wandb == "online" else "offline"
+    return "offline"
+
+
+def _start(directory: Path, tracking: TrackingConfig, **arguments: Any) -> wandb.Run:
+    return wandb.init(
+        project=tracking.project,
+        dir=str(directory),
+        mode=wandb_mode(tracking),
+        settings=wandb.Settings(silent=True),
+        **arguments,
+    )
 
 
 def wandb_logger(
@@ -32,18 +42,9 @@ def wandb_logger(
         name: the run's name.
         job: the whole configuration.
     """
-    mode = wandb_mode(config)
-    if mode == "disabled":
+    if wandb_mode(config) == "disabled":
         return None
-    logger = WandbLogger(
-        name=name,
-        save_dir=str(directory),
-        offline=mode == "offline",
-        project=config.project,
-        settings=wandb.Settings(silent=True),
-    )
-    logger.experiment.config.update(job, allow_val_change=True)
-    return logger
+    return WandbLogger(experiment=_start(directory, config, name=name, config=job))
 
 
 def log_bundle(
@@ -57,11 +58,8 @@ def log_bundle(
     mode = wandb_mode(config)
     if mode == "disabled" or run_id is None:
         return
-    run = wandb.init(
-        project=config.project, id=run_id, dir=str(directory), mode=mode,
-        resume="allow" if mode == "online" else None,
-        settings=wandb.Settings(silent=True),
-    )  # fmt: skip
+    resume = {"resume": "allow"} if mode == "online" else {}
+    run = _start(directory, config, id=run_id, **resume)
     run.summary.update(metrics)
     artifact = wandb.Artifact(f"{run.project}-bundle", type="bundle", metadata=metrics)
     for file in sorted(bundle.iterdir()):
