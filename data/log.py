@@ -37,18 +37,24 @@ def list_files(location: str, key: str) -> tuple[Any, list[str]]:
     Raises:
         UserError: when nothing is there.
     """
-    fs, path = fsspec.core.url_to_fs(location)
-    if any(c in path for c in "*?["):
-        files = sorted(fs.glob(path))
-    elif fs.isdir(path):
-        files = sorted(f for f in fs.find(path) if _format(f))
-    else:
-        files = [path] if fs.exists(path) else []
+    try:
+        fs, path = fsspec.core.url_to_fs(location)
+        files = _matching(fs, path)
+    except (ImportError, ValueError, PermissionError) as error:
+        raise UserError(f"{location}: cannot be opened ({key}): {error}") from None
     if not files:
         raise UserError(
             f"{location}: no such file ({key}): correct {key}, or data.root if it is relative"
         )
     return fs, files
+
+
+def _matching(fs: Any, path: str) -> list[str]:
+    if any(c in path for c in "*?["):
+        return sorted(fs.glob(path))
+    if fs.isdir(path):
+        return sorted(f for f in fs.find(path) if _format(f))
+    return [path] if fs.exists(path) else []
 
 
 def _format(file: str) -> str | None:
@@ -113,7 +119,12 @@ def as_ids(values: Any, where: str, *, allow_null: bool) -> pa.Array:
     """
     array = _plain(values)
     if pa.types.is_integer(array.type):
-        array = array.cast(pa.int64())
+        try:
+            array = array.cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise UserError(
+                f"{where}: ids must fit signed 64-bit integers: {error}"
+            ) from None
     elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
         array = array.cast(pa.string())
         array = pc.if_else(pc.equal(array, ""), None, array)
@@ -132,7 +143,9 @@ def _plain(values: Any) -> pa.Array:
     array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    return array.cast(pa.string()) if pa.types.is_string_view(array.type) else array
 
 
 def as_timestamps(values: Any, where: str, unit: str) -> npt.NDArray[np.int64]:
@@ -143,10 +156,7 @@ def as_timestamps(values: Any, where: str, unit: str) -> npt.NDArray[np.int64]:
     """
     array = _plain(values)
     if pa.types.is_string(array.type):
-        try:
-            array = array.cast(pa.timestamp("us"))
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{where}: {error}; expected an integer or an ISO time") from None
+        array = _parse_times(array, where)
     refuse_rows(array.is_null(), array, where, "the timestamp is null: drop or mend the row")
     if pa.types.is_timestamp(array.type) or pa.types.is_date(array.type):
         micros = array.cast(pa.timestamp("us"), safe=False).cast(pa.int64()).to_numpy()
@@ -161,6 +171,16 @@ def as_timestamps(values: Any, where: str, unit: str) -> npt.NDArray[np.int64]:
         raise UserError(f"{where}: holds {array.type}, expected integers or timestamps")
     _refuse_absurd(micros.astype(np.float64), array, where, unit)
     return np.asarray(micros, dtype=np.int64)
+
+
+def _parse_times(array: pa.Array, where: str) -> pa.Array:
+    """Parse ISO times, all with a zone or all without one, which means UTC."""
+    for kind in (pa.timestamp("us"), pa.timestamp("us", "UTC")):
+        try:
+            return array.cast(kind)
+        except pa.ArrowInvalid as error:
+            reason = error
+    raise UserError(f"{where}: {reason}; expected integers or ISO times") from None
 
 
 def _refuse_absurd(micros: npt.NDArray[np.float64], array: pa.Array, where: str, unit: str) -> None:

@@ -197,6 +197,8 @@ class DataConfig:
             raise UserError(
                 "data.columns.positive_from needs data.columns.label: name the label's column"
             )
+        for name in set(self.display) & {"id", "train_count"}:
+            raise UserError(f"data.display: '{name}' is a column of the bundle's own: rename it")
         if self.display and self.items is None:
             raise UserError("data.display names columns of data.items, which is not set")
 

@@ -167,16 +167,7 @@ def _read_events(config: DataConfig, places: dict[str, str]) -> Events:
         raise UserError(f"{where}: the split's files have other columns: {error}") from None
     if table.num_rows == 0:
         raise UserError(f"{where}: the log is empty: it needs at least one event")
-    c, dropped = config.columns, 0
-    if c.label is not None and c.positive_from is not None:
-        spot = f"{where}, column '{c.label}'"
-        label = as_floats(column(table, c.label, where, "data.columns.label"), spot)
-        keep = pc.fill_null(pc.greater_equal(label, c.positive_from), False)
-        dropped = table.num_rows - int(pc.sum(keep).as_py() or 0)
-        table, mask = table.filter(keep), keep.to_numpy(zero_copy_only=False)
-        given = [np.concatenate(given)[mask]]
-        if table.num_rows == 0:
-            raise UserError(f"{spot}: no label reaches data.columns.positive_from: lower it")
+    c = config.columns
 
     def read(name: str, key: str) -> tuple[Any, str]:
         spot = f"{where}, column '{name}'"
@@ -191,7 +182,18 @@ def _read_events(config: DataConfig, places: dict[str, str]) -> Events:
         numbers = pc.fill_null(as_floats(values, spot), 1.0).to_numpy(zero_copy_only=False)
         refuse_rows(numbers < 0, numbers, spot, "a weight may not be negative")
         weight = numbers.astype(np.float32)
-    splits = assign_split(config.split, table, where, user, time, np.concatenate(given))
+    keep = np.ones(len(time), bool)
+    if c.label is not None and c.positive_from is not None:
+        values, spot = read(c.label, "label")
+        positive = pc.greater_equal(as_floats(values, spot), c.positive_from)
+        keep = pc.fill_null(positive, False).to_numpy(zero_copy_only=False)
+        if not keep.any():
+            raise UserError(f"{spot}: no label reaches data.columns.positive_from: lower it")
+    kept = pa.array(keep)
+    table, user, item = table.filter(kept), user.filter(kept), item.filter(kept)
+    time, weight, by_file = time[keep], weight[keep], np.concatenate(given)[keep]
+    splits = assign_split(config.split, table, where, user, time, by_file)
+    dropped = int((~keep).sum())
     return Events(table, where, user, item, time, splits, weight, dropped)
 
 

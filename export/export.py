@@ -19,7 +19,6 @@ import torch
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
-from twotower.errors import UserError
 from twotower.export.bundle import Bundle, Manifest, bundle_versions, read_bundle, seal
 from twotower.export.config import ExportConfig
 from twotower.export.graphs import raw_graph, save_graph, write_index
@@ -123,8 +122,5 @@ def _id_array(ids: pa.ChunkedArray) -> np.ndarray[Any, Any]:
 
 def _write_items(data: PreparedDataset, path: Path) -> None:
     columns = {"id": data.items["id"], "train_count": data.items["train_count"]}
-    for name in data.config.display:
-        if name in columns:
-            raise UserError(f"data.display: '{name}' is a name of the bundle's own: rename it")
-        columns[name] = data.items[f"display.{name}"]
+    columns |= {name: data.items[f"display.{name}"] for name in data.config.display}
     pq.write_table(pa.table(columns), path)

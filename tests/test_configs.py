@@ -2,12 +2,31 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from twotower.cli import build_parser
 from twotower.job import Job
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("**/*.yaml"))
+
+
+def test_the_readmes_ten_lines_are_a_job(tmp_path, twotower) -> None:
+    readme = (CONFIGS[0].parent.parent / "README.md").read_text()
+    block = readme.split("```yaml\n")[1].split("```")[0]
+    assert len(block.strip().splitlines()) <= 10
+    (tmp_path / "shop.yaml").write_text(block)
+    table = pa.table({
+        "customer": [f"c{i % 7}" for i in range(60)],
+        "sku": [i * 5 % 11 for i in range(60)],
+        "sold_at": [1_700_000_000_000 + i for i in range(60)],
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "log.parquet")
+    done = twotower(
+        "prepare", "--config", "shop.yaml", "--data.interactions=log.parquet", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

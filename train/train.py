@@ -150,8 +150,8 @@ def _validation(data: PreparedDataset, config: EvaluateConfig, seed: int) -> Cat
     validation = CatalogueValidation(data, config, seed)
     if not len(validation.queries.event):
         raise UserError(
-            "the validation split holds no query (no event of an unseen item), so no epoch can be "
-            "chosen: raise data.split.validation"
+            "the validation split holds no query (no event of an item that its user had not seen), "
+            "so no epoch can be chosen by it: give data.split a larger validation part"
         )
     return validation
 

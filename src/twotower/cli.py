@@ -21,6 +21,10 @@ from twotower.job import Job
 from twotower.show import console, facts
 
 CLOSING = "Any key of the YAML can be given on the command line: --train.batch_size=4096."
+TRAINING_LIBRARIES = {
+    "fbgemm_gpu", "lightning", "matplotlib", "onnx", "onnxscript", "scipy", "torch", "torchrec",
+    "wandb",
+}  # fmt: skip
 RECOMMEND = "Ask the running server for a user's recommendations, without what the user has seen."
 
 
@@ -163,6 +167,13 @@ def main() -> None:
         code = _refuse(explain(str(error.message)))
     except UserError as error:
         code = _refuse(str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in TRAINING_LIBRARIES:
+            raise
+        code = _refuse(
+            f"this command needs {error.name}, which the base install leaves out: install "
+            "twotower[train], on a machine without a GPU as `make install` does"
+        )
     except BrokenPipeError:
         code = 1
     except KeyboardInterrupt:

@@ -86,9 +86,14 @@ def train(job: Job) -> None:
 
 
 def _train_mark(job: Job, data: PreparedDataset) -> str:
-    job_ = asdict(job)
-    sections = [job_[key] for key in ("seed", "name", "model", "train", "evaluate", "tracking")]
-    return fingerprint([data.fingerprint, *sections])
+    """Fingerprint what the weights depend on; of the evaluation, what chooses the epoch."""
+    chooses = [job.evaluate.monitor, job.evaluate.max_queries]
+    sections = [asdict(job.model), asdict(job.train), chooses]
+    return fingerprint([data.fingerprint, job.seed, *sections])
+
+
+def _evaluation_mark(job: Job, trained: dict[str, Any]) -> str:
+    return fingerprint([trained["fingerprint"], asdict(job.evaluate)])
 
 
 def _trained(job: Job) -> tuple[PreparedDataset, dict[str, Any]]:
@@ -108,7 +113,7 @@ def evaluate(job: Job) -> None:
     """Judge the towers and two baselines on the test split."""
     target = job.path("evaluation")
     data, trained = _trained(job)
-    mark = fingerprint([trained["fingerprint"], "evaluation"])
+    mark = _evaluation_mark(job, trained)
     if _mark_of(target / "metrics.json") == mark:
         return _unchanged("evaluate", target)
     from twotower.train.checkpoint import load_towers
@@ -142,7 +147,7 @@ def export(job: Job) -> None:
     bundles = job.path("bundles")
     data, trained = _trained(job)
     metrics = _metrics(job, trained)
-    mark = fingerprint([trained["fingerprint"], asdict(job.export), metrics])
+    mark = fingerprint([trained["fingerprint"], job.name, asdict(job.export), metrics])
     if versions := bundle_versions(bundles):
         newest = bundles / str(versions[-1])
         if _mark_of(newest / "manifest.json") == mark:
@@ -171,7 +176,7 @@ def export(job: Job) -> None:
 def _metrics(job: Job, trained: dict[str, Any]) -> dict[str, float]:
     """Return the towers' test metrics, if this model was evaluated."""
     file = job.path("evaluation") / "metrics.json"
-    if _mark_of(file) != fingerprint([trained["fingerprint"], "evaluation"]):
+    if _mark_of(file) != _evaluation_mark(job, trained):
         return {}
     metrics: dict[str, float] = json.loads(file.read_text())["results"]["two towers"]
     return metrics
