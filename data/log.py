@@ -122,9 +122,7 @@ def as_ids(values: Any, where: str, *, allow_null: bool) -> pa.Array:
         try:
             array = array.cast(pa.int64())
         except pa.ArrowInvalid as error:
-            raise UserError(
-                f"{where}: ids must fit signed 64-bit integers: {error}"
-            ) from None
+            raise UserError(f"{where}: ids must fit signed 64-bit integers: {error}") from None
     elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
         array = array.cast(pa.string())
         array = pc.if_else(pc.equal(array, ""), None, array)

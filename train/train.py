@@ -71,6 +71,11 @@ class ResumeCheckpoint(Checkpoint):
     def __init__(self, folder: Path, every_n_steps: int) -> None:
         self.folder, self.every_n_steps = folder, every_n_steps
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stay stopped when a run was killed behind its last epoch; Lightning forgets that."""
+        stopping = trainer.early_stopping_callbacks
+        trainer.should_stop = any(s.wait_count >= s.patience for s in stopping)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
         batch_idx: int,

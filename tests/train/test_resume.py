@@ -76,6 +76,31 @@ def test_a_run_killed_twice_ends_like_an_unbroken_one(
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["prepared", "train"]
 
 
+def test_a_run_killed_behind_its_last_epoch_trains_no_further(demo_log, twotower, tmp_path) -> None:
+    early = ["--train.max_epochs=30", "--train.patience=1", "--train.table_lr=0.5"]
+    for name in ("whole", "killed"):
+        assert twotower("prepare", *arguments(demo_log, name), cwd=tmp_path).returncode == 0
+    assert twotower("train", *arguments(demo_log, "whole"), *early, cwd=tmp_path).returncode == 0
+    last = json.loads((tmp_path / "whole" / "train" / "train.json").read_text())["steps"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "twotower", "train", *arguments(demo_log, "killed"), *early],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while newest_step(tmp_path / "killed" / "train.partial" / "checkpoints") < last:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = twotower("train", *arguments(demo_log, "killed"), *early, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summaries = [
+        json.loads((tmp_path / name / "train" / "train.json").read_text())
+        for name in ("whole", "killed")
+    ]
+    for key in ("steps", "epochs", "best_step", "score"):
+        assert summaries[0][key] == summaries[1][key]
+
+
 def test_other_settings_start_anew(unbroken, demo_log, twotower, tmp_path) -> None:
     assert twotower("prepare", *arguments(demo_log, "run"), cwd=tmp_path).returncode == 0
     stale = tmp_path / "run" / "train.partial" / "checkpoints" / "last-step=99.ckpt"
