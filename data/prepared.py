@@ -81,10 +81,6 @@ class PreparedDataset:
         self.config = data_config(self.summary["config"])
         self.fingerprint: str = self.summary["fingerprint"]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "summary": self.summary, "config": self.config,
-                "fingerprint": self.fingerprint}  # fmt: skip
-
     def _read(self, name: str) -> pa.Table:
         with pa.memory_map(str(self.path / name)) as source:
             return pa.ipc.open_file(source).read_all()

@@ -9,163 +9,22 @@ A client reads the model's schema from the server, so a mistake is explained bef
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import tritonclient.grpc as grpc
 import tritonclient.grpc.aio as grpc_aio
 import tritonclient.http as http
 import tritonclient.http.aio as http_aio
 from tritonclient.utils import InferenceServerException
 
-from twotower.data.schema import PAD_INT64, PAD_STRING, TensorSpec
-from twotower.errors import UserError, did_you_mean
+from twotower.errors import UserError
 from twotower.serve.config import MODEL
-
-WIRE = {"string": "BYTES", "int64": "INT64", "float32": "FP32"}
-Tensors = dict[str, tuple[str, npt.NDArray[Any]]]
+from twotower.serve.request import Recommendation, Schema, Tensors, decode, encode, parse_schema
 
 
 class ServerUnavailable(UserError):
     """No answer came: the server is not there, not ready, too busy or too slow."""
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """An answer, best first.
-
-    Attributes:
-        item_ids: as the log has them.
-        scores: inner products of unit vectors, one an item.
-        version: of the bundle that answered.
-    """
-
-    item_ids: list[Any]
-    scores: list[float]
-    version: int
-
-
-@dataclass(frozen=True)
-class Schema:
-    """What the served model says of itself."""
-
-    version: int
-    item_id_dtype: str
-    num_items: int
-    default_k: int
-    max_k: int
-    features: list[TensorSpec]
-
-
-def parse_schema(config: dict[str, Any]) -> Schema:
-    """Read the schema from a model's configuration as JSON."""
-    raw = json.loads(config["parameters"]["schema"]["string_value"])
-    return Schema(**(raw | {"features": [TensorSpec(**f) for f in raw["features"]]}))
-
-
-def encode(
-    schema: Schema, features: dict[str, Any], k: int | None, exclude: Sequence[Any]
-) -> Tensors:
-    """Return a request's tensors: name -> (Triton type, array with a batch dimension of 1).
-
-    Raises:
-        UserError: naming the feature, what was expected and what came.
-    """
-    names = [spec.name for spec in schema.features]
-    for name in features:
-        if name not in names:
-            raise UserError(f"the model has no feature '{name}'{did_you_mean(name, names)}")
-    tensors: Tensors = {}
-    for spec in schema.features:
-        if spec.name not in features:
-            raise UserError(
-                f"feature '{spec.name}' ({spec.kind}, {spec.dtype}) is missing: send None for an "
-                "unknown id, [] for an empty list"
-            )
-        tensors[spec.name] = (WIRE[spec.dtype], _feature(spec, features[spec.name]))
-    k = schema.default_k if k is None else k
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise UserError(f"k must be an integer, got {k!r}")
-    if not 1 <= k <= schema.max_k:
-        raise UserError(
-            f"k must be in 1..{schema.max_k} (catalogue: {schema.num_items} items), got {k}"
-        )
-    # Both are optional to the server, but it batches only requests that carry the same inputs.
-    tensors["k"] = ("INT32", np.array([[k]], np.int32))
-    ids = [_id("exclude", schema.item_id_dtype, value) for value in exclude]
-    tensors["exclude"] = (WIRE[schema.item_id_dtype], _ids(schema.item_id_dtype, ids))
-    return tensors
-
-
-def _feature(spec: TensorSpec, value: Any) -> npt.NDArray[Any]:
-    if spec.dtype == "float32":
-        values = [value] if spec.kind == "number" else _list(spec, value)
-        if len(values) != spec.length:
-            raise UserError(
-                f"feature '{spec.name}' must be a vector of width {spec.length}, got {len(values)}"
-            )
-        return np.array([[_number(spec, v) for v in values]], np.float32)
-    if not spec.is_list:
-        return _ids(spec.dtype, [] if value is None else [_id(spec.name, spec.dtype, value)])
-    entries = _list(spec, value)
-    if len(entries) > spec.length:
-        newest = "newest" if spec.kind == "history" else "first"
-        raise UserError(
-            f"feature '{spec.name}' has {len(entries)} entries, the model's window is "
-            f"{spec.length}: send the {newest} {spec.length}"
-        )
-    return _ids(spec.dtype, [_id(spec.name, spec.dtype, v) for v in entries])
-
-
-def _list(spec: TensorSpec, value: Any) -> list[Any]:
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-        raise UserError(f"feature '{spec.name}' must be a list, got {value!r}")
-    return list(value)
-
-
-def _number(spec: TensorSpec, value: Any) -> float:
-    if isinstance(value, (bool, str, bytes)) or not isinstance(
-        value, (int, float, np.integer, np.floating)
-    ):
-        raise UserError(f"feature '{spec.name}' must hold numbers, got {value!r}")
-    if not math.isfinite(value):
-        raise UserError(f"feature '{spec.name}' must hold finite numbers, got {value!r}")
-    return float(value)
-
-
-def _id(name: str, dtype: str, value: Any) -> Any:
-    if dtype == "string":
-        if not isinstance(value, str) or "\0" in value:
-            raise UserError(f"'{name}' must hold string ids, got {value!r}")
-        return value.encode()
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise UserError(f"'{name}' must hold integer ids, got {value!r}")
-    if not PAD_INT64 < int(value) < 2**63:
-        raise UserError(f"'{name}': the id {value} does not fit 64 bits")
-    return int(value)
-
-
-def _ids(dtype: str, values: list[Any]) -> npt.NDArray[Any]:
-    # An empty tensor is not safe on the wire: one entry of padding says the same.
-    if dtype == "string":
-        return np.array([values or [PAD_STRING.encode()]], dtype=object)
-    return np.array([values or [PAD_INT64]], dtype=np.int64)
-
-
-def decode(schema: Schema, result: Any) -> Recommendation:
-    """Return the answer in a Triton result."""
-    ids, scores = result.as_numpy("item_ids")[0], result.as_numpy("scores")[0]
-    text = schema.item_id_dtype == "string"
-    return Recommendation(
-        [i.decode() if text else int(i) for i in ids],
-        [float(s) for s in scores],
-        int(result.as_numpy("version")[0, 0]),
-    )
 
 
 def explain(error: Exception, url: str) -> UserError:

@@ -1,37 +1,26 @@
-"""The local Triton server: started, proven by golden queries, supervised and stopped cleanly.
+"""One local tritonserver process: started, proven by golden queries, reloaded, stopped cleanly.
 
-    twotower serve --config JOB.yaml
-
-Triton's own health endpoint stays green when the process that answers is dead, so health here is a
-golden query answered as eager PyTorch answered it. The supervisor asks one every second: when it
-fails, the model is loaded anew (Triton never restarts a dead stub by itself), and when that does
-not help, the server is.
+`twotower.serve.supervisor` keeps it answering.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from twotower.errors import UserError
-from twotower.export.bundle import Bundle, Golden, answer_difference, read_bundle
+from twotower.export.bundle import Bundle, Golden, answer_difference
 from twotower.files import write_json
 from twotower.serve.client import RecommendClient
 from twotower.serve.config import MODEL, ServeConfig
@@ -249,39 +238,6 @@ class TritonServer:
             for leftover in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
                 leftover.unlink(missing_ok=True)
 
-    def supervise(self, stop: threading.Event) -> None:
-        """Keep the model answering until `stop` is set."""
-        failures = 0
-        while not stop.wait(0.0 if failures else self.config.probe_interval_s):
-            try:
-                self.probe()
-                failures = 0
-                continue
-            except Exception as error:  # whatever it is, supervision goes on
-                failures += 1
-                _say(f"probe {failures} failed: {_line(error)}")
-            started = time.monotonic()
-            alive = self.process is not None and self.process.poll() is None
-            try:
-                if alive and failures < 3:
-                    action, done = "model loaded anew", self.reload()
-                else:
-                    action, done = "server restarted", True
-                    self.restart()
-            except Exception as error:
-                action, done = f"restart failed: {_line(error)}", False
-            _say(f"{action}{'' if done else ' (failed)'} in {time.monotonic() - started:.1f} s")
-            if not done:
-                stop.wait(self.config.probe_interval_s)
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _say(message: str) -> None:
-    Console(stderr=True, highlight=False).print(f"twotower serve: {message}")
-
 
 def choose_ports(config: ServeConfig) -> ServeConfig:
     """Return the configuration with every port of 0 replaced by a free one.
@@ -309,75 +265,3 @@ def choose_ports(config: ServeConfig) -> ServeConfig:
         for sock in held:
             sock.close()
     return replace(config, **ports)
-
-
-@contextmanager
-def running_server(
-    bundle_path: Path, config: ServeConfig, work_dir: Path
-) -> Iterator[TritonServer]:
-    """Serve a bundle, supervised by a thread, while the block runs.
-
-    Raises:
-        UserError: for a damaged bundle, or as `TritonServer.start`.
-    """
-    server = TritonServer(read_bundle(bundle_path), config, work_dir)
-    server.start()
-    stop = threading.Event()
-    thread = threading.Thread(target=server.supervise, args=(stop,), name="supervisor")
-    thread.start()
-    try:
-        yield server
-    finally:
-        stop.set()
-        thread.join()
-        server.stop()
-
-
-def serve_forever(bundle_path: Path, config: ServeConfig, work_dir: Path) -> None:
-    """Serve a bundle until SIGTERM or SIGINT, then stop cleanly.
-
-    Raises:
-        UserError: for a damaged bundle, a server of this job that runs already, or as
-            `TritonServer.start`.
-    """
-    _refuse_second(work_dir)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    server = TritonServer(read_bundle(bundle_path), config, work_dir)
-    started = time.monotonic()
-    server.start()
-    try:
-        _print_endpoints(server, time.monotonic() - started)
-        server.supervise(stop)
-    finally:
-        server.stop()
-    _say("stopped")
-
-
-def _refuse_second(work_dir: Path) -> None:
-    try:
-        pid = json.loads((work_dir / "server.json").read_text())["pid"]
-        name = Path(f"/proc/{pid}/comm").read_text().strip()
-    except (OSError, ValueError, KeyError):
-        return
-    if name.startswith("tritonserver"):
-        raise UserError(
-            f"{work_dir}: process {pid} serves this job already: stop it first, or give another "
-            "run_dir"
-        )
-
-
-def _print_endpoints(server: TritonServer, seconds: float) -> None:
-    m = server.bundle.manifest
-    out = Table(title="serve", title_justify="left", title_style="bold", show_header=False)
-    for name, value in {
-        "bundle": f"{server.bundle.path} (version {m.version}, {m.num_items:,} items)",
-        "gRPC": server.grpc_url,
-        "HTTP": f"http://{server.http_url}/v2/models/{MODEL}",
-        "metrics": server.metrics_url,
-        "golden queries": f"{len(server.golden)} answered as by eager PyTorch, in {seconds:.1f} s",
-        "log": str(server.log),
-    }.items():
-        out.add_row(name, value)
-    Console(highlight=False).print(out)

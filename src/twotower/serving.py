@@ -19,9 +19,10 @@ from twotower.data.schema import PAD_INT64
 from twotower.errors import UserError
 from twotower.export.bundle import latest_bundle, read_bundle
 from twotower.job import Job
-from twotower.serve.client import Recommendation, RecommendClient
+from twotower.serve.client import RecommendClient
+from twotower.serve.request import Recommendation
 from twotower.serve.runtime import setup_runtime
-from twotower.serve.server import running_server, serve_forever
+from twotower.serve.supervisor import running_server, serve_forever
 from twotower.show import console, table
 
 SHOWN_USERS = 3

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from twotower import __version__
 from twotower.errors import UserError
-from twotower.export.bundle import bundle_versions, latest_bundle, read_bundle
+from twotower.export.bundle import bundle_versions
 from twotower.files import atomic_directory, fingerprint, write_json
 from twotower.job import Job
 from twotower.show import console, facts, table
@@ -193,10 +193,3 @@ def _mark_of(manifest: Path) -> str | None:
 
 def _unchanged(step: str, target: Path) -> None:
     console.print(f"[bold]{step}[/bold]: inputs unchanged since {target} was made, skipped")
-
-
-def newest_bundle(job: Job) -> Path:
-    """Return the newest bundle after checking every file of it."""
-    path = latest_bundle(job.path("bundles"))
-    read_bundle(path)
-    return path

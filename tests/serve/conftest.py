@@ -8,7 +8,8 @@ import pytest
 
 from twotower.serve.config import ServeConfig
 from twotower.serve.runtime import setup_runtime
-from twotower.serve.server import TritonServer, running_server
+from twotower.serve.server import TritonServer
+from twotower.serve.supervisor import running_server
 
 FREE = ServeConfig(http_port=0, grpc_port=0, metrics_port=0, probe_interval_s=0.3)
 

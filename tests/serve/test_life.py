@@ -15,7 +15,7 @@ import pytest
 
 from twotower.errors import UserError
 from twotower.serve.client import RecommendClient
-from twotower.serve.server import running_server
+from twotower.serve.supervisor import running_server
 
 from .conftest import FREE, shared_memory, stubs_of
 

@@ -24,7 +24,8 @@ from twotower.files import write_json
 from twotower.serve import runtime as runtime_module
 from twotower.serve.client import AsyncRecommendClient, RecommendClient, ServerUnavailable
 from twotower.serve.config import ServeConfig
-from twotower.serve.server import TritonServer, running_server
+from twotower.serve.server import TritonServer
+from twotower.serve.supervisor import running_server
 
 from .conftest import FREE, stubs_of
 
