@@ -173,12 +173,14 @@ def as_timestamps(values: Any, where: str, unit: str) -> npt.NDArray[np.int64]:
 
 def _parse_times(array: pa.Array, where: str) -> pa.Array:
     """Parse ISO times, all with a zone or all without one, which means UTC."""
-    for kind in (pa.timestamp("us"), pa.timestamp("us", "UTC")):
-        try:
-            return array.cast(kind)
-        except pa.ArrowInvalid as error:
-            reason = error
-    raise UserError(f"{where}: {reason}; expected integers or ISO times") from None
+    try:
+        return array.cast(pa.timestamp("us"))
+    except pa.ArrowInvalid as error:
+        reason = str(error)
+    try:
+        return array.cast(pa.timestamp("us", "UTC"))
+    except pa.ArrowInvalid:
+        raise UserError(f"{where}: {reason}; expected integers or ISO times") from None
 
 
 def _refuse_absurd(micros: npt.NDArray[np.float64], array: pa.Array, where: str, unit: str) -> None:

@@ -174,6 +174,30 @@ def test_a_csv_with_a_broken_row_is_explained(twotower, tmp_path) -> None:
     assert "log.csv" in done.stderr
 
 
+def test_a_run_dir_that_cannot_be_written_is_explained(twotower, tmp_path) -> None:
+    pq.write_table(pa.table(GOOD), tmp_path / "log.parquet")
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB | {"run_dir": "file/run"}))
+    done = twotower("prepare", "--config", "job.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "file/run" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_device_that_is_not_there_is_explained(twotower, tmp_path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    pq.write_table(pa.table(GOOD), tmp_path / "log.parquet")
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB))
+    assert twotower("prepare", "--config", "job.yaml", cwd=tmp_path).returncode == 0
+    done = twotower("train", "--config", "job.yaml", "--train.accelerator=cuda", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_failed_prepare_keeps_the_dataset_that_was_there(twotower, tmp_path) -> None:
     pq.write_table(pa.table(GOOD), tmp_path / "log.parquet")
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB))

@@ -130,6 +130,11 @@ def train(
         UserError: when the dataset cannot be trained on.
     """
     started = time.monotonic()
+    if config.accelerator == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "train.accelerator is cuda, but torch finds no CUDA device: set it to auto or cpu, "
+            "or install the CUDA builds (`make CUDA=1 install`)"
+        )
     partial = partial_path(directory)
     resume = _resume_point(partial, fingerprint)
     if resume is None:

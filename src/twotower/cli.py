@@ -176,6 +176,12 @@ def main() -> None:
         )
     except BrokenPipeError:
         code = 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        code = _refuse(
+            f"{error.filename}: {error.strerror}: check the path, its rights and the disk's space"
+        )
     except KeyboardInterrupt:
         code = 130
     sys.stdout.flush()
