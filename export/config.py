@@ -14,7 +14,7 @@ class ExportConfig:
     tolerance: float = 1e-4
     """Largest difference of a score between eager PyTorch and ONNX Runtime; beyond, no bundle."""
     golden_queries: int = 200
-    """Queries kept in the bundle with their answers; every server is checked against them."""
+    """Most queries kept in the bundle with their answers; every server must answer them."""
     golden_k: int = 10
     """Answers a golden query."""
 

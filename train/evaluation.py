@@ -100,7 +100,8 @@ def answer_by_cooccurrence(data: PreparedDataset, queries: Queries, k: int, size
         score[
             torch.from_numpy(np.repeat(np.arange(len(block)), np.diff(offset))), seen
         ] = -torch.inf
-        answers.append(score.topk(k).indices.numpy())
+        best, rows = score.topk(k)
+        answers.append(rows.masked_fill(best == -torch.inf, -1).numpy())
     return np.concatenate(answers)
 
 

@@ -167,7 +167,7 @@ def export(job: Job) -> None:
     size = sum(f.stat().st_size for f in bundle.path.iterdir()) / 1e6
     facts("export", {
         "bundle": bundle.path, "version": m.version, "items": m.num_items, "width": m.dim,
-        "golden queries": job.export.golden_queries,
+        "golden queries": len(bundle.golden()),
         "largest score difference": f"{m.parity['scores']:.1e} (eager against ONNX Runtime)",
         "size": f"{size:.1f} MB",
     })  # fmt: skip
