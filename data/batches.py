@@ -88,7 +88,7 @@ class BatchBuilder:
                 rows = one_chunk(data.items[f"history.{f.name}"])
                 self._history[f.name] = rows.to_numpy()
                 continue
-            column = one_chunk(self._table(tower, f)[f.name])
+            column = one_chunk(self._table(tower, f)[f"feature.{f.name}"])
             if f.kind in ID_KINDS:
                 self._ragged[key] = ragged(column)
             else:

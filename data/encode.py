@@ -77,12 +77,9 @@ class Encoder:
         self, config: DataConfig, tower: str, rows: list[dict[str, Any]]
     ) -> dict[str, pa.Array]:
         """Encode requests given as plain Python values, one dictionary a row."""
+        features = config.query if tower == "query" else config.item
         out = {}
-        for spec, (_, feature) in zip(
-            self.specs(config, tower),
-            [(t, f) for t, f in config.features() if t == tower],
-            strict=True,
-        ):
+        for spec, feature in zip(self.specs(config, tower), features, strict=True):
             values = [row[spec.name] for row in rows]
             out[spec.name] = self.encode(tower, feature, pa.array(values, arrow_type(spec)))
         return out

@@ -113,7 +113,7 @@ def _write_columns(
         encoded, plain = encoder.encode(tower, f, raw[key]), raw[key]
         if f.kind == "number":
             plain = pc.fill_null(plain, encoder.normalisers[key].mean)
-        columns[side][f.name], columns[side][f"raw.{f.name}"] = encoded, plain
+        columns[side] |= {f"feature.{f.name}": encoded, f"raw.{f.name}": plain}
     events = log.events
     order = np.lexsort((events.time, events.split, log.user_row))
     user, item, time = log.user_row[order], log.item_row[order], events.time[order]

@@ -210,12 +210,18 @@ def _resolve_sources(
     for tower, f in config.features():
         possible = ["users", "interactions"] if tower == "query" else ["items"]
         found = [s for s in possible if f.source_column in have[s]]
-        if f.source_column == config.columns.user:
-            found = ["users"]
         if f.kind == "history" and f.column is None:
             resolved[tower].append(f)
             continue
         spot = f"data.{tower}, feature '{f.name}'"
+        if tower == "query":
+            if f.source_column == config.columns.user:
+                found = ["users"]
+            if f.source_column in (config.columns.item, config.columns.label):
+                raise UserError(
+                    f"{spot}: column '{f.source_column}' is what is to be predicted and would "
+                    "leak: earlier items come with kind: history"
+                )
         if (f.source is not None and f.source not in found) or not found:
             searched = [f.source] if f.source else possible
             names = [n for s in searched for n in have[s]]

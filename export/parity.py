@@ -47,12 +47,12 @@ def golden_rows(data: PreparedDataset, specs: list[TensorSpec], count: int, seed
         exclude = np.unique(seen) if i % 2 == 0 else np.empty(0, np.int64)
         row["exclude"] = ids.take(exclude).to_pylist()
         rows.append(row)
-    for row in rows[: max(1, len(rows) // 20)]:
+    for i, row in enumerate(rows[: max(1, len(rows) // 20)]):
         for spec in specs:
             if spec.kind == "id":
                 row[spec.name] = UNSEEN_ID[spec.dtype]
             elif spec.is_list:
-                row[spec.name] = [UNSEEN_ID[spec.dtype]] * (len(rows) % 2)
+                row[spec.name] = [UNSEEN_ID[spec.dtype]] * (i % 2)
     return rows
 
 

@@ -25,17 +25,17 @@ def test_a_batch_holds_the_lists_of_its_events(data) -> None:
         user, item = int(c["user"][row]), int(c["item"][row])
         timeline = data.timeline[data.history_from[user] : c["history_to"][row]][-50:]
         expected = {
-            "query.user_id": [data.users["user_id"][user].as_py()],
+            "query.user_id": [data.users["feature.user_id"][user].as_py()],
             "query.history": [history_rows[i] for i in timeline],
-            "query.device": [data.events["device"][int(row)].as_py()],
-            "item.item_id": [items["item_id"][item].as_py()],
-            "item.tags": items["tags"][item].as_py(),
+            "query.device": [data.events["feature.device"][int(row)].as_py()],
+            "item.item_id": [items["feature.item_id"][item].as_py()],
+            "item.tags": items["feature.tags"][item].as_py(),
         }
         for key, value in expected.items():
             assert lists[key][place].tolist() == value
         assert batch.item_B[place] == item
         np.testing.assert_array_equal(
-            batch.dense["item.text"][place].numpy(), items["text"][item].as_py()
+            batch.dense["item.text"][place].numpy(), items["feature.text"][item].as_py()
         )
 
 

@@ -85,7 +85,7 @@ def test_vocabularies_and_counts_come_from_training_alone(make, log) -> None:
     assert catalogue == sorted(set(log["item_id"]), key=lambda i: i.encode() if train and
                                isinstance(i, str) else i)  # fmt: skip
     assert data.train_count.tolist() == [train.count(i) for i in catalogue]
-    rows = data.items["item_id"].to_numpy()
+    rows = data.items["feature.item_id"].to_numpy()
     for item, row in zip(catalogue, rows, strict=True):
         assert (row < vocabulary.oov_rows) == (item not in train)
 
@@ -146,7 +146,7 @@ def test_numbers_are_normalised_by_the_training_period(make) -> None:
     # e is sold in the test period alone; the null is set to the mean.
     normaliser = data.encoder.normalisers["item.price"]
     assert normaliser.mean == pytest.approx(7 / 3)
-    encoded = data.items["price"].to_pylist()
+    encoded = data.items["feature.price"].to_pylist()
     assert encoded[2] == 0.0
     assert encoded[:2] + encoded[3:4] == pytest.approx(
         [(p - 7 / 3) / normaliser.std for p in (1, 2, 4)], abs=1e-6
@@ -171,11 +171,11 @@ def test_every_kind_is_encoded(make) -> None:
     )  # fmt: skip
     tags = data.encoder.vocabularies["tags"]
     assert set(tags.keys.to_pylist()) == {"p", "q", "r"}
-    lengths = data.items["tags"].combine_chunks().value_lengths().to_pylist()
+    lengths = data.items["feature.tags"].combine_chunks().value_lengths().to_pylist()
     assert lengths == [2, 1, 0, 2, 0], "cut to two; none for a null and for an item without a row"
-    assert data.items["text"].to_pylist()[2] == [0.0, 0.0]
-    assert data.items["year"].to_pylist()[2] == 0.0
-    assert data.users["city"].to_pylist()[1:] == [-1, -1], "null and empty are missing"
+    assert data.items["feature.text"].to_pylist()[2] == [0.0, 0.0]
+    assert data.items["feature.year"].to_pylist()[2] == 0.0
+    assert data.users["feature.city"].to_pylist()[1:] == [-1, -1], "null and empty are missing"
     assert data.summary["counts"]["items_without_a_row"] == 1
     assert data.raw_query(0, data.last_event_of(0), data.timeline_of(0)) == {
         "history": ["a", "b", "c"], "user_id": 1, "age": 20.0, "city": "x", "device": "web",
@@ -226,6 +226,33 @@ def test_a_csv_with_times_in_words_and_a_folder_of_parquet_read_alike(make, tmp_
     for place in ("log.csv", "parts", "parts/*.parquet", f"file://{tmp_path}/parts"):
         location = place if "://" in place else str(tmp_path / place)
         assert make(EVENTS, interactions=location).events.equals(expected)
+
+
+def test_a_feature_may_have_any_name(make) -> None:
+    from twotower.data.batches import BatchBuilder
+
+    names = ("id", "user", "item", "time", "split", "weight", "history_to", "history_from")
+    context = {f"c_{n}": [f"{n} {i % 3}" for i in range(10)] for n in names}
+    items = {"item_id": list("abcde"), "colour": ["x", "y", "z", "x", "y"]}
+    data = make(
+        EVENTS | context, items=items,
+        query=[HISTORY, *(Feature(name=n, kind="id", column=f"c_{n}") for n in names)],
+        item=[Feature(name="id", kind="id", column="item_id", table="item_id"),
+              Feature(name="train_count", kind="id", column="colour")],
+    )  # fmt: skip
+    plain = make(EVENTS)
+    for name in ("user", "item", "time", "split", "weight", "history_to"):
+        np.testing.assert_array_equal(data.event_columns[name], plain.event_columns[name])
+    assert data.items["id"].to_pylist() == list("abcde")
+    assert data.train_count.sum() == 8
+    batch = BatchBuilder(data).events(np.arange(10))
+    assert (batch.ids["query.time"].lengths() == 1).all()
+    assert data.raw_query(0, 0, data.timeline_of(0))["time"] == "time 0"
+
+
+def test_the_item_to_be_predicted_is_no_feature_of_the_query(make) -> None:
+    with pytest.raises(UserError, match="what is to be predicted"):
+        make(EVENTS, query=[HISTORY, Feature(name="item", kind="id", column="item_id")])
 
 
 def test_two_types_of_ids_cannot_share_a_table(make) -> None:
