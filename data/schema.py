@@ -29,6 +29,9 @@ POOLINGS = ("mean", "sum", "attention")
 SPLITS = ("temporal", "leave_last_out", "given")
 TIME_UNITS = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 0}
 
+# Tensors of every model, beside its features.
+RESERVED = ("k", "exclude", "vector", "item_ids", "scores", "version")
+
 # What stands for "nothing here" in a raw tensor: padding of a list, or a missing id.
 PAD_STRING = ""
 PAD_INT64 = -(2**63)
@@ -246,8 +249,8 @@ def _validate_feature(tower: str, feature: Feature) -> None:
     key = f"data.{tower}, feature '{feature.name}'"
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", feature.name):
         raise UserError(f"{key}: a name is letters, digits and '_': rename it, set `column`")
-    if feature.name in ("k", "exclude"):
-        raise UserError(f"{key}: this name is an input of every request: rename it, set `column`")
+    if feature.name in RESERVED:
+        raise UserError(f"{key}: every model has a tensor of this name: rename it, set `column`")
     _one_of(f"{key}: kind", feature.kind, KINDS)
     _one_of(f"{key}: pooling", feature.pooling, POOLINGS)
     if feature.kind == "history" and tower == "item":

@@ -48,8 +48,9 @@ class PaddedTower(nn.Module):
         super().__init__()
         self.tower: Tower = getattr(model, side)
         self.features: list[Feature] = self.tower.features
-        names = {f.table_name for f in self.features if f.kind in ID_KINDS}
-        self.tables = nn.ParameterDict({n: model.table_weight(n) for n in sorted(names)})
+        names = sorted({f.table_name for f in self.features if f.kind in ID_KINDS})
+        self.place = {name: i for i, name in enumerate(names)}
+        self.tables = nn.ParameterList([model.table_weight(name) for name in names])
 
     def forward(self, *columns: Tensor) -> Tensor:
         """Return (B, D).
@@ -63,14 +64,15 @@ class PaddedTower(nn.Module):
                 inputs[f.name] = column
                 continue
             mask_BL = column >= 0
-            entry_BLD = nn.functional.embedding(column.clamp_min(0), self.tables[f.table_name])
+            weight = self.tables[self.place[f.table_name]]
+            entry_BLD = nn.functional.embedding(column.clamp_min(0), weight)
             inputs[f.name] = self.tower.pool(f, entry_BLD, mask_BL)
         vector: Tensor = self.tower(inputs)
         return vector
 
 
 def tower_graph(model: TwoTower, side: str, specs: list[TensorSpec]) -> Any:
-    """Return the second half as an ONNX model with inputs `<feature>_rows` or `<feature>_float`."""
+    """Return the second half as an ONNX model with inputs `<feature>_encoded`."""
     twin = PaddedTower(model, side).eval()
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     example, dynamic = [], []
@@ -102,7 +104,10 @@ def tower_graph(model: TwoTower, side: str, specs: list[TensorSpec]) -> Any:
 def encoding_graph(
     encoder: Encoder, side: str, specs: list[TensorSpec], features: list[Feature]
 ) -> Any:
-    """Return the first half: raw features to `<feature>_encoded`."""
+    """Return the first half: raw features to `<feature>:encoded`.
+
+    No feature's name holds a colon, so names made with one meet none.
+    """
     nodes: list[Any] = []
     initializers: list[Any] = []
     inputs, outputs = [], []
@@ -112,7 +117,7 @@ def encoding_graph(
             helper.make_tensor_value_info(spec.name, ELEMENT[spec.dtype], ["batch", entries])
         )
         kind = TensorProto.INT64 if spec.kind in ID_KINDS else TensorProto.FLOAT
-        out = f"{spec.name}_encoded"
+        out = f"{spec.name}:encoded"
         outputs.append(helper.make_tensor_value_info(out, kind, ["batch", entries]))
         if spec.kind in ID_KINDS:
             vocabulary = encoder.vocabularies[feature.table_name]
@@ -120,11 +125,11 @@ def encoding_graph(
         elif spec.kind == "number":
             norm = encoder.normalisers[f"{side}.{spec.name}"]
             mean, std = (
-                _constant(f"{spec.name}_{n}", np.array([v], np.float32), initializers)
+                _constant(f"{spec.name}:{n}", np.array([v], np.float32), initializers)
                 for n, v in (("mean", norm.mean), ("std", norm.std))
             )
-            nodes.append(helper.make_node("Sub", [spec.name, mean], [f"{spec.name}_centred"]))
-            nodes.append(helper.make_node("Div", [f"{spec.name}_centred", std], [out]))
+            nodes.append(helper.make_node("Sub", [spec.name, mean], [f"{spec.name}:centred"]))
+            nodes.append(helper.make_node("Div", [f"{spec.name}:centred", std], [out]))
         else:
             nodes.append(helper.make_node("Identity", [spec.name], [out]))
     graph = helper.make_graph(nodes, f"{side}_encoding", inputs, outputs, initializers)
@@ -142,23 +147,23 @@ def _lookup_nodes(
         known = {"keys_strings": [PAD_STRING, *keys]}
     else:
         known = {"keys_int64s": [PAD_INT64, *keys]}
-    unseen = _constant(f"{name}_unseen", np.array(UNSEEN, np.int64), initializers)
-    oov = _constant(f"{name}_oov_rows", np.array(vocabulary.oov_rows, np.int64), initializers)
+    unseen = _constant(f"{name}:unseen", np.array(UNSEEN, np.int64), initializers)
+    oov = _constant(f"{name}:oov_rows", np.array(vocabulary.oov_rows, np.int64), initializers)
     return [
         helper.make_node(
-            "LabelEncoder", [name], [f"{name}_known"], domain="ai.onnx.ml",
+            "LabelEncoder", [name], [f"{name}:known"], domain="ai.onnx.ml",
             values_int64s=rows, default_int64=UNSEEN, **known,
         ),
         helper.make_node(
-            "MurmurHash3", [name], [f"{name}_hash"], domain="com.microsoft", seed=0, positive=1
+            "MurmurHash3", [name], [f"{name}:hash"], domain="com.microsoft", seed=0, positive=1
         ),
         helper.make_node(
-            "Cast", [f"{name}_hash"], [f"{name}_hash64"], to=TensorProto.INT64
+            "Cast", [f"{name}:hash"], [f"{name}:hash64"], to=TensorProto.INT64
         ),
-        helper.make_node("Mod", [f"{name}_hash64", oov], [f"{name}_fallback"]),
-        helper.make_node("Equal", [f"{name}_known", unseen], [f"{name}_is_unseen"]),
+        helper.make_node("Mod", [f"{name}:hash64", oov], [f"{name}:fallback"]),
+        helper.make_node("Equal", [f"{name}:known", unseen], [f"{name}:is_unseen"]),
         helper.make_node(
-            "Where", [f"{name}_is_unseen", f"{name}_fallback", f"{name}_known"], [out]
+            "Where", [f"{name}:is_unseen", f"{name}:fallback", f"{name}:known"], [out]
         ),
     ]  # fmt: skip
 
@@ -177,7 +182,7 @@ def raw_graph(encoder: Encoder, model: TwoTower, side: str, specs: list[TensorSp
     second = onnx.compose.add_prefix(second, "tower/", rename_inputs=True, rename_outputs=True)
     merged = onnx.compose.merge_models(
         _same_opsets(first), _same_opsets(second),
-        io_map=[(f"{s.name}_encoded", f"tower/{s.name}_encoded") for s in specs],
+        io_map=[(f"{s.name}:encoded", f"tower/{s.name}_encoded") for s in specs],
     )  # fmt: skip
     for node in merged.graph.node:
         for i, output in enumerate(node.output):

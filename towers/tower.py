@@ -49,7 +49,7 @@ class Tower(nn.Module):
         self.features = list(features)
         self.residual = config.residual
         self.pools = nn.ModuleDict({
-            f.name: AttentionPool(config.dim, f.length)
+            f"pool_{f.name}": AttentionPool(config.dim, f.length)
             for f in features
             if f.kind in ("ids", "history") and f.pooling == "attention"
         })  # fmt: skip
@@ -66,8 +66,9 @@ class Tower(nn.Module):
 
     def pool(self, feature: Feature, entry_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Pool padded entries; see `pool_sum` for entries that are summed already."""
-        if feature.name in self.pools:
-            pooled: Tensor = self.pools[feature.name](entry_BLD, mask_BL)
+        # torch refuses modules named like its own attributes, hence the prefix.
+        if (name := f"pool_{feature.name}") in self.pools:
+            pooled: Tensor = self.pools[name](entry_BLD, mask_BL)
             return pooled
         sum_BD = (entry_BLD * mask_BL.unsqueeze(-1)).sum(1)
         return self.pool_sum(feature, sum_BD, mask_BL.sum(1))

@@ -23,6 +23,9 @@ from twotower.data.schema import ID_KINDS, DataConfig, Feature
 from twotower.towers.config import ModelConfig
 from twotower.towers.tower import Tower
 
+# torch refuses modules named like its own attributes, `type` for instance.
+PREFIX = "table_"
+
 
 class TwoTower(nn.Module):
     """The query tower, the item tower and their tables.
@@ -53,7 +56,7 @@ class TwoTower(nn.Module):
             # A vector of unit length, whatever the table's size, keeps small tables comparable.
             bound = (3 / config.dim) ** 0.5
             common: dict[str, Any] = {
-                "name": name, "embedding_dim": config.dim, "num_embeddings": rows,
+                "name": PREFIX + name, "embedding_dim": config.dim, "num_embeddings": rows,
                 "feature_names": keys, "weight_init_min": -bound, "weight_init_max": bound,
             }  # fmt: skip
             if name in listed:
@@ -77,7 +80,7 @@ class TwoTower(nn.Module):
         return query_BD, item_BD, self.log_temperature.exp()
 
     def table_names(self) -> list[str]:
-        """Return the names of the embedding tables."""
+        """Return the names of the embedding tables as TorchRec knows them."""
         bags = self.bags.embedding_bag_configs() if self.bags is not None else []
         lists = self.lists.embedding_configs() if self.lists is not None else []
         return [table.name for table in (*bags, *lists)]
@@ -88,13 +91,13 @@ class TwoTower(nn.Module):
         return [parameter for parameters in found for parameter in parameters]
 
     def table_weight(self, name: str) -> nn.Parameter:
-        """Return the weights (rows, D) of an embedding table that is not sharded."""
+        """Return the weights (rows, D) of the schema's table `name`, when it is not sharded."""
         for tables in (
             self.bags.embedding_bags if self.bags is not None else {},
             self.lists.embeddings if self.lists is not None else {},
         ):
-            if name in tables:
-                weight: nn.Parameter = tables[name].weight
+            if PREFIX + name in tables:
+                weight: nn.Parameter = tables[PREFIX + name].weight
                 return weight
         raise KeyError(name)
 

@@ -6,6 +6,7 @@ import torch
 
 from twotower.data.batches import BatchBuilder, encoded_batch
 from twotower.data.schema import Feature, Table
+from twotower.errors import UserError
 from twotower.export.graphs import raw_graph, save_graph
 from twotower.export.parity import raw_tensors, session
 from twotower.towers.config import ModelConfig
@@ -122,3 +123,27 @@ def test_unseen_and_missing_ids_are_answered_as_in_training(make, tmp_path) -> N
     eager = model.query_vectors(encoded_batch(data.config, "query", columns))
     np.testing.assert_allclose(served, eager.detach().numpy(), atol=2e-6)
     assert len(np.unique(served.round(5), axis=0)) > 20, "ids make a difference"
+
+
+def test_features_named_like_parts_of_the_graph_do_not_meet(make, tmp_path) -> None:
+    names = ["a", "a_encoded", "a_known", "a_hash", "batch", "tower", "type", "items", "forward"]
+    users = {"user_id": [1, 2, 3]} | {n: [f"{n} 1", f"{n} 2", f"{n} 3"] for n in names}
+    data = make(EVENTS, users=users, query=[
+        *(Feature(name=n, kind="id") for n in names),
+        Feature(name="pop", kind="history", table="values", pooling="attention"),
+    ])  # fmt: skip
+    rows = {n: t["rows"] for n, t in data.summary["tables"].items()}
+    model = TwoTower(data.config, rows, ModelConfig(dim=8, hidden=[16])).eval()
+    specs = data.encoder.specs(data.config, "query")
+    save_graph(raw_graph(data.encoder, model, "query", specs), tmp_path / "graph.onnx")
+    requests = [data.raw_query(row, None, np.empty(0, np.int64)) for row in range(3)]
+    (served,) = session(tmp_path / "graph.onnx").run(["vector"], raw_tensors(specs, requests))
+    columns = data.encoder.encode_rows(data.config, "query", requests)
+    eager = model.query_vectors(encoded_batch(data.config, "query", columns))
+    np.testing.assert_allclose(served, eager.detach().numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["k", "exclude", "vector", "scores"])
+def test_a_feature_may_not_be_named_like_a_tensor_of_every_model(name, make) -> None:
+    with pytest.raises(UserError, match="rename it"):
+        make(EVENTS, users=USERS, query=[Feature(name=name, kind="id", column="city")])

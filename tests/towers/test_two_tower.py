@@ -47,7 +47,7 @@ def test_a_query_depends_on_its_own_row_alone(make) -> None:
 def test_towers_share_the_table_that_they_name(make) -> None:
     data = make(EVENTS, query=[history("mean")])
     model = build(data)
-    assert model.table_names() == ["item_id"]
+    assert model.table_names() == ["table_item_id"]
     query, item, _ = model(BatchBuilder(data).events(np.arange(10)))
     weight = model.table_weight("item_id")
     for vectors in (query, item):
@@ -76,7 +76,7 @@ def test_attention_can_prefer_the_newest(make) -> None:
     data = make(EVENTS, query=[history("attention")])
     model = build(data)
     with torch.no_grad():
-        model.query.pools["history"].recency[0] = 50.0
+        model.query.pools["pool_history"].recency[0] = 50.0
     seen = {}
     model.query.register_forward_pre_hook(lambda _, args: seen.update(args[0]))
     batch = BatchBuilder(data).queries(np.array([2]))
