@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from twotower.data.prepared import PreparedDataset, Ragged, dense, gather, one_chunk, ragged
+from twotower.data.encode import Normaliser
+from twotower.data.prepared import (
+    PreparedDataset,
+    Ragged,
+    array,
+    dense,
+    gather,
+    one_chunk,
+    ragged,
+)
 from twotower.data.schema import ID_KINDS, DataConfig, Feature
 
 I64 = npt.NDArray[np.int64]
@@ -82,22 +91,33 @@ class BatchBuilder:
         self._ragged: dict[str, Ragged] = {}
         self._dense: dict[str, npt.NDArray[Any]] = {}
         self._history: dict[str, npt.NDArray[np.int64]] = {}
+        self._code_rows: dict[str, npt.NDArray[np.int64]] = {}
+        self._normalisers: dict[str, Normaliser] = {}
         for tower, f in self.config.features():
             key = f"{tower}.{f.name}"
             if f.kind == "history":
                 rows = one_chunk(data.items[f"history.{f.name}"])
                 self._history[f.name] = rows.to_numpy()
                 continue
-            column = one_chunk(self._table(tower, f)[f"feature.{f.name}"])
+            if f.source == "interactions":
+                self._add_context(key, f)
+                continue
+            table = data.items if tower == "item" else data.users
+            column = one_chunk(table[f"feature.{f.name}"])
             if f.kind in ID_KINDS:
                 self._ragged[key] = ragged(column)
             else:
                 self._dense[key] = dense(column)
 
-    def _table(self, tower: str, feature: Feature) -> pa.Table:
-        if tower == "item":
-            return self.data.items
-        return self.data.events if feature.source == "interactions" else self.data.users
+    def _add_context(self, key: str, f: Feature) -> None:
+        column = one_chunk(self.data.events[f"context.{f.name}"])
+        if f.kind in ID_KINDS:
+            self._ragged[key] = ragged(column)
+            self._code_rows[key] = array(self.data.context(f.name), "feature")
+        else:
+            self._dense[key] = dense(column)
+            if f.kind == "number":
+                self._normalisers[key] = self.data.encoder.normalisers[key]
 
     def events(self, rows: I64) -> Batch:
         """Return both towers' features of the events at `rows` (B,)."""
@@ -105,9 +125,8 @@ class BatchBuilder:
         user, item = c["user"][rows].astype(np.int64), c["item"][rows].astype(np.int64)
         bags, columns = self._query(user, rows, c["history_to"][rows])
         item_bags, item_columns = self._item(item)
-        return self._batch(
-            bags | item_bags, columns | item_columns, item, c["weight"][rows].astype(np.float32)
-        )
+        weight = c["weight"][rows] if "weight" in c else None
+        return self._batch(bags | item_bags, columns | item_columns, item, weight)
 
     def queries(self, rows: I64) -> Batch:
         """Return the query tower's features of the events at `rows` (B,)."""
@@ -135,9 +154,14 @@ class BatchBuilder:
                 continue
             rows = event if f.source == "interactions" else user
             if key in self._ragged:
-                bags[key] = self._ragged[key].take(rows)
+                values, lengths = self._ragged[key].take(rows)
+                if key in self._code_rows:
+                    values = self._code_rows[key][values]
+                bags[key] = (values, lengths)
             else:
-                columns[key] = self._dense[key][rows]
+                values = self._dense[key][rows]
+                norm = self._normalisers.get(key)
+                columns[key] = values if norm is None else norm.apply(values)
         return bags, columns
 
     def _item(self, rows: I64) -> tuple[dict[str, Bag], dict[str, npt.NDArray[Any]]]:
@@ -221,7 +245,7 @@ class TrainLoader:
 
     def __init__(self, data: PreparedDataset, batch_size: int, seed: int) -> None:
         self.builder = BatchBuilder(data)
-        self.rows = np.flatnonzero(data.event_columns["split"] == 0)
+        self.rows = np.arange(data.section(0).stop)
         self.batch_size = min(batch_size, len(self.rows))
         self.seed = seed
         self.epoch = 0

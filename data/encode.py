@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.data.schema import ID_KINDS, DataConfig, Feature, TensorSpec
 from twotower.data.vocabulary import Vocabulary
-from twotower.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,11 @@ class Normaliser:
 
     mean: float = 0.0
     std: float = 1.0
+
+    def apply(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Return numbers as a tower reads them, in float32 throughout like the exported graph."""
+        filled = np.nan_to_num(values.astype(np.float32), nan=np.float32(self.mean))
+        return (filled - np.float32(self.mean)) / np.float32(self.std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,7 @@ class Encoder:
     normalisers: Mapping[str, Normaliser]
 
     def encode(self, tower: str, feature: Feature, raw: pa.Array) -> pa.Array:
-        """Encode one raw column (see `twotower.data.log.raw_feature`).
+        """Encode one raw column (see `twotower.data.log.checks.raw_feature`).
 
         Returns:
             `id`: int64 rows, -1 for a missing one; `ids` and `history`: lists of rows; `number`:
@@ -53,9 +58,7 @@ class Encoder:
         if feature.kind == "number":
             norm = self.normalisers[f"{tower}.{feature.name}"]
             filled = pc.fill_null(raw, norm.mean).to_numpy(zero_copy_only=False)
-            # Like the exported graph, in float32 throughout.
-            scaled = (filled.astype(np.float32) - np.float32(norm.mean)) / np.float32(norm.std)
-            return pa.array(scaled)
+            return pa.array(norm.apply(filled))
         return raw
 
     def specs(self, config: DataConfig, tower: str) -> list[TensorSpec]:
@@ -99,15 +102,3 @@ def arrow_type(spec: TensorSpec) -> pa.DataType:
     if spec.kind == "number":
         return pa.float64()
     return pa.list_(scalar) if spec.is_list else scalar
-
-
-def fit_normaliser(values: pa.Array, where: str) -> Normaliser:
-    """Return the mean and deviation of a number; a constant one keeps deviation 1.
-
-    Raises:
-        UserError: when the training period has no value at all.
-    """
-    if len(values) == values.null_count:
-        raise UserError(f"{where}: no value in the training period: remove the feature")
-    mean, std = pc.mean(values).as_py(), pc.stddev(values).as_py()
-    return Normaliser(mean=float(mean), std=float(std) if std and std > 1e-12 else 1.0)

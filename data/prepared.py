@@ -1,5 +1,7 @@
 """Reading a prepared dataset: memory-mapped Arrow columns as numpy views.
 
+Events are numbered through training, validation and test: `section` says which are whose.
+
 Shape legend: `E` events, `U` users, `N` items.
 """
 
@@ -17,6 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.data.encode import Encoder, Normaliser
+from twotower.data.log.scan import SPLIT_NAMES
+from twotower.data.prepare.plan import FORMAT
 from twotower.data.schema import Columns, DataConfig, Feature, Split, Table
 from twotower.data.vocabulary import Vocabulary
 from twotower.errors import UserError
@@ -50,7 +54,7 @@ def gather(values: Array, starts: Array, ends: Array) -> tuple[Array, Array]:
 
 def ragged(column: pa.Array) -> Ragged:
     """Return an encoded `id` or `ids` column as lists; a missing id is an empty list."""
-    if pa.types.is_list(column.type):
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         offsets = column.offsets.to_numpy()
         return Ragged(column.values.to_numpy(), offsets[:-1], offsets[1:])
     values = column.to_numpy()
@@ -78,6 +82,11 @@ class PreparedDataset:
             self.summary: dict[str, Any] = json.loads((path / "prepared.json").read_text())
         except FileNotFoundError:
             raise UserError(f"{path}: no prepared dataset: run `twotower prepare` first") from None
+        if self.summary.get("format") != FORMAT:
+            raise UserError(
+                f"{path}: is in the format of another version of twotower: remove it, and run "
+                "`twotower prepare` again"
+            )
         self.config = data_config(self.summary["config"])
         self.fingerprint: str = self.summary["fingerprint"]
 
@@ -87,8 +96,18 @@ class PreparedDataset:
 
     @cached_property
     def events(self) -> pa.Table:
-        """One row an event (E), sorted by (user, split, time)."""
+        """One row an event (E): training, validation, test, each sorted by (user, time)."""
         return self._read("events.arrow")
+
+    def section(self, split: int) -> range:
+        """Return the rows of the events of training (0), validation (1) or test (2)."""
+        counts = [self.summary["counts"][f"{name}_events"] for name in SPLIT_NAMES]
+        start = sum(counts[:split])
+        return range(start, start + counts[split])
+
+    def context(self, feature: str) -> pa.Table:
+        """Return the values of a context feature: value, train_count and embedding row."""
+        return self._read(f"contexts/{feature}.arrow")
 
     @cached_property
     def users(self) -> pa.Table:
@@ -107,14 +126,20 @@ class PreparedDataset:
 
     @cached_property
     def event_columns(self) -> dict[str, Array]:
-        """`user`, `item`, `time`, `split`, `weight`, `history_to`, each (E,)."""
-        names = ("user", "item", "time", "split", "weight", "history_to")
-        return {name: array(self.events, name) for name in names}
+        """`user`, `item`, `time`, `history_to` and, where the log has it, `weight`, each (E,)."""
+        names = ("user", "item", "time", "history_to", "weight")
+        return {name: array(self.events, name) for name in names if name in self.events.schema.names}
 
     @cached_property
     def history_from(self) -> Array:
         """Where each user's part of the timeline starts (U,)."""
         return array(self.users, "history_from")
+
+    @cached_property
+    def prior_lengths(self) -> Array:
+        """How many items from before the log each user's timeline begins with (U,)."""
+        total = np.diff(np.append(self.history_from, len(self.timeline)))
+        return total - np.bincount(self.event_columns["user"], minlength=len(total))
 
     @cached_property
     def train_count(self) -> Array:
@@ -153,14 +178,14 @@ class PreparedDataset:
         """
         out: dict[str, Any] = {}
         for f in self.config.query:
-            table, row = self.users, user
-            if f.source == "interactions":
-                table, row = self.events, event
+            context = f.source == "interactions"
             if f.kind == "history":
                 newest = history[max(0, len(history) - f.length) :]
                 out[f.name] = self.items["id"].take(pa.array(newest)).to_pylist()
-            elif row is not None:
-                out[f.name] = table[f"raw.{f.name}"][row].as_py()
+            elif context and event is not None:
+                out[f.name] = self._raw_context(f, event)
+            elif not context and user is not None:
+                out[f.name] = self.users[f"raw.{f.name}"][user].as_py()
             elif f.kind == "number":
                 out[f.name] = self.encoder.normalisers[f"query.{f.name}"].mean
             elif f.kind == "vector":
@@ -171,8 +196,33 @@ class PreparedDataset:
 
     def last_event_of(self, user: int) -> int | None:
         """Return the row of a user's newest event."""
-        bounds = np.searchsorted(self.event_columns["user"], [user, user + 1])
-        return int(bounds[1]) - 1 if bounds[1] > bounds[0] else None
+        for split in (2, 1, 0):
+            rows = self.section(split)
+            users = self.event_columns["user"][rows.start : rows.stop]
+            first, end = np.searchsorted(users, [user, user + 1])
+            if end > first:
+                return rows.start + int(end) - 1
+        return None
+
+    def _raw_context(self, feature: Feature, event: int) -> Any:
+        """Return the value of a context feature at an event."""
+        value = self.events[f"context.{feature.name}"][event].as_py()
+        if feature.kind in ("id", "ids"):
+            values = self.context(feature.name)["value"]
+            codes = value if feature.kind == "ids" else [value]
+            raw = [values[code].as_py() if code >= 0 else None for code in codes]
+            return raw if feature.kind == "ids" else raw[0]
+        if feature.kind == "number" and np.isnan(value):
+            return self.encoder.normalisers[f"query.{feature.name}"].mean
+        return value
+
+
+def find_prepared(path: Path) -> PreparedDataset | None:
+    """Return the prepared dataset at `path`, None where there is none that can be read."""
+    try:
+        return PreparedDataset(path)
+    except (UserError, ValueError, KeyError, TypeError):
+        return None
 
 
 def one_chunk(values: pa.ChunkedArray) -> pa.Array:

@@ -40,8 +40,9 @@ class Queries:
 def split_queries(data: PreparedDataset, split: int, max_queries: int, seed: int) -> Queries:
     """Return the queries of split 1 (validation) or 2 (test), a seeded sample if there are more."""
     c = data.event_columns
-    rows = np.flatnonzero(c["split"] == split)
-    user, time = c["user"][rows], c["time"][rows]
+    section = data.section(split)
+    rows = np.arange(section.start, section.stop)
+    user, time = c["user"][section.start : section.stop], c["time"][section.start : section.stop]
     first = np.ones(len(rows), bool)
     first[1:] = (np.diff(user) != 0) | (np.diff(time) != 0)
     start = np.flatnonzero(first)
@@ -52,13 +53,14 @@ def split_queries(data: PreparedDataset, split: int, max_queries: int, seed: int
         pick = np.arange(len(start))
     end = np.append(start[1:], len(rows))[pick]
     event = rows[start[pick]]
-    relevant, counts = gather(c["item"][rows].astype(np.int64), start[pick], end)
+    relevant, counts = gather(c["item"], section.start + start[pick], section.start + end)
     seen, seen_counts = gather(
-        data.timeline.astype(np.int64),
+        data.timeline,
         data.history_from[c["user"][event].astype(np.int64)],
         c["history_to"][event],
     )
-    n = len(data.items)
+    seen, n = seen.astype(np.int64), len(data.items)
+    relevant = relevant.astype(np.int64)
     owner = np.repeat(np.arange(len(event)), counts)
     seen_owner = np.repeat(np.arange(len(event)), seen_counts)
     # A repeated item counts once, and not at all when it was seen before.

@@ -83,6 +83,8 @@ class Table:
     """Most ids kept, the most frequent first; no limit by default."""
     oov_rows: int = 4
     """Rows that unseen ids are hashed to."""
+    pinned: list[int | str] = field(default_factory=list)
+    """Ids that get a row of their own, the first ones, however rare they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,7 @@ class DataConfig:
     """The log and the features taken from it."""
 
     interactions: str
-    """Log of events, Parquet or CSV: a file, folder, glob or fsspec URL."""
+    """Log of events, Parquet, CSV or JSON lines: a file, folder, glob or fsspec URL."""
     users: str | None = None
     """Optional table with one row a user."""
     items: str | None = None
@@ -151,6 +153,10 @@ class DataConfig:
     """Columns of items shown beside an answer, for instance a title."""
     split: Split = field(default_factory=Split)
     """How events are divided."""
+    memory_gb: float = 4.0
+    """Memory that preparing may use, in GB; what does not fit goes to disk, below run_dir."""
+    on_bad_rows: str = "error"
+    """error, or skip: go on without rows that cannot be used, and count them."""
 
     def features(self) -> list[tuple[str, Feature]]:
         """Return every (tower, feature), query first."""
@@ -184,6 +190,9 @@ class DataConfig:
             _validate_feature(tower, feature)
         _one_of("data.split.kind", self.split.kind, SPLITS)
         _one_of("data.columns.timestamp_unit", self.columns.timestamp_unit, TIME_UNITS)
+        _one_of("data.on_bad_rows", self.on_bad_rows, ("error", "skip"))
+        if self.memory_gb < 0.5:
+            raise UserError(f"data.memory_gb must be >= 0.5, got {self.memory_gb:g}")
         used = {f.table_name for _, f in self.features() if f.kind in ID_KINDS}
         for name, table in self.tables.items():
             if name not in used:
@@ -193,6 +202,16 @@ class DataConfig:
             for key, value in (("oov_rows", table.oov_rows), ("min_count", table.min_count)):
                 if value < 1:
                     raise UserError(f"data.tables.{name}.{key} must be >= 1, got {value}")
+            if table.max_size is not None and table.max_size < max(1, len(table.pinned)):
+                raise UserError(
+                    f"data.tables.{name}.max_size must be >= 1 and hold the pinned ids, "
+                    f"got {table.max_size}"
+                )
+            for pinned in table.pinned:
+                if table.pinned.count(pinned) > 1 or pinned == "":
+                    raise UserError(
+                        f"data.tables.{name}.pinned: '{pinned}' is empty or stands twice: remove it"
+                    )
         self._validate_split()
         if len([f for f in self.histories() if f.column]) > 1:
             raise UserError("data.query: only one history may name a `column` of earlier items")

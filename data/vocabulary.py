@@ -2,8 +2,8 @@
 
 Rows 0 to `oov_rows - 1` belong to ids that training never saw, chosen by MurmurHash3 (x86, 32 bit,
 seed 0; Appleby 2011). ONNX Runtime has the same function as an operator, so the exported graph
-sends an unseen id to the row that training would have used. The other rows follow in order of
-falling training count.
+sends an unseen id to the row that training would have used. The order of the other rows is that of
+`twotower.data.prepare.vocabularies`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-
-from twotower.data.schema import Table
 
 U32 = npt.NDArray[np.uint32]
 
@@ -48,27 +46,26 @@ class Vocabulary:
         """Return each id's row, -1 for null."""
         if ids.type != self.keys.type:
             ids = ids.cast(self.keys.type)
-        found = pc.index_in(ids, value_set=self.keys)
-        rows = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+        rows = self._find(ids)
         rows = np.where(rows >= 0, rows + self.oov_rows, rows)
         unseen = (rows < 0) & ids.is_valid().to_numpy(zero_copy_only=False)
         if unseen.any():
             rows[unseen] = murmur3(ids.filter(pa.array(unseen))) % self.oov_rows
         return np.where(ids.is_null().to_numpy(zero_copy_only=False), -1, rows)
 
-
-def build_vocabulary(ids: pa.Array, counts: npt.NDArray[np.int64], table: Table) -> Vocabulary:
-    """Return the vocabulary of `ids`, where id i was seen `counts[i]` times and may repeat."""
-    encoded = ids.dictionary_encode()
-    valid = encoded.indices.is_valid().to_numpy(zero_copy_only=False)
-    index = encoded.indices.drop_null().to_numpy(zero_copy_only=False)
-    seen = np.bincount(index, weights=counts[valid], minlength=len(encoded.dictionary))
-    seen = seen.astype(np.int64)
-    keys = encoded.dictionary
-    by_key = pc.sort_indices(keys).to_numpy()
-    order = by_key[np.argsort(-seen[by_key], kind="stable")]
-    order = order[seen[order] >= max(table.min_count, 1)][: table.max_size]
-    return Vocabulary(keys.take(pa.array(order)), pa.array(seen[order]), table.oov_rows)
+    def _find(self, ids: pa.Array) -> npt.NDArray[np.int64]:
+        """Return each id's place among the keys, -1 where it has none."""
+        if len(ids) >= len(self.keys):
+            found = pc.index_in(ids, value_set=self.keys)
+            return np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False), np.int64)
+        # A few ids among millions of mapped keys: hash the ids and walk through the keys.
+        few = ids.dictionary_encode()
+        place = pc.index_in(self.keys, value_set=few.dictionary.drop_null())
+        keys = np.flatnonzero(place.is_valid().to_numpy(zero_copy_only=False))
+        of = np.full(len(few.dictionary) + 1, -1, np.int64)
+        of[place.drop_null().to_numpy()] = keys
+        index = pc.fill_null(few.indices, len(few.dictionary)).to_numpy(zero_copy_only=False)
+        return of[index]
 
 
 def murmur3(ids: pa.Array) -> npt.NDArray[np.int64]:

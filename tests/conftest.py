@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.data.prepare import prepare
+from twotower.data.prepare.prepare import prepare
 from twotower.data.prepared import PreparedDataset
 from twotower.data.schema import DataConfig, Feature
 
@@ -119,7 +119,7 @@ def make(tmp_path: Path) -> Make:
             root=str(folder), interactions="log.parquet", query=[HISTORY], item=[ITEM],
             users="users.parquet" if users else None, items="items.parquet" if items else None,
         )  # fmt: skip
-        prepare(replace(config, **changes), folder / "prepared", "mark")
+        prepare(replace(config, **changes), folder / "prepared")
         return PreparedDataset(folder / "prepared")
 
     return prepared

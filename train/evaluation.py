@@ -85,8 +85,8 @@ def answer_by_cooccurrence(data: PreparedDataset, queries: Queries, k: int, size
     import scipy.sparse as sp
 
     c, n = data.event_columns, len(data.items)
-    train = c["split"] == 0
-    ones = np.ones(int(train.sum()), np.float32)
+    train = slice(0, data.section(0).stop)
+    ones = np.ones(train.stop, np.float32)
     taken = sp.csr_matrix((ones, (c["user"][train], c["item"][train])), (len(data.users), n))
     taken.data[:] = 1
     norm = np.sqrt(np.maximum(np.asarray(taken.power(2).sum(0)).ravel(), 1))

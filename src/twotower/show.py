@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 console = Console(highlight=False)
@@ -19,6 +28,20 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     for row in rows:
         out.add_row(*(value if isinstance(value, str) else f"{value}" for value in row))
     console.print(out)
+
+
+@contextmanager
+def long_work(title: str) -> Iterator[Callable[[str, float], None]]:
+    """Show a bar while something takes long; yields what is told of stage and share done."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+               TimeElapsedColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=1.0)
+
+        def report(stage: str, share: float) -> None:
+            progress.update(task, description=f"{title}: {stage}", completed=share)
+
+        yield report
 
 
 def facts(title: str, values: dict[str, Any]) -> None:

@@ -20,12 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower import __version__
 from twotower.errors import UserError
 from twotower.export.bundle import bundle_versions
 from twotower.files import atomic_directory, fingerprint, write_json
 from twotower.job import Job
-from twotower.show import console, facts, table
+from twotower.show import console, facts, long_work, table
 
 if TYPE_CHECKING:
     from twotower.data.prepared import PreparedDataset
@@ -33,31 +32,33 @@ if TYPE_CHECKING:
 
 def prepare(job: Job) -> None:
     """Prepare the log."""
-    from twotower.data.prepare import prepare as prepare_log
-    from twotower.data.prepare import prepare_inputs
+    from twotower.data.prepare.plan import make_plan
+    from twotower.data.prepare.prepare import prepare as prepare_log
+    from twotower.data.prepared import find_prepared
 
     target = job.path("prepared")
-    mark = _prepared_mark(job, prepare_inputs(job.data))
-    if _mark_of(target / "prepared.json") == mark:
+    previous = find_prepared(target)
+    plan = make_plan(job.data, previous)
+    if plan.kind == "nothing":
         return _unchanged("prepare", target)
-    with console.status("preparing the log"), atomic_directory(target) as partial:
-        summary = prepare_log(job.data, partial, mark)
-    counts = {name.replace("_", " "): n for name, n in summary["counts"].items()}
+    with long_work("prepare") as report, atomic_directory(target) as partial:
+        summary = prepare_log(job.data, partial, previous, report)
+    counts = {name.replace("_", " "): n for name, n in summary["counts"].items() if n}
     rows = {f"table {n}": f"{t['rows']:,} rows" for n, t in summary["tables"].items()}
-    facts("prepare", {**counts, **rows, "written to": target})
-
-
-def _prepared_mark(job: Job, inputs: Any) -> str:
-    return fingerprint([__version__, inputs])
+    files = sum(len(s.files) for s in plan.sources)
+    how = {"append": f"{files:,} files, appended to what was prepared", "all": f"{files:,} files"}
+    facts("prepare", {"read": how[plan.kind], **counts, **rows, "written to": target})
+    for reason in summary["bad_rows"]:
+        console.print(f"[yellow]skipped[/yellow] {reason}")
 
 
 def _prepared(job: Job) -> PreparedDataset:
     """Open the prepared dataset, refusing one of other inputs."""
-    from twotower.data.prepare import prepare_inputs
+    from twotower.data.prepare.plan import make_plan
     from twotower.data.prepared import PreparedDataset
 
     data = PreparedDataset(job.path("prepared"))
-    if data.fingerprint != _prepared_mark(job, prepare_inputs(job.data)):
+    if make_plan(job.data, data).kind != "nothing":
         raise UserError(
             f"{data.path}: was prepared from another log or schema: run `twotower prepare` again"
         )

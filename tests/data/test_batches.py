@@ -20,6 +20,7 @@ def test_a_batch_holds_the_lists_of_its_events(data) -> None:
     c = data.event_columns
     items = data.items
     history_rows = items["history.history"].to_pylist()
+    devices = data.context("device")["feature"].to_pylist()
     lists = {key: batch.ids[key].to_dense() for key in id_keys(data.config)}
     for place, row in enumerate(rows):
         user, item = int(c["user"][row]), int(c["item"][row])
@@ -27,7 +28,7 @@ def test_a_batch_holds_the_lists_of_its_events(data) -> None:
         expected = {
             "query.user_id": [data.users["feature.user_id"][user].as_py()],
             "query.history": [history_rows[i] for i in timeline],
-            "query.device": [data.events["feature.device"][int(row)].as_py()],
+            "query.device": [devices[int(data.events["context.device"][int(row)].as_py())]],
             "item.item_id": [items["feature.item_id"][item].as_py()],
             "item.tags": items["feature.tags"][item].as_py(),
         }
@@ -42,7 +43,7 @@ def test_a_batch_holds_the_lists_of_its_events(data) -> None:
 def test_an_epoch_holds_each_training_event_at_most_once_and_nearly_all(data) -> None:
     loader = TrainLoader(data, 64, seed=3)
     items = np.concatenate([b.item_B.numpy() for b in loader])
-    train = data.event_columns["item"][data.event_columns["split"] == 0]
+    train = data.event_columns["item"][: data.section(0).stop]
     assert len(items) == len(loader) * 64
     assert len(train) - len(items) < 64
     counts = np.bincount(items, minlength=len(data.items))

@@ -1,0 +1,93 @@
+"""The engine that works on logs larger than memory: DuckDB, held to a budget, spilling to disk.
+
+DuckDB was kept over Polars after `benchmarks/prepare_engines.py` ran the same joins and the same
+sort of the same 50 million events through both: DuckDB holds to a memory limit, Polars has none.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from twotower.errors import UserError
+
+# What DuckDB does not count (allocator slack, Arrow batches, Python itself) took up to 1.3 GB
+# beside a limit of 2.4 GB with 50 million events: benchmarks/prepare.py.
+ENGINE_SHARE = 0.6
+BATCH_ROWS = 1 << 18
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def open_engine(scratch: Path, memory_gb: float) -> Iterator[Any]:
+    """Yield a DuckDB connection whose data lie in `scratch`, which is removed afterwards.
+
+    Args:
+        scratch: folder for its tables and what it spills.
+        memory_gb: what the whole process may use, in GB.
+
+    Raises:
+        UserError: when the disk is full, or the budget is too small for the work.
+    """
+    import duckdb
+
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    settings = {
+        "memory_limit": f"{int(memory_gb * ENGINE_SHARE * 1000)}MB",
+        "temp_directory": str(scratch / "spill"),
+        # What an extension would have to be fetched for is not used.
+        "autoinstall_known_extensions": "false",
+        "autoload_known_extensions": "false",
+    }
+    try:
+        connection = duckdb.connect(str(scratch / "tables.duckdb"), config=settings)
+        try:
+            yield connection
+        finally:
+            connection.close()
+    except duckdb.OutOfMemoryException as error:
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"preparing needs more than data.memory_gb ({memory_gb:g}), or than the disk of "
+            f"{scratch.parent} has left: raise it, or free space: {first}"
+        ) from None
+    except (duckdb.IOException, OSError) as error:
+        full = isinstance(error, OSError) and error.errno in FULL
+        if full or "No space left" in str(error) or "File too large" in str(error):
+            raise UserError(
+                f"{scratch.parent}: the disk is full: nothing was changed; free some space, or set "
+                "run_dir to a larger disk, and run again"
+            ) from None
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def arrow_batches(connection: Any, query: str, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+    """Stream the answer of a query, which is never held whole."""
+    relation = connection.sql(query)
+    yield from relation.fetch_arrow_reader(rows)
+
+
+def one_value(connection: Any, query: str) -> Any:
+    """Return the only value of a query's answer."""
+    return connection.execute(query).fetchall()[0][0]
+
+
+def quoted(name: str) -> str:
+    """Return a name as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def column(batch: pa.RecordBatch, name: str) -> npt.NDArray[Any]:
+    """Return a primitive column of a batch as numpy."""
+    return np.asarray(batch.column(name).to_numpy(zero_copy_only=False))

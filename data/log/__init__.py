@@ -1,0 +1,1 @@
+"""Reading a log: files, formats, checks, and the scan into the engine."""

@@ -1,0 +1,1 @@
+"""Preparing a log, in memory that does not grow with it."""

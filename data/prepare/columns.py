@@ -1,0 +1,216 @@
+"""Encoded columns: users.arrow, items.arrow and the values of context features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.data.encode import Normaliser
+from twotower.data.engine import arrow_batches, quoted
+from twotower.data.log.id_types import IdTypes
+from twotower.data.log.scan import is_own_id
+from twotower.data.prepare.entities import context_ids
+from twotower.data.prepare.spool import Spool
+from twotower.data.prepare.vocabularies import PIECE, Seen
+from twotower.data.schema import ID_KINDS, DataConfig, Feature
+from twotower.data.vocabulary import Vocabulary, murmur3
+from twotower.errors import UserError
+
+Array = npt.NDArray[Any]
+
+
+def write_contexts(
+    connection: Any, config: DataConfig, types: IdTypes, seen: dict[str, Seen], directory: Path,
+    scratch: Path,
+) -> None:  # fmt: skip
+    """Write contexts/<feature>.arrow: each value, its training count and its embedding row."""
+    directory.mkdir(parents=True)
+    for f in context_ids(config):
+        spool = Spool(scratch / "context")
+        kind = pa.int64() if types.dtype(f"table {f.table_name}") == "int64" else pa.string()
+        spool.append({
+            "value": pa.array([], kind), "train_count": pa.array([], pa.int64()),
+            "feature": pa.array([], pa.int64()),
+        })  # fmt: skip
+        query = (
+            f"SELECT v.id AS value, t.rowid AS row FROM {quoted('values_' + f.name)} v LEFT JOIN "
+            f"{quoted('vocabulary_' + f.table_name)} t ON t.key = v.id ORDER BY v.rowid"
+        )
+        count, done = seen[f"values_{f.name}"].count, 0
+        for batch in arrow_batches(connection, query):
+            value = batch.column("value")
+            rows = _rows(value, batch.column("row"), config.table(f.table_name).oov_rows)
+            part = count[done : done + len(rows)]
+            spool.append({"value": value, "train_count": part, "feature": rows})
+            done += len(rows)
+        spool.finish(directory / f"{f.name}.arrow")
+
+
+def _rows(raw: pa.Array, known: pa.Array, oov_rows: int) -> Array:
+    """Return embedding rows of raw ids: hashed where the vocabulary lacks them, -1 for null."""
+    rows = np.asarray(pc.fill_null(known, -1).to_numpy(zero_copy_only=False), np.int64)
+    rows = np.where(rows >= 0, rows + oov_rows, rows)
+    unseen = (rows < 0) & np.asarray(raw.is_valid().to_numpy(zero_copy_only=False))
+    if unseen.any():
+        rows[unseen] = murmur3(raw.filter(pa.array(unseen))) % oov_rows
+    return rows
+
+
+class EntityWriter:
+    """Writes users.arrow or items.arrow: the raw id, each feature raw and encoded.
+
+    Args:
+        connection: the engine, after `build_vocabularies`.
+        config: the schema, resolved.
+        side: users or items.
+        seen: how often training saw each.
+        spool: of the file.
+        scratch: folder for further spools.
+    """
+
+    def __init__(
+        self, connection: Any, config: DataConfig, side: str, seen: Seen, spool: Spool,
+        scratch: Path,
+    ) -> None:  # fmt: skip
+        self.connection, self.config, self.side = connection, config, side
+        self.seen, self.spool = seen, spool
+        self.tower = "query" if side == "users" else "item"
+        self.features = [
+            f for t, f in config.features()
+            if t == self.tower and f.source == side and f.kind != "history"
+        ]  # fmt: skip
+        self.numbers = Spool(scratch / f"{side}.numbers")
+        rows = connection.execute("SELECT table_name FROM information_schema.tables").fetchall()
+        self.has_table = (f"log_{side}",) in rows
+        self.vocabularies: dict[str, Vocabulary] = {}
+
+    def write(self) -> tuple[dict[str, Normaliser], int]:
+        """Write all columns; returns the normalisers and how many have no row in their table."""
+        done = without = 0
+        for batch in arrow_batches(self.connection, self._query()):
+            self._append(batch, done)
+            done += batch.num_rows
+            without += batch.column("without").to_numpy(zero_copy_only=False).sum()
+        normalisers = {
+            f"{self.tower}.{f.name}": self._normalise(f)
+            for f in self.features
+            if f.kind == "number"
+        }
+        return normalisers, int(without)
+
+    def _raw(self, f: Feature) -> str:
+        return "e.id" if is_own_id(self.config, self.tower, f) else "l." + quoted(f"f.{f.name}")
+
+    def _query(self) -> str:
+        columns = ["e.id"]
+        columns.append("(l.id IS NULL) AS without" if self.has_table else "false AS without")
+        joins = [f"LEFT JOIN log_{self.side} l ON l.id = e.id"] if self.has_table else []
+        for i, f in enumerate(self.features):
+            raw = self._raw(f)
+            if f.kind == "id":
+                joins.append(self._vocabulary(i, f, raw))
+                columns.append(f"t{i}.rowid AS row{i}")
+            if f.kind == "ids":
+                raw = f"coalesce({raw}, [])"
+            if f.kind == "vector":
+                raw = f"coalesce({raw}, [{', '.join(['0'] * (f.width or 0))}]::FLOAT[{f.width}])"
+            columns.append(f"{raw} AS raw{i}")
+        if self.side == "items":
+            for i, f in enumerate(self.config.histories()):
+                joins.append(self._vocabulary(f"h{i}", f, "e.id"))
+                columns.append(f"th{i}.rowid AS rowh{i}")
+            for i, name in enumerate(self.config.display):
+                columns.append(f"l.{quoted('d.' + name)} AS display{i}")
+        return f"SELECT {', '.join(columns)} FROM {self.side} e {' '.join(joins)} ORDER BY e.rowid"
+
+    def _vocabulary(self, i: int | str, f: Feature, raw: str) -> str:
+        return f"LEFT JOIN {quoted('vocabulary_' + f.table_name)} t{i} ON t{i}.key = {raw}"
+
+    def _append(self, batch: pa.RecordBatch, done: int) -> None:
+        columns: dict[str, Any] = {"id": batch.column("id")}
+        if self.side == "items":
+            columns["train_count"] = self.seen.count[done : done + batch.num_rows]
+        for i, f in enumerate(self.features):
+            raw = batch.column(f"raw{i}")
+            if f.kind == "number":
+                self.numbers.append({f.name: raw})
+                continue
+            columns[f"raw.{f.name}"] = columns[f"feature.{f.name}"] = raw
+            if f.kind == "id":
+                oov = self.config.table(f.table_name).oov_rows
+                columns[f"feature.{f.name}"] = _rows(raw, batch.column(f"row{i}"), oov)
+            elif f.kind == "ids":
+                rows = self._lookup(f, raw.flatten())
+                columns[f"feature.{f.name}"] = _lists(raw, rows)
+        if self.side == "items":
+            for i, f in enumerate(self.config.histories()):
+                oov = self.config.table(f.table_name).oov_rows
+                known = batch.column(f"rowh{i}")
+                columns[f"history.{f.name}"] = _rows(batch.column("id"), known, oov)
+            for i, name in enumerate(self.config.display):
+                columns[f"display.{name}"] = batch.column(f"display{i}")
+        self.spool.append(columns)
+
+    def _lookup(self, f: Feature, ids: pa.Array) -> Array:
+        if f.table_name not in self.vocabularies:
+            query = f"SELECT key FROM {quoted('vocabulary_' + f.table_name)} ORDER BY rowid"
+            # A cursor: the stream of rows stays open beside it.
+            keys = self.connection.cursor().sql(query).fetch_arrow_table()["key"].combine_chunks()
+            oov = self.config.table(f.table_name).oov_rows
+            self.vocabularies[f.table_name] = Vocabulary(keys, keys, oov)
+        return self.vocabularies[f.table_name].lookup(ids)
+
+    def _normalise(self, f: Feature) -> Normaliser:
+        """Append a number's columns, a missing one set to the mean."""
+        raw = self.numbers.columns[f.name].finish()
+        where = f"data.{self.tower}, feature '{f.name}'"
+
+        def trained(start: int) -> Array:
+            piece = raw.slice(start, PIECE).to_numpy(zero_copy_only=False)
+            return np.asarray(piece[self.seen.count[start : start + PIECE] > 0], np.float64)
+
+        norm = fit_normaliser(trained, len(raw), where)
+        for start in range(0, len(raw), PIECE):
+            piece = pc.fill_null(raw.slice(start, PIECE), norm.mean)
+            scaled = norm.apply(piece.to_numpy(zero_copy_only=False))
+            self.spool.append({f"raw.{f.name}": piece, f"feature.{f.name}": scaled})
+        return norm
+
+
+def fit_normaliser(pieces: Any, length: int, where: str) -> Normaliser:
+    """Return mean and deviation of a number, piece by piece (Chan et al. 1979).
+
+    Args:
+        pieces: from a start to the values from there on, NaN where there is none.
+        length: of all.
+        where: for the error.
+
+    Raises:
+        UserError: when there is no value at all.
+    """
+    count, mean, squares = 0, 0.0, 0.0
+    for start in range(0, length, PIECE):
+        values = pieces(start)
+        values = values[~np.isnan(values)]
+        if not len(values):
+            continue
+        own, total = float(values.mean()), count + len(values)
+        delta = own - mean
+        squares += float(((values - own) ** 2).sum()) + delta**2 * count * len(values) / total
+        mean += delta * len(values) / total
+        count = total
+    if not count:
+        raise UserError(f"{where}: no value in the training period: remove the feature")
+    std = float(np.sqrt(squares / count))
+    return Normaliser(mean=mean, std=std if std > 1e-12 else 1.0)
+
+
+def _lists(lists: pa.Array, values: Array) -> pa.Array:
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

@@ -1,0 +1,155 @@
+"""Rows for raw ids: users, items and the values of context features, each ascending by raw id.
+
+All of it happens in the engine, so that tens of millions of ids need no more memory than a few.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from twotower.data.engine import arrow_batches, column, one_value, quoted
+from twotower.data.log.id_types import IdTypes
+from twotower.data.schema import DataConfig, Feature
+
+if TYPE_CHECKING:
+    from twotower.data.prepared import PreparedDataset
+
+I32 = npt.NDArray[np.int32]
+
+
+def context_ids(config: DataConfig) -> list[Feature]:
+    """Return the query features of the interactions whose values are ids."""
+    return [f for f in config.query if f.source == "interactions" and f.kind in ("id", "ids")]
+
+
+def make_entities(
+    connection: Any, config: DataConfig, types: IdTypes, previous: PreparedDataset | None
+) -> None:
+    """Make the tables `users`, `items`, `priors` and `values_<feature>`; a row is a `rowid`.
+
+    The views `events`, `log_users` and `log_items` show the scan's tables with ids of one type.
+    """
+    _views(connection, config, types)
+    known = _tables(connection)
+    parts = {
+        "users": ["SELECT user AS id FROM events"],
+        "items": ["SELECT item AS id FROM events"],
+    }
+    for side in parts:
+        if f"log_{side}" in known:
+            parts[side].append(f"SELECT id FROM log_{side}")
+        if previous is not None:
+            connection.register(f"previous_{side}", with_rows(getattr(previous, side), "id"))
+            parts[side].append(f"SELECT key AS id FROM previous_{side}")
+    _distinct(connection, "users", parts["users"])
+    prior = next((f for f in config.histories() if f.column), None)
+    if prior is not None:
+        _first_priors(connection, prior, known, previous is not None)
+        parts["items"].append("SELECT id FROM prior_ids")
+    _distinct(connection, "items", parts["items"])
+    if prior is not None:
+        connection.execute(
+            "CREATE TABLE priors AS SELECT p.user, i.rowid::INT AS item FROM prior_ids p "
+            "JOIN items i ON i.id = p.id ORDER BY p.user, p.place"
+        )
+    for f in context_ids(config):
+        value = f"unnest({quoted('f.' + f.name)})" if f.kind == "ids" else quoted(f"f.{f.name}")
+        values = [f"SELECT {value} AS id FROM events"]
+        if previous is not None:
+            connection.register(
+                f"previous_values_{f.name}", with_rows(previous.context(f.name), "value")
+            )
+            values.append(f"SELECT key AS id FROM previous_values_{f.name}")
+        _distinct(connection, f"values_{f.name}", values)
+
+
+def with_rows(table: pa.Table, key: str) -> pa.Table:
+    """Return a mapped table's key column beside its row numbers."""
+    return pa.table({"key": table[key], "row": pa.array(np.arange(len(table), dtype=np.int32))})
+
+
+def _tables(connection: Any) -> set[str]:
+    rows = connection.execute("SELECT table_name FROM information_schema.tables").fetchall()
+    return {name for (name,) in rows}
+
+
+def _views(connection: Any, config: DataConfig, types: IdTypes) -> None:
+    known = _tables(connection)
+
+    def view(name: str, table: str, domains: dict[str, str]) -> None:
+        if table not in known:
+            return
+        columns = connection.execute(
+            f"SELECT column_name, data_type FROM duckdb_columns() WHERE table_name = '{table}'"
+        ).fetchall()
+        chosen = []
+        for c, kind in columns:
+            if c in domains:
+                to = types.sql(domains[c], is_list=kind.endswith("[]"))
+                chosen.append(f"CAST({quoted(c)} AS {to}) AS {quoted(c)}")
+            else:
+                chosen.append(quoted(c))
+        connection.execute(
+            f"CREATE VIEW {name} AS SELECT {', '.join(chosen)}, rowid AS seq FROM {table}"
+        )
+
+    features = {
+        side: {
+            f"f.{f.name}": f"table {f.table_name}"
+            for _, f in config.features()
+            if f.source == side and f.kind in ("id", "ids")
+        }
+        for side in ("interactions", "users", "items")
+    }
+    prior = {"prior": "item"}
+    view("events", "raw_events", {"user": "user", "item": "item"} | prior | features["interactions"])
+    view("log_users", "raw_users", {"id": "user"} | prior | features["users"])
+    view("log_items", "raw_items", {"id": "item"} | features["items"])
+
+
+def _distinct(connection: Any, table: str, parts: list[str]) -> None:
+    union = " UNION ALL ".join(parts)
+    connection.execute(
+        f'CREATE TABLE "{table}" AS SELECT id FROM (SELECT DISTINCT id FROM ({union})) '
+        "WHERE id IS NOT NULL ORDER BY id"
+    )
+
+
+def _first_priors(connection: Any, prior: Feature, known: set[str], appending: bool) -> None:
+    """Make `prior_ids`: the items from before the log of users who are new to the dataset."""
+    new = "WHERE u.id NOT IN (SELECT key FROM previous_users)" if appending else ""
+    if prior.source == "users":
+        lists = (
+            f"SELECT u.rowid::INT AS user, l.prior AS ids FROM users u "
+            f"JOIN log_users l ON l.id = u.id {new}"
+        )
+    else:
+        # Later lists would repeat what the events themselves say: a user's first event counts.
+        lists = (
+            "SELECT u.rowid::INT AS user, e.prior AS ids FROM (SELECT user, prior FROM events "
+            "QUALIFY row_number() OVER (PARTITION BY user ORDER BY time, seq) = 1) e "
+            f"JOIN users u ON u.id = e.user {new}"
+        )
+    connection.execute(
+        "CREATE TABLE prior_ids AS SELECT user, unnest(ids) AS id, "
+        f"generate_subscripts(ids, 1) AS place FROM ({lists})"
+    )
+
+
+def row_map(connection: Any, table: str) -> I32:
+    """Return the new row of each row that the dataset appended to had; it ascends."""
+    query = (
+        f"SELECT t.rowid::INT AS row FROM previous_{table} p "
+        f'JOIN "{table}" t ON t.id = p.key ORDER BY p.row'
+    )
+    pieces = [column(b, "row") for b in arrow_batches(connection, query)]
+    return np.concatenate(pieces).astype(np.int32) if pieces else np.empty(0, np.int32)
+
+
+def count_rows(connection: Any, table: str) -> int:
+    """Return the rows of a table."""
+    return int(one_value(connection, f'SELECT count(*) FROM "{table}"'))
