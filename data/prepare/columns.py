@@ -117,8 +117,6 @@ class EntityWriter:
                 columns.append(f"t{i}.rowid AS row{i}")
             if f.kind == "ids":
                 raw = f"coalesce({raw}, [])"
-            if f.kind == "vector":
-                raw = f"coalesce({raw}, [{', '.join(['0'] * (f.width or 0))}]::FLOAT[{f.width}])"
             columns.append(f"{raw} AS raw{i}")
         if self.side == "items":
             for i, f in enumerate(self.config.histories()):
@@ -140,6 +138,8 @@ class EntityWriter:
             if f.kind == "number":
                 self.numbers.append({f.name: raw})
                 continue
+            if f.kind == "vector" and raw.null_count:
+                raw = _zeros_for_null(raw, f.width or 0)
             columns[f"raw.{f.name}"] = columns[f"feature.{f.name}"] = raw
             if f.kind == "id":
                 oov = self.config.table(f.table_name).oov_rows
@@ -208,6 +208,14 @@ def fit_normaliser(pieces: Any, length: int, where: str) -> Normaliser:
         raise UserError(f"{where}: no value in the training period: remove the feature")
     std = float(np.sqrt(squares / count))
     return Normaliser(mean=mean, std=std if std > 1e-12 else 1.0)
+
+
+def _zeros_for_null(vectors: pa.Array, width: int) -> pa.Array:
+    out = np.zeros((len(vectors), width), np.float32)
+    present = vectors.is_valid().to_numpy(zero_copy_only=False)
+    flat = vectors.filter(pa.array(present)).flatten()
+    out[present] = flat.to_numpy(zero_copy_only=False).reshape(-1, width)
+    return pa.FixedSizeListArray.from_arrays(pa.array(out.ravel()), width)
 
 
 def _lists(lists: pa.Array, values: Array) -> pa.Array:
