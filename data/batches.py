@@ -9,7 +9,6 @@ Shape legend: `B` batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +21,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from twotower.data.encode import Normaliser
 from twotower.data.prepared import (
+    Column,
     PreparedDataset,
-    Ragged,
     array,
     dense,
     gather,
+    id_column,
     one_chunk,
-    ragged,
 )
 from twotower.data.schema import ID_KINDS, DataConfig, Feature
 
@@ -88,16 +87,13 @@ class BatchBuilder:
     def __init__(self, data: PreparedDataset) -> None:
         self.data = data
         self.config = data.config
-        self._ragged: dict[str, Ragged] = {}
+        self._ids: dict[str, Column] = {}
         self._dense: dict[str, npt.NDArray[Any]] = {}
-        self._history: dict[str, npt.NDArray[np.int64]] = {}
         self._code_rows: dict[str, npt.NDArray[np.int64]] = {}
         self._normalisers: dict[str, Normaliser] = {}
         for tower, f in self.config.features():
             key = f"{tower}.{f.name}"
             if f.kind == "history":
-                rows = one_chunk(data.items[f"history.{f.name}"])
-                self._history[f.name] = rows.to_numpy()
                 continue
             if f.source == "interactions":
                 self._add_context(key, f)
@@ -105,14 +101,14 @@ class BatchBuilder:
             table = data.items if tower == "item" else data.users
             column = one_chunk(table[f"feature.{f.name}"])
             if f.kind in ID_KINDS:
-                self._ragged[key] = ragged(column)
+                self._ids[key] = id_column(column)
             else:
                 self._dense[key] = dense(column)
 
     def _add_context(self, key: str, f: Feature) -> None:
         column = one_chunk(self.data.events[f"context.{f.name}"])
         if f.kind in ID_KINDS:
-            self._ragged[key] = ragged(column)
+            self._ids[key] = id_column(column)
             self._code_rows[key] = array(self.data.context(f.name), "feature")
         else:
             self._dense[key] = dense(column)
@@ -149,12 +145,11 @@ class BatchBuilder:
             key = f"query.{f.name}"
             if f.kind == "history":
                 start = np.maximum(self.data.history_from[user], history_to - f.length)
-                items, lengths = gather(self.data.timeline, start, history_to)
-                bags[key] = (self._history[f.name][items], lengths)
+                bags[key] = gather(self.data.history_rows(f.table_name), start, history_to)
                 continue
             rows = event if f.source == "interactions" else user
-            if key in self._ragged:
-                values, lengths = self._ragged[key].take(rows)
+            if key in self._ids:
+                values, lengths = self._ids[key].take(rows)
                 if key in self._code_rows:
                     values = self._code_rows[key][values]
                 bags[key] = (values, lengths)
@@ -166,7 +161,7 @@ class BatchBuilder:
 
     def _item(self, rows: I64) -> tuple[dict[str, Bag], dict[str, npt.NDArray[Any]]]:
         keys = [f"item.{f.name}" for f in self.config.item]
-        bags = {k: self._ragged[k].take(rows) for k in keys if k in self._ragged}
+        bags = {k: self._ids[k].take(rows) for k in keys if k in self._ids}
         return bags, {k: self._dense[k][rows] for k in keys if k in self._dense}
 
     def _batch(
@@ -201,8 +196,8 @@ def make_batch(
     parts = [bags.get(key, nothing) for key in keys]
     ids = KeyedJaggedTensor(
         keys=keys,
-        values=torch.from_numpy(np.concatenate([v for v, _ in parts]).astype(np.int64, copy=False)),
-        lengths=torch.from_numpy(np.concatenate([n for _, n in parts]).astype(np.int64)),
+        values=torch.from_numpy(np.concatenate([v for v, _ in parts], dtype=np.int64)),
+        lengths=torch.from_numpy(np.concatenate([n for _, n in parts], dtype=np.int64)),
         stride=size,
     )
     tensors = {
@@ -225,51 +220,7 @@ def encoded_batch(config: DataConfig, tower: str, columns: dict[str, pa.Array]) 
             continue
         column, size = columns[f.name], len(columns[f.name])
         if f.kind in ID_KINDS:
-            bags[f"{t}.{f.name}"] = ragged(column).take(np.arange(size))
+            bags[f"{t}.{f.name}"] = id_column(column).take(np.arange(size))
         else:
             floats[f"{t}.{f.name}"] = dense(column)
     return make_batch(config, bags, floats, np.zeros(size, np.int64))
-
-
-class TrainLoader:
-    """Shuffled training batches; its place is saved, so a run resumes at the exact next batch.
-
-    The order depends on the seed and the epoch alone. The last batch of an epoch is left out when
-    it is not full, since in-batch negatives would be fewer there.
-
-    Args:
-        data: the prepared dataset.
-        batch_size: events a batch; fewer when the training period is smaller.
-        seed: of the shuffle.
-    """
-
-    def __init__(self, data: PreparedDataset, batch_size: int, seed: int) -> None:
-        self.builder = BatchBuilder(data)
-        self.rows = np.arange(data.section(0).stop)
-        self.batch_size = min(batch_size, len(self.rows))
-        self.seed = seed
-        self.epoch = 0
-        self.next_batch = 0
-
-    def __len__(self) -> int:
-        return len(self.rows) // self.batch_size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Turn to an epoch; its place is kept if it is this one."""
-        if epoch != self.epoch:
-            self.epoch, self.next_batch = epoch, 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
-        while self.next_batch < len(self):
-            start = self.next_batch * self.batch_size
-            self.next_batch += 1
-            yield self.builder.events(order[start : start + self.batch_size])
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the place of the next batch."""
-        return {"epoch": self.epoch, "next_batch": self.next_batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to a saved place."""
-        self.epoch, self.next_batch = state["epoch"], state["next_batch"]

@@ -27,8 +27,9 @@ class Normaliser:
 
     def apply(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Return numbers as a tower reads them, in float32 throughout like the exported graph."""
-        filled = np.nan_to_num(values.astype(np.float32), nan=np.float32(self.mean))
-        return (filled - np.float32(self.mean)) / np.float32(self.std)
+        mean, raw = np.float32(self.mean), values.astype(np.float32)
+        filled = np.where(np.isnan(raw), mean, raw)
+        return np.asarray((filled - mean) / np.float32(self.std), np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ def open_engine(scratch: Path, memory_gb: float) -> Iterator[Any]:
 
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    settings = {
+    settings: dict[str, Any] = {
         "memory_limit": f"{int(memory_gb * ENGINE_SHARE * 1000)}MB",
         "temp_directory": str(scratch / "spill"),
         # What an extension would have to be fetched for is not used.

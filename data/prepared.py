@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from twotower.data.encode import Encoder, Normaliser
 from twotower.data.log.scan import SPLIT_NAMES
 from twotower.data.prepare.plan import FORMAT
+from twotower.data.prepare.spool import read_arrow
 from twotower.data.schema import Columns, DataConfig, Feature, Split, Table
 from twotower.data.vocabulary import Vocabulary
 from twotower.errors import UserError
@@ -28,20 +29,42 @@ from twotower.errors import UserError
 Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Ragged:
-    """Lists of different lengths: list i is `values[starts[i]:ends[i]]`.
-
-    The bounds are Arrow's own offsets, so nothing is copied until rows are taken.
-    """
-
-    values: Array
-    starts: Array
-    ends: Array
+class Column(Protocol):
+    """An encoded `id` or `ids` column."""
 
     def take(self, rows: Array) -> tuple[Array, Array]:
         """Return the values of `rows` one after another, and the length of each."""
-        return gather(self.values, self.starts[rows], self.ends[rows])
+        ...
+
+
+@dataclass(frozen=True)
+class Single:
+    """At most one value a row, -1 for none."""
+
+    values: Array
+
+    def take(self, rows: Array) -> tuple[Array, Array]:
+        """Return the values of `rows` one after another, and the length of each."""
+        values = self.values[rows]
+        there = values >= 0
+        if not there.all():
+            values = values[there]
+        return values, there.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lists of different lengths: list i is `values[offsets[i]:offsets[i + 1]]`.
+
+    The offsets are Arrow's own, so nothing is copied until rows are taken.
+    """
+
+    values: Array
+    offsets: Array
+
+    def take(self, rows: Array) -> tuple[Array, Array]:
+        """Return the values of `rows` one after another, and the length of each."""
+        return gather(self.values, self.offsets[rows], self.offsets[rows + 1])
 
 
 def gather(values: Array, starts: Array, ends: Array) -> tuple[Array, Array]:
@@ -49,17 +72,14 @@ def gather(values: Array, starts: Array, ends: Array) -> tuple[Array, Array]:
     lengths = (ends - starts).astype(np.int64)
     before = np.cumsum(lengths) - lengths
     index = np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
-    return values[index], lengths
+    return values.take(index), lengths
 
 
-def ragged(column: pa.Array) -> Ragged:
-    """Return an encoded `id` or `ids` column as lists; a missing id is an empty list."""
+def id_column(column: pa.Array) -> Column:
+    """Return an encoded `id` or `ids` column; a missing id is an empty list."""
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        offsets = column.offsets.to_numpy()
-        return Ragged(column.values.to_numpy(), offsets[:-1], offsets[1:])
-    values = column.to_numpy()
-    starts = np.arange(len(values))
-    return Ragged(values, starts, starts + (values >= 0))
+        return Ragged(column.values.to_numpy(), column.offsets.to_numpy())
+    return Single(column.to_numpy())
 
 
 def dense(column: pa.Array) -> Array:
@@ -78,6 +98,7 @@ class PreparedDataset:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._history_rows: dict[str, Array] = {}
         try:
             self.summary: dict[str, Any] = json.loads((path / "prepared.json").read_text())
         except FileNotFoundError:
@@ -91,8 +112,7 @@ class PreparedDataset:
         self.fingerprint: str = self.summary["fingerprint"]
 
     def _read(self, name: str) -> pa.Table:
-        with pa.memory_map(str(self.path / name)) as source:
-            return pa.ipc.open_file(source).read_all()
+        return read_arrow(self.path / name)
 
     @cached_property
     def events(self) -> pa.Table:
@@ -124,11 +144,18 @@ class PreparedDataset:
         """Item rows of all users' histories, oldest first."""
         return array(self._read("timeline.arrow"), "item")
 
+    def history_rows(self, table: str) -> Array:
+        """Return the timeline as rows of an embedding table that a history uses."""
+        if table not in self._history_rows:
+            self._history_rows[table] = array(self._read(f"histories/{table}.arrow"), "row")
+        return self._history_rows[table]
+
     @cached_property
     def event_columns(self) -> dict[str, Array]:
         """`user`, `item`, `time`, `history_to` and, where the log has it, `weight`, each (E,)."""
         names = ("user", "item", "time", "history_to", "weight")
-        return {name: array(self.events, name) for name in names if name in self.events.schema.names}
+        have = self.events.schema.names
+        return {name: array(self.events, name) for name in names if name in have}
 
     @cached_property
     def history_from(self) -> Array:
@@ -136,10 +163,14 @@ class PreparedDataset:
         return array(self.users, "history_from")
 
     @cached_property
+    def events_of(self) -> Array:
+        """Events of each user (U,)."""
+        return np.bincount(self.event_columns["user"], minlength=len(self.users))
+
+    @cached_property
     def prior_lengths(self) -> Array:
         """How many items from before the log each user's timeline begins with (U,)."""
-        total = np.diff(np.append(self.history_from, len(self.timeline)))
-        return total - np.bincount(self.event_columns["user"], minlength=len(total))
+        return np.diff(np.append(self.history_from, len(self.timeline))) - self.events_of
 
     @cached_property
     def train_count(self) -> Array:

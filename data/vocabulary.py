@@ -65,7 +65,7 @@ class Vocabulary:
         of = np.full(len(few.dictionary) + 1, -1, np.int64)
         of[place.drop_null().to_numpy()] = keys
         index = pc.fill_null(few.indices, len(few.dictionary)).to_numpy(zero_copy_only=False)
-        return of[index]
+        return np.asarray(of[index], np.int64)
 
 
 def murmur3(ids: pa.Array) -> npt.NDArray[np.int64]:

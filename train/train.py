@@ -23,7 +23,8 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from lightning.pytorch.callbacks.progress import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from twotower.data.batches import BatchBuilder, TrainLoader
+from twotower.data.batches import BatchBuilder
+from twotower.data.loader import TrainLoader
 from twotower.data.prepared import PreparedDataset
 from twotower.data.queries import split_queries
 from twotower.errors import UserError

@@ -106,9 +106,7 @@ def column_names(file: LogFile, key: str) -> list[str]:
     return list(dict.fromkeys([*names, *file.partition]))
 
 
-def read_chunks(
-    file: LogFile, names: list[str], key: str, bad_rows: BadRows
-) -> Iterator[Chunk]:
+def read_chunks(file: LogFile, names: list[str], key: str, bad_rows: BadRows) -> Iterator[Chunk]:
     """Yield a file's columns `names` in chunks.
 
     Raises:

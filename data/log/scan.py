@@ -31,8 +31,8 @@ from twotower.data.log.checks import (
     whole_numbers,
 )
 from twotower.data.log.files import LogFile, list_files, locate
-from twotower.data.log.read import BadRows, Chunk, column_names, read_chunks
 from twotower.data.log.id_types import IdTypes
+from twotower.data.log.read import BadRows, Chunk, column_names, read_chunks
 from twotower.data.schema import DataConfig, Feature
 from twotower.errors import UserError, did_you_mean
 
@@ -109,8 +109,9 @@ def scan(
     """
     config = resolve_sources(config, sources)
     bad_rows = BadRows(config.on_bad_rows == "skip")
-    readers = {
-        "raw_events": _Events(config, types),
+    events = _Events(config, types)
+    readers: dict[str, _Events | _Entities] = {
+        "raw_events": events,
         "raw_users": _Entities("users", config, types),
         "raw_items": _Entities("items", config, types),
     }
@@ -129,8 +130,6 @@ def scan(
             report("reading the log", done / total)
     # What Arrow keeps for later is the engine's to use now.
     pa.default_memory_pool().release_unused()
-    events = readers["raw_events"]
-    assert isinstance(events, _Events)
     if not types.decided:
         _refuse_nothing(connection, config, events)
     _refuse_repeated(connection, config, sources)
@@ -253,9 +252,7 @@ def is_own_id(config: DataConfig, tower: str, feature: Feature) -> bool:
     )  # fmt: skip
 
 
-def _feature(
-    types: IdTypes, tower: str, f: Feature, table: str, name: str, spot: Spot
-) -> pa.Array:
+def _feature(types: IdTypes, tower: str, f: Feature, table: str, name: str, spot: Spot) -> pa.Array:
     raw = raw_feature(f, spot)
     if f.kind == "number":
         return raw.cast(pa.float32()) if table == "raw_events" else raw
@@ -303,12 +300,10 @@ def _split_column(spot: Spot) -> pa.Array:
 
 
 def _insert(connection: Any, table: str, rows: pa.Table) -> None:
-    known = {
-        name: kind
-        for name, kind in connection.execute(
-            f"SELECT column_name, data_type FROM duckdb_columns() WHERE table_name = '{table}'"
-        ).fetchall()
-    }
+    found = connection.execute(
+        f"SELECT column_name, data_type FROM duckdb_columns() WHERE table_name = '{table}'"
+    )
+    known = dict(found.fetchall())
     connection.register("chunk", rows)
     if not known:
         connection.execute(f"CREATE TABLE {table} AS SELECT * FROM chunk")

@@ -15,9 +15,10 @@ from twotower.data.engine import arrow_batches, quoted
 from twotower.data.log.id_types import IdTypes
 from twotower.data.log.scan import is_own_id
 from twotower.data.prepare.entities import context_ids
-from twotower.data.prepare.spool import Spool
+from twotower.data.prepare.spool import Spool, read_arrow
 from twotower.data.prepare.vocabularies import PIECE, Seen
-from twotower.data.schema import ID_KINDS, DataConfig, Feature
+from twotower.data.prepared import array
+from twotower.data.schema import DataConfig, Feature
 from twotower.data.vocabulary import Vocabulary, murmur3
 from twotower.errors import UserError
 
@@ -59,6 +60,20 @@ def _rows(raw: pa.Array, known: pa.Array, oov_rows: int) -> Array:
     if unseen.any():
         rows[unseen] = murmur3(raw.filter(pa.array(unseen))) % oov_rows
     return rows
+
+
+def write_histories(config: DataConfig, directory: Path, scratch: Path) -> None:
+    """Write histories/<table>.arrow: the timeline in rows of the table, ready to be gathered."""
+    (directory / "histories").mkdir()
+    line = read_arrow(directory / "timeline.arrow")["item"]
+    items = read_arrow(directory / "items.arrow")
+    for f in {f.table_name: f for f in config.histories()}.values():
+        row_of = array(items, f"history.{f.name}").astype(np.int32)
+        spool = Spool(scratch / "histories")
+        spool.append({"row": np.empty(0, np.int32)})
+        for start in range(0, len(line), PIECE):
+            spool.append({"row": row_of[np.asarray(line.slice(start, PIECE))]})
+        spool.finish(directory / "histories" / f"{f.table_name}.arrow")
 
 
 class EntityWriter:
@@ -160,7 +175,8 @@ class EntityWriter:
         if f.table_name not in self.vocabularies:
             query = f"SELECT key FROM {quoted('vocabulary_' + f.table_name)} ORDER BY rowid"
             # A cursor: the stream of rows stays open beside it.
-            keys = self.connection.cursor().sql(query).fetch_arrow_table()["key"].combine_chunks()
+            cursor = self.connection.cursor()
+            keys = cursor.sql(query).fetch_arrow_table()["key"].combine_chunks()
             oov = self.config.table(f.table_name).oov_rows
             self.vocabularies[f.table_name] = Vocabulary(keys, keys, oov)
         return self.vocabularies[f.table_name].lookup(ids)

@@ -5,7 +5,8 @@ All of it happens in the engine, so that tens of millions of ids need no more me
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +14,11 @@ import pyarrow as pa
 
 from twotower.data.engine import arrow_batches, column, one_value, quoted
 from twotower.data.log.id_types import IdTypes
+from twotower.data.prepared import PreparedDataset, gather
 from twotower.data.schema import DataConfig, Feature
 
-if TYPE_CHECKING:
-    from twotower.data.prepared import PreparedDataset
-
 I32 = npt.NDArray[np.int32]
+USERS_A_PIECE = 1 << 16
 
 
 def context_ids(config: DataConfig) -> list[Feature]:
@@ -48,14 +48,11 @@ def make_entities(
     _distinct(connection, "users", parts["users"])
     prior = next((f for f in config.histories() if f.column), None)
     if prior is not None:
-        _first_priors(connection, prior, known, previous is not None)
+        _first_priors(connection, prior, previous)
         parts["items"].append("SELECT id FROM prior_ids")
     _distinct(connection, "items", parts["items"])
     if prior is not None:
-        connection.execute(
-            "CREATE TABLE priors AS SELECT p.user, i.rowid::INT AS item FROM prior_ids p "
-            "JOIN items i ON i.id = p.id ORDER BY p.user, p.place"
-        )
+        _make_priors(connection, previous)
     for f in context_ids(config):
         value = f"unnest({quoted('f.' + f.name)})" if f.kind == "ids" else quoted(f"f.{f.name}")
         values = [f"SELECT {value} AS id FROM events"]
@@ -106,7 +103,8 @@ def _views(connection: Any, config: DataConfig, types: IdTypes) -> None:
         for side in ("interactions", "users", "items")
     }
     prior = {"prior": "item"}
-    view("events", "raw_events", {"user": "user", "item": "item"} | prior | features["interactions"])
+    own = {"user": "user", "item": "item"}
+    view("events", "raw_events", own | prior | features["interactions"])
     view("log_users", "raw_users", {"id": "user"} | prior | features["users"])
     view("log_items", "raw_items", {"id": "item"} | features["items"])
 
@@ -119,9 +117,16 @@ def _distinct(connection: Any, table: str, parts: list[str]) -> None:
     )
 
 
-def _first_priors(connection: Any, prior: Feature, known: set[str], appending: bool) -> None:
+def _first_priors(connection: Any, prior: Feature, previous: PreparedDataset | None) -> None:
     """Make `prior_ids`: the items from before the log of users who are new to the dataset."""
-    new = "WHERE u.id NOT IN (SELECT key FROM previous_users)" if appending else ""
+    new = ""
+    if previous is not None:
+        users = previous.users
+        if prior.source == "interactions":
+            # A user of the users table alone is new when the first event comes.
+            users = users.filter(pa.array(previous.events_of > 0))
+        connection.register("old_users", with_rows(users, "id"))
+        new = "WHERE u.id NOT IN (SELECT key FROM old_users)"
     if prior.source == "users":
         lists = (
             f"SELECT u.rowid::INT AS user, l.prior AS ids FROM users u "
@@ -138,6 +143,36 @@ def _first_priors(connection: Any, prior: Feature, known: set[str], appending: b
         "CREATE TABLE prior_ids AS SELECT user, unnest(ids) AS id, "
         f"generate_subscripts(ids, 1) AS place FROM ({lists})"
     )
+
+
+def _make_priors(connection: Any, previous: PreparedDataset | None) -> None:
+    """Make `priors` (user, item): new users' items from before the log, and those known already."""
+    connection.execute(
+        "CREATE TABLE unordered AS SELECT p.user, i.rowid::INT AS item, p.place::INT AS place "
+        "FROM prior_ids p JOIN items i ON i.id = p.id"
+    )
+    for rows in _known_priors(connection, previous) if previous is not None else ():
+        connection.register("known", rows)
+        connection.execute("INSERT INTO unordered SELECT user, item, place FROM known")
+        connection.unregister("known")
+    connection.execute(
+        "CREATE TABLE priors AS SELECT user, item FROM unordered ORDER BY user, place"
+    )
+    connection.execute("DROP TABLE unordered; DROP TABLE prior_ids")
+
+
+def _known_priors(connection: Any, previous: PreparedDataset) -> Iterator[pa.Table]:
+    """Yield the items from before the log that the dataset appended to holds."""
+    user_map, item_map = row_map(connection, "users"), row_map(connection, "items")
+    for low in range(0, len(user_map), USERS_A_PIECE):
+        piece = slice(low, low + USERS_A_PIECE)
+        start, lengths = previous.history_from[piece], previous.prior_lengths[piece]
+        items, _ = gather(previous.timeline, start, start + lengths)
+        place = np.arange(len(items)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        yield pa.table({
+            "user": np.repeat(user_map[piece], lengths), "item": item_map[items],
+            "place": place.astype(np.int32),
+        })  # fmt: skip
 
 
 def row_map(connection: Any, table: str) -> I32:

@@ -243,8 +243,6 @@ class EventWriter:
         split = _numpy(table, "split") if table is not None else empty.astype(np.int8)
         time = _numpy(table, "time") if table is not None else empty
         lengths, prior = self.priors.take(low, high)
-        if self.previous is not None:
-            lengths, prior = self._old_priors(low, high, lengths, prior)
         start, history_to, line = timeline(user, item, split, time, lengths, prior)
         self.users.append({"history_from": start + self.length})
         self.timeline.append({"item": line.astype(np.int32)})
@@ -261,25 +259,6 @@ class EventWriter:
                 )  # fmt: skip
         self.length += len(line)
 
-    def _old_priors(
-        self, low: int, high: int, lengths: I64, items: I64
-    ) -> tuple[I64, I64]:
-        """Put the priors that the old timeline holds beside those of new users."""
-        assert self.previous is not None
-        first, last = np.searchsorted(self.user_map, [low, high])
-        begin = self.previous.history_from[first:last]
-        kept = self.previous.prior_lengths[first:last].astype(np.int64)
-        if not kept.sum():
-            return lengths, items
-        owner = self.user_map[first:last].astype(np.int64) - low
-        index = np.arange(int(kept.sum())) + np.repeat(begin - (np.cumsum(kept) - kept), kept)
-        old = self.item_map[self.previous.timeline[index]]
-        owners = np.concatenate([np.repeat(np.arange(high - low), lengths), np.repeat(owner, kept)])
-        joined = np.concatenate([items, old])[np.argsort(owners, kind="stable")]
-        lengths = lengths.copy()
-        lengths[owner] += kept
-        return lengths, joined
-
     def finish(self, directory: Path) -> None:
         """Write events.arrow (training, validation, test) and timeline.arrow."""
         train, validation, test = self.sections
@@ -290,7 +269,7 @@ class EventWriter:
 
 
 class _Priors:
-    """The items from before the log of new users, taken in the order of users."""
+    """The items from before the log, taken in the order of users."""
 
     def __init__(self, connection: Any, config: DataConfig) -> None:
         self.batches: Iterator[pa.RecordBatch] = iter(())

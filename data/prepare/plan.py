@@ -57,13 +57,13 @@ def make_plan(config: DataConfig, previous: PreparedDataset | None) -> Plan:
         UserError: when a file is not there, or preparing anew would lose events.
     """
     sources = find_sources(config)
-    now = {s.key: [list(f.state) for f in s.files] for s in sources}
+    now: dict[str, list[list[Any]]] = {s.key: [list(f.state) for f in s.files] for s in sources}
     everything = Plan("all", sources, now)
     if previous is None:
         return everything
     before: dict[str, list[list[Any]]] = previous.summary["inputs"]
     read = {state[0]: state for state in before[LOG]}
-    there = {state[0]: state for state in now[LOG]}
+    there: dict[str, list[Any]] = {str(state[0]): state for state in now[LOG]}
     new = {path for path in there if path not in read}
     gone = [path for path in read if path not in there]
     others = {k: v for k, v in before.items() if k != LOG}

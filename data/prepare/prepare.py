@@ -11,6 +11,7 @@
       items.arrow         the catalogue, ascending by raw id: training count, features, display
       contexts/<f>.arrow  the values of a context feature, which events name by number
       tables/<name>.arrow the vocabulary of an embedding table
+      histories/<t>.arrow the timeline in rows of embedding table t, which batches are cut from
 
 Vocabularies, item frequencies and normalisers come from the training period alone. The work is
 done within `data.memory_gb` by an engine that spills to disk; what is appended later leaves the
@@ -31,12 +32,17 @@ from twotower.data.encode import Normaliser
 from twotower.data.engine import arrow_batches, column, open_engine
 from twotower.data.log.id_types import IdTypes
 from twotower.data.log.scan import SPLIT_NAMES, Report, Scan, scan
-from twotower.data.prepare.columns import EntityWriter, fit_normaliser, write_contexts
+from twotower.data.prepare.columns import (
+    EntityWriter,
+    fit_normaliser,
+    write_contexts,
+    write_histories,
+)
 from twotower.data.prepare.entities import count_rows, make_entities
 from twotower.data.prepare.events import EventWriter, Written
 from twotower.data.prepare.plan import FORMAT, Plan, dataset_mark, make_plan, schema_mark
-from twotower.data.prepare.split import Cuts, I64, find_cuts
-from twotower.data.prepare.spool import Spool
+from twotower.data.prepare.split import I64, Cuts, find_cuts
+from twotower.data.prepare.spool import Spool, read_arrow
 from twotower.data.prepare.vocabularies import (
     PIECE,
     build_vocabularies,
@@ -113,8 +119,7 @@ def _write(
     _refuse_empty_splits(config, written, where)
     writer.finish(directory)
     report("building vocabularies", 0.0)
-    with pa.memory_map(str(directory / "events.arrow")) as source:
-        events = pa.ipc.open_file(source).read_all()
+    events = read_arrow(directory / "events.arrow")
     train = written.counts[0]
     seen = count_training(connection, config, events, train)
     build_vocabularies(connection, config, types, events, train, previous)
@@ -128,6 +133,7 @@ def _write(
         fitted, without = entity.write()
         normalisers |= fitted
         spool.finish(directory / f"{side}.arrow")
+    write_histories(config, directory, scratch)
     cold = int((seen["items"].count == 0).sum())
     before = previous.summary if previous is not None else {}
     summary = {
@@ -199,9 +205,7 @@ def _refuse_empty_splits(config: DataConfig, written: Written, where: str) -> No
             )
 
 
-def _context_normalisers(
-    config: DataConfig, events: pa.Table, train: int
-) -> dict[str, Normaliser]:
+def _context_normalisers(config: DataConfig, events: pa.Table, train: int) -> dict[str, Normaliser]:
     out = {}
     for f in config.query:
         if f.source == "interactions" and f.kind == "number":

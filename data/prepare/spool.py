@@ -63,6 +63,12 @@ def write_arrow(path: Path, table: pa.Table) -> None:
         writer.write_table(table)
 
 
+def read_arrow(path: Path) -> pa.Table:
+    """Return an Arrow file's columns over the mapped file."""
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
 class _Column:
     """One column: fixed-width values, strings, or lists of such."""
 

@@ -164,9 +164,7 @@ def _occurrences(connection: Any, config: DataConfig, tower: str, f: Feature) ->
         return [f"SELECT e.id AS key, s.n, s.first FROM {joined}"]
     value = quoted(f"f.{f.name}")
     value = f"unnest(l.{value})" if f.kind == "ids" else f"l.{value}"
-    return [
-        f"SELECT {value} AS key, s.n, s.first FROM {joined} JOIN log_{side} l ON l.id = e.id"
-    ]
+    return [f"SELECT {value} AS key, s.n, s.first FROM {joined} JOIN log_{side} l ON l.id = e.id"]
 
 
 def _since_min_count(
@@ -211,16 +209,15 @@ def _since_min_count(
             value = f"unnest({value})" if f.kind == "ids" else value
             joined += f" JOIN log_{side} l ON l.id = e.id"
         parts.append(f"SELECT {value} AS key, t.time FROM {joined} WHERE t.time > {newest}")
+    occurrences = " UNION ALL ".join(dict.fromkeys(parts))
     connection.execute(
         "CREATE OR REPLACE TABLE reached AS SELECT key, time FROM ("
         "  SELECT o.key, o.time, row_number() OVER (PARTITION BY o.key ORDER BY o.time) AS place, "
-        "  count(*) OVER (PARTITION BY o.key) AS fresh, c.n FROM "
-        f" ({' UNION ALL '.join(dict.fromkeys(parts))}) o JOIN counted c ON c.key = o.key WHERE c.n >= {min_count}"
+        f"  count(*) OVER (PARTITION BY o.key) AS fresh, c.n FROM ({occurrences}) o "
+        f"  JOIN counted c ON c.key = o.key WHERE c.n >= {min_count}"
         f") WHERE place = greatest(1, {min_count} - (n - fresh))"
     )
-    connection.execute(
-        "UPDATE counted SET since = r.time FROM reached r WHERE r.key = counted.key"
-    )
+    connection.execute("UPDATE counted SET since = r.time FROM reached r WHERE r.key = counted.key")
     connection.execute("DROP TABLE reached")
     connection.unregister("train_events")
 

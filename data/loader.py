@@ -1,0 +1,133 @@
+"""Training batches in a global shuffle, for any number of ranks and of worker processes.
+
+An epoch is one random order of all training events (`twotower.data.shuffle`). Its steps take equal
+parts of what is left of it, and ranks equal parts of a step, so that every event comes once, all
+ranks take the same number of steps, and no batch is a small rest with few in-batch negatives.
+
+Where an epoch stands is one number, the events taken so far. A run goes on at the exact next batch,
+with another number of workers too; with another number of ranks it goes on with the same events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from twotower.data.batches import Batch, BatchBuilder
+from twotower.data.prepared import PreparedDataset
+from twotower.data.shuffle import Shuffle
+from twotower.errors import UserError
+
+# Epoch, and the places of its order from the first to before the last.
+Part = tuple[int, int, int]
+
+
+class TrainLoader:
+    """Shuffled training batches of one rank.
+
+    Args:
+        data: the prepared dataset.
+        batch_size: most events a batch; all batches of an epoch have this size or, where it does
+            not divide the epoch, nearly one size below it.
+        seed: of the shuffle.
+        rank: of this process.
+        ranks: number of processes that share an epoch.
+        workers: processes that build batches ahead; 0 builds them here when they are asked for.
+        pin_memory: whether to hand out pinned memory, for asynchronous copies to a GPU.
+
+    Raises:
+        UserError: when there are fewer training events than ranks.
+    """
+
+    def __init__(
+        self, data: PreparedDataset, batch_size: int, seed: int, *, rank: int = 0, ranks: int = 1,
+        workers: int = 0, pin_memory: bool = False,
+    ) -> None:  # fmt: skip
+        self.length = data.section(0).stop
+        if self.length < ranks:
+            raise UserError(
+                f"{data.path}: {self.length} training events do not suffice for {ranks} processes: "
+                "train on fewer"
+            )
+        self.batches = _Batches(BatchBuilder(data), self.length, seed)
+        self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
+        self.workers, self.pin_memory = workers, pin_memory
+        self.epoch = 0
+        self.place = 0
+
+    def __len__(self) -> int:
+        """Return the batches of a whole epoch."""
+        return -(-self.length // (self.batch_size * self.ranks))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Turn to an epoch; its place is kept if it is this one."""
+        if epoch != self.epoch:
+            self.epoch, self.place = epoch, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        ends = [low + size for low, size in self._steps()]
+        unchanged: Any = _unchanged
+        loader: DataLoader[Batch] = DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=self._parts(),
+            num_workers=self.workers,
+            pin_memory=self.pin_memory,
+            collate_fn=unchanged,
+            # Of its own: the job's stream of random numbers stays as it is.
+            generator=torch.Generator(),
+        )
+        for end, batch in zip(ends, loader, strict=True):
+            # Batches that workers have built ahead do not count as taken.
+            self.place = end
+            yield batch
+
+    def _steps(self) -> Iterator[tuple[int, int]]:
+        """Yield first place and size of every step that is left, for all ranks together.
+
+        Each takes an equal part, rounded up, of what is left, so the rule needs no memory of where
+        the epoch was broken off.
+        """
+        place = self.place
+        while place < self.length:
+            left = self.length - place
+            steps = -(-left // (self.batch_size * self.ranks))
+            size = -(-left // steps)
+            yield place, size
+            place += size
+
+    def _parts(self) -> list[Part]:
+        """Return this rank's part of every step that is left."""
+        rank, ranks = self.rank, self.ranks
+        return [
+            (self.epoch, low + size * rank // ranks, low + size * (rank + 1) // ranks)
+            for low, size in self._steps()
+        ]
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how much of which epoch was taken."""
+        return {"epoch": self.epoch, "place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a saved place."""
+        self.epoch, self.place = state["epoch"], state["place"]
+
+
+class _Batches(Dataset[Batch]):
+    """Any part of any epoch as a batch; what a worker process holds."""
+
+    def __init__(self, builder: BatchBuilder, length: int, seed: int) -> None:
+        self.builder, self.length, self.seed = builder, length, seed
+
+    def __getitem__(self, part: Part) -> Batch:
+        epoch, low, high = part
+        order = Shuffle(self.length, self.seed, epoch)
+        return self.builder.events(order(np.arange(low, high)))
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
