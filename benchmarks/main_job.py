@@ -13,44 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 
-import psutil
 import yaml
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def memory_bytes(process: psutil.Process) -> int:
-    """Return the memory of a process and all below it."""
-    total = 0
-    for member in [process, *process.children(recursive=True)]:
-        try:
-            total += member.memory_full_info().pss
-        except psutil.Error:  # ended meanwhile
-            continue
-    return total
-
-
-def measure(command: list[str], cwd: Path) -> tuple[float, int]:
-    """Run a command and return its seconds and peak memory in bytes."""
-    started = time.monotonic()
-    process = psutil.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL)
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, memory_bytes(process))
-        time.sleep(0.05)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with code {process.returncode}")
-    return time.monotonic() - started, peak
+from measure import ROOT, measure, write_result
 
 
 def main() -> None:
@@ -82,14 +51,8 @@ def main() -> None:
         "ratios": ratios,
         "queries": report["queries"],
         "metrics": report["results"],
-        "machine": {"cores": os.cpu_count(), "processor": platform.processor() or "unknown",
-                    "system": platform.platform()},
-        "versions": {n: version(n) for n in ("twotower", "torch", "torchrec", "lightning")},
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True,
-                                 text=True, check=False).stdout.strip(),
     }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"main_job-{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_result(f"main_job-{name}", result, ("twotower", "torch", "torchrec", "lightning"))
     print(f"{name}: {seconds:.0f} s, peak {peak / 1e9:.2f} GB, {report['queries']:,} queries")
     for label, ratio in ratios.items():
         print(f"  {label:32} {ratio:6.2f}x")

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from twotower.data.prepare.prepare import prepare
 from twotower.data.prepared import PreparedDataset
@@ -20,6 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 # Small enough for seconds, large enough that a model beats popularity.
 SMALL = {"users": 600, "items": 300, "events": 12_000}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -27,6 +27,8 @@ class TrainConfig:
     """Correct for popular items being sampled as negatives more often."""
     checkpoint_every_steps: int = 200
     """Steps between checkpoints that a killed run resumes from."""
+    workers: int | None = None
+    """Processes that build batches ahead of training; by default 0 on a CPU, 2 on CUDA."""
     accelerator: str = "auto"
     """auto, cpu or cuda."""
 
@@ -40,6 +42,8 @@ class TrainConfig:
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise UserError(f"train.{name} must be >= {minimum}, got {getattr(self, name)}")
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"train.workers must be >= 0, got {self.workers}")
         for name in ("table_lr", "dense_lr"):
             if getattr(self, name) <= 0:
                 raise UserError(f"train.{name} must be > 0, got {getattr(self, name)}")

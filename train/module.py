@@ -44,6 +44,12 @@ class RetrievalModule(L.LightningModule):
         """Turn the loader to the epoch; behind a whole one, Lightning restores no place in it."""
         self.trainer.train_dataloader.set_epoch(self.current_epoch)
 
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Copy a batch without waiting for it; the loader pins its memory."""
+        return batch.to(device, non_blocking=True)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         query_BD, item_BD, temperature = self.model(batch)

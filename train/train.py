@@ -147,7 +147,9 @@ def train(
     L.seed_everything(seed, verbose=False)
     rows = {table: info["rows"] for table, info in data.summary["tables"].items()}
     towers = TwoTower(data.config, rows, model)
-    loader = TrainLoader(data, config.batch_size, seed)
+    cuda = config.accelerator != "cpu" and torch.cuda.is_available()
+    workers = config.workers if config.workers is not None else 2 * cuda
+    loader = TrainLoader(data, config.batch_size, seed, workers=workers, pin_memory=cuda)
     module = RetrievalModule(towers, config, torch.from_numpy(data.train_count.copy()))
     wandb = wandb_logger(partial, tracking, name, job)
     trainer = _trainer(partial, config, evaluate, validation, wandb, len(loader))

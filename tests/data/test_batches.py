@@ -1,12 +1,12 @@
-"""Batches: every event once an epoch, the right lists, and the same order after a pause."""
-
-from itertools import islice
+"""Batches: the right lists and numbers of their events."""
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from twotower.data.batches import BatchBuilder, TrainLoader, id_keys
-from twotower.data.prepared import PreparedDataset
+from twotower.data.batches import BatchBuilder, id_keys
+from twotower.data.prepared import PreparedDataset, gather
 
 
 @pytest.fixture(scope="module")
@@ -40,35 +40,15 @@ def test_a_batch_holds_the_lists_of_its_events(data) -> None:
         )
 
 
-def test_an_epoch_holds_each_training_event_at_most_once_and_nearly_all(data) -> None:
-    loader = TrainLoader(data, 64, seed=3)
-    items = np.concatenate([b.item_B.numpy() for b in loader])
-    train = data.event_columns["item"][: data.section(0).stop]
-    assert len(items) == len(loader) * 64
-    assert len(train) - len(items) < 64
-    counts = np.bincount(items, minlength=len(data.items))
-    assert (counts <= np.bincount(train, minlength=len(data.items))).all()
-
-
-def epoch(loader: TrainLoader, number: int) -> list[list[int]]:
-    loader.set_epoch(number)
-    return [b.item_B.tolist() for b in loader]
-
-
-def test_the_order_depends_on_seed_and_epoch_alone(data) -> None:
-    first = epoch(TrainLoader(data, 64, seed=3), 1)
-    again = TrainLoader(data, 64, seed=3)
-    assert epoch(again, 0) != first
-    assert epoch(again, 1) == first
-    assert epoch(TrainLoader(data, 64, seed=4), 1) != first
-
-
-@pytest.mark.parametrize("place", [0, 1, 7])
-def test_a_loader_goes_on_at_the_exact_next_batch(data, place) -> None:
-    loader = TrainLoader(data, 64, seed=3)
-    loader.set_epoch(2)
-    list(islice(loader, place))
-    resumed = TrainLoader(data, 64, seed=3)
-    resumed.load_state_dict(loader.state_dict())
-    rest = [b.item_B.tolist() for b in resumed]
-    assert rest == epoch(TrainLoader(data, 64, seed=3), 2)[place:]
+@given(st.data())
+@settings(deadline=None)
+def test_slices_are_gathered_one_after_another(data) -> None:
+    values = np.array(data.draw(st.lists(st.integers(0, 99), max_size=40)), np.int32)
+    bound = st.integers(0, len(values))
+    slices = [
+        sorted(data.draw(st.tuples(bound, bound))) for _ in range(data.draw(st.integers(0, 9)))
+    ]
+    starts, ends = np.array(slices, np.int64).reshape(-1, 2).T
+    got, lengths = gather(values, starts, ends)
+    assert got.tolist() == [v for a, b in slices for v in values[a:b]]
+    assert lengths.tolist() == [b - a for a, b in slices]

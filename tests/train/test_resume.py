@@ -50,9 +50,10 @@ def test_a_run_killed_twice_ends_like_an_unbroken_one(
     rng = random.Random(seed)
     last = json.loads((unbroken / "train.json").read_text())["steps"]
     targets = sorted(rng.sample(range(1, last - 8), 2))
-    for target in targets:
+    for target, workers in zip(targets, (2, 0), strict=True):
         process = subprocess.Popen(
-            [sys.executable, "-m", "twotower", "train", *arguments(demo_log, "run")],
+            [sys.executable, "-m", "twotower", "train", *arguments(demo_log, "run"),
+             f"--train.workers={workers}"],
             cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 120

@@ -1,0 +1,138 @@
+"""The loader: every event once an epoch, for any ranks and workers, and again after a pause."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from twotower.data.loader import TrainLoader
+from twotower.data.prepared import PreparedDataset
+from twotower.data.schema import Split
+from twotower.data.shuffle import Shuffle
+from twotower.errors import UserError
+
+EVENTS = 103
+
+
+@pytest.fixture
+def data(make) -> PreparedDataset:
+    """A dataset whose training events each have an item of their own."""
+    number = np.arange(EVENTS + 1)
+    log = {"user_id": number % 9, "item_id": number, "timestamp": number,
+           "split": ["train"] * EVENTS + ["test"]}  # fmt: skip
+    return make(log, split=Split(kind="given", column="split"))
+
+
+@given(
+    length=st.one_of(st.integers(1, 300), st.integers(1, 70_000)),
+    seed=st.integers(-(2**63), 2**63 - 1), epoch=st.integers(0, 2**31),
+)  # fmt: skip
+@settings(deadline=None)
+def test_a_shuffle_holds_every_row_once(length, seed, epoch) -> None:
+    order = Shuffle(length, seed, epoch)(np.arange(length))
+    np.testing.assert_array_equal(np.sort(order), np.arange(length))
+
+
+def test_a_shuffle_looks_random() -> None:
+    length, parts = 200_003, 50
+    order = Shuffle(length, 0, 0)(np.arange(length))
+    for other in (np.arange(length), np.roll(order, 1), Shuffle(length, 0, 1)(np.arange(length)),
+                  Shuffle(length, 1, 0)(np.arange(length))):  # fmt: skip
+        # The correlation of random orders has a deviation of 1 / sqrt(length): 5 of them.
+        assert abs(np.corrcoef(order, other)[0, 1]) < 5 / length**0.5
+    counts = np.stack([
+        np.bincount(part * parts // length, minlength=parts)
+        for part in np.array_split(order, 100)
+    ])  # fmt: skip
+    expected = length / 100 / parts
+    # Chi-square over its degrees of freedom, whose deviation is sqrt(2 / dof).
+    dof = 99 * (parts - 1)
+    assert abs(((counts - expected) ** 2 / expected).sum() / dof - 1) < 5 * (2 / dof) ** 0.5
+
+
+def epoch_of(data, number=0, **options) -> list[list[int]]:
+    loader = TrainLoader(data, options.pop("batch_size", 8), seed=3, **options)
+    loader.set_epoch(number)
+    return [b.item_B.tolist() for b in loader]
+
+
+@given(batch_size=st.integers(1, 120), ranks=st.integers(1, 9), taken=st.integers(0, 20))
+# The dataset is only read.
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_ranks_share_an_epoch(data, batch_size, ranks, taken) -> None:
+    shares = []
+    for rank in range(ranks):
+        loader = TrainLoader(data, batch_size, seed=3, rank=rank, ranks=ranks)
+        shares.append([b.item_B.tolist() for b in loader])
+        assert len(shares[-1]) == len(loader), "all ranks take the same number of steps"
+        assert max(map(len, shares[-1])) <= batch_size
+    events = [e for share in shares for batch in share for e in batch]
+    assert sorted(events) == list(range(EVENTS)), "each event once"
+    for step in zip(*shares, strict=True):
+        sizes = [len(batch) for batch in step]
+        assert max(sizes) - min(sizes) <= 1
+    whole = [sum(map(len, step)) for step in zip(*shares, strict=True)]
+    assert max(whole) - min(whole) <= 1, "no small rest"
+    # A run that goes on with one process takes what the others had left.
+    before = [e for share in shares for batch in share[:taken] for e in batch]
+    single = TrainLoader(data, batch_size, seed=3)
+    single.load_state_dict({"epoch": 0, "place": len(before)})
+    after = [e for batch in single for e in batch.item_B.tolist()]
+    assert sorted(before + after) == list(range(EVENTS))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(data) -> None:
+    first = epoch_of(data, 1)
+    assert epoch_of(data, 0) != first
+    assert epoch_of(data, 1) == first
+    assert [b.item_B.tolist() for b in TrainLoader(data, 8, seed=4)] != epoch_of(data, 0)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_order_is_the_same_for_any_number_of_workers(data, workers) -> None:
+    expected = list(TrainLoader(data, 8, seed=3))
+    got = list(TrainLoader(data, 8, seed=3, workers=workers))
+    assert len(got) == len(expected)
+    for a, b in zip(expected, got, strict=True):
+        assert a.item_B.equal(b.item_B)
+        assert a.weight_B.equal(b.weight_B)
+        assert a.ids.keys() == b.ids.keys()
+        assert a.ids.values().equal(b.ids.values())
+        assert a.ids.lengths().equal(b.ids.lengths())
+
+
+@pytest.mark.parametrize("place", [0, 1, 7, 13])
+@pytest.mark.parametrize("workers", [(0, 2), (2, 0), (1, 3)])
+def test_a_loader_goes_on_at_the_exact_next_batch(data, place, workers) -> None:
+    loader = TrainLoader(data, 8, seed=3, workers=workers[0])
+    loader.set_epoch(2)
+    # Workers have built more batches than were taken.
+    list(islice(loader, place))
+    resumed = TrainLoader(data, 8, seed=3, workers=workers[1])
+    resumed.load_state_dict(loader.state_dict())
+    assert [b.item_B.tolist() for b in resumed] == epoch_of(data, 2)[place:]
+
+
+def test_more_ranks_than_events_are_refused(data) -> None:
+    with pytest.raises(UserError, match="103 training events do not suffice for 104 processes"):
+        TrainLoader(data, 8, seed=3, ranks=104)
+
+
+@pytest.mark.gpu
+def test_pinned_batches_reach_a_gpu_unchanged(data) -> None:
+    import torch
+
+    device = torch.device("cuda")
+    plain = list(TrainLoader(data, 8, seed=3))
+    pinned = list(TrainLoader(data, 8, seed=3, workers=1, pin_memory=True))
+    for a, b in zip(plain, pinned, strict=True):
+        assert b.item_B.is_pinned()
+        assert b.ids.values().is_pinned()
+        there = b.to(device, non_blocking=True)
+        torch.cuda.synchronize()
+        assert there.ids.values().cpu().equal(a.ids.values())
+        assert there.item_B.cpu().equal(a.item_B)
