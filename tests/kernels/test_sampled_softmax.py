@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from twotower.kernels.sampled_softmax import sampled_softmax
+from twotower.kernels.sampled_softmax import sampled_softmax, sampled_softmax_reference
+
+from .conftest import error, not_interpreted, within
 
 
 def truth(query, candidate, temperature, log_q, ids, weight, offset) -> float:
@@ -58,34 +60,132 @@ def test_a_query_whose_only_negatives_are_hits_has_no_loss() -> None:
     assert float(loss) == 0.0
 
 
-def test_gradients_of_queries_candidates_and_temperature() -> None:
-    query, candidate, log_q, ids, weight = case(5, 3, 6, 2)
-    inputs = (
-        query.double().requires_grad_(), candidate.double().requires_grad_(),
-        torch.tensor(0.5, dtype=torch.float64, requires_grad=True),
+SHAPES = [  # queries, candidates behind the positives, width, candidates before them
+    (1, 0, 8, 0), (1, 5, 16, 3), (7, 0, 5, 0), (16, 9, 64, 0), (5, 4, 33, 6), (130, 0, 100, 0),
+    (70, 129, 24, 65), (33, 1, 512, 2),
+]  # fmt: skip
+
+
+def with_gradients(function, dtype, device, tensors, temperature, offset, **options):
+    """Return the loss and the gradients of queries, candidates and temperature."""
+    query, candidate, log_q, ids, weight = (t.to(device) for t in tensors)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves = [within(t.to(dtype), (3, 2)).detach().requires_grad_() for t in (query, candidate)] + [
+        torch.tensor(temperature, dtype=wide, device=device, requires_grad=True)
+    ]
+    loss = function(
+        *leaves, log_q_N=within(log_q.to(wide), (1, 5)), candidate_id_N=within(ids, (2, 2)),
+        weight_B=within(weight, (1, 1)), positive_offset=offset, **options,
     )  # fmt: skip
-    query, candidate, temperature = inputs
-    loss = sampled_softmax(
-        query, candidate, temperature, log_q_N=log_q, candidate_id_N=ids, weight_B=weight,
-        positive_offset=2,
-    )  # fmt: skip
-    loss.backward()
-    for x in inputs:
-        numeric = torch.zeros_like(x)
-        flat, out = x.detach().reshape(-1), numeric.reshape(-1)
-        for i in range(len(flat)):
-            value = [0.0, 0.0]
-            for side, step in enumerate((1e-5, -1e-5)):
-                keep = float(flat[i])
-                flat[i] = keep + step
-                value[side] = truth(
-                    query.detach(), candidate.detach(), float(temperature.detach()),
-                    log_q.double(), ids, weight.double(), 2,
-                )  # fmt: skip
-                flat[i] = keep
-            out[i] = (value[0] - value[1]) / 2e-5
-        # The loss itself is computed in fp32.
-        torch.testing.assert_close(x.grad, numeric, atol=2e-5, rtol=1e-4)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("temperature", [1.0, 0.05, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_worse_than_eager_against_fp64(device, shape, dtype, temperature, smoothing) -> None:
+    tensors = list(case(*shape))
+    # What bf16 cannot say is no error of the kernel.
+    tensors[:2] = [t.to(dtype).float() for t in tensors[:2]]
+    arguments = (tensors, temperature, shape[3])
+    options = {"label_smoothing": smoothing}
+    got = with_gradients(sampled_softmax, dtype, device, *arguments, **options)
+    eager = with_gradients(sampled_softmax_reference, dtype, device, *arguments, **options)
+    truth = with_gradients(
+        sampled_softmax_reference, torch.float64, torch.device("cpu"), *arguments, **options
+    )
+    # fp32 logits, up to 1 / temperature large, err by their own eps; so does what follows
+    # them. In bf16 the result is rounded, and so are the slopes before their product.
+    logits = 4 * torch.finfo(torch.float32).eps * (1 + 2 / temperature)
+    slack = logits + 2 * torch.finfo(dtype).eps
+    power = {"loss": 0, "query": 1, "candidate": 1, "temperature": 2}
+    for name, a, b, c in zip(power, got, eager, truth, strict=True):
+        if float(c.abs().max()) < 1e-6:  # one candidate: the loss is zero, and so are its slopes
+            assert float(a.abs().max()) <= logits / temperature ** power[name]
+            continue
+        # The temperature's is a sum of terms up to 1 / temperature that cancel.
+        room = slack / temperature / float(c.abs()) if name == "temperature" else slack
+        assert error(a, c) <= error(b, c) + room, name
+
+
+@not_interpreted
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_every_gradient_of_the_cpu_implementation(smoothing, monkeypatch) -> None:
+    from twotower.kernels import sampled_softmax as module
+
+    query, candidate, log_q, ids, weight = case(21, 3, 6, 2)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1)  # blocks of 16 rows, and a rest
+    leaves = [query.double(), candidate.double(), torch.tensor(0.5, dtype=torch.float64)]
+
+    def loss(*inputs):
+        return sampled_softmax(
+            *inputs, log_q_N=log_q, candidate_id_N=ids, weight_B=weight, positive_offset=2,
+            label_smoothing=smoothing,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in leaves])
+
+
+@not_interpreted
+def test_blocks_make_no_difference(monkeypatch) -> None:
+    from twotower.kernels import sampled_softmax as module
+
+    tensors = case(50, 7, 16, 3)
+    device = torch.device("cpu")
+    whole = with_gradients(sampled_softmax, torch.float32, device, tensors, 0.1, 3)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1)
+    blocks = with_gradients(sampled_softmax, torch.float32, device, tensors, 0.1, 3)
+    for a, b in zip(whole, blocks, strict=True):
+        assert error(a, b) < 1e-6
+
+
+def test_the_operator_obeys_its_contract(device) -> None:
+    query, candidate, log_q, ids, weight = (t.to(device) for t in case(9, 4, 8, 1))
+    scale = torch.tensor(10.0, device=device)
+    for with_log_q, with_ids, gradients in ((True, True, True), (False, False, True),
+                                            (True, True, False)):  # fmt: skip
+        leaves = [t.clone().requires_grad_(gradients) for t in (query, candidate, scale)]
+        torch.library.opcheck(
+            torch.ops.twotower.sampled_softmax.default,
+            (*leaves, log_q if with_log_q else None, ids if with_ids else None, weight, 1, 0.1,
+             gradients),
+        )  # fmt: skip
+
+
+def test_it_compiles_without_a_break(device) -> None:
+    query, candidate, log_q, ids, _ = (t.to(device) for t in case(9, 4, 8, 1))
+
+    def step(query, candidate, temperature):
+        loss = sampled_softmax(
+            query * 2, candidate, temperature, log_q_N=log_q, candidate_id_N=ids, positive_offset=1
+        )
+        return loss * 3
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in (query, candidate)]
+        leaves.append(torch.tensor(0.1, device=device, requires_grad=True))
+        loss = function(*leaves)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_results_repeat_to_the_bit(device) -> None:
+    arguments = (torch.float32, device, case(90, 40, 24, 7), 0.05, 7)
+    first, second = (with_gradients(sampled_softmax, *arguments) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_changes_nothing_inside(device) -> None:
+    arguments = (torch.float32, device, case(20, 4, 24, 1), 0.05, 1)
+    plain = with_gradients(sampled_softmax, *arguments)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        inside = with_gradients(sampled_softmax, *arguments)
+    for a, b in zip(plain, inside, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_log_q_makes_popular_candidates_cheaper_negatives() -> None:
@@ -99,25 +199,59 @@ def test_log_q_makes_popular_candidates_cheaper_negatives() -> None:
     assert corrected[0] > corrected[1] == corrected[2]
 
 
-def test_inputs_are_not_written() -> None:
-    tensors = case(6, 2, 8, 0)
+def test_candidates_that_are_all_equal_share_the_mass(device) -> None:
+    query = torch.ones(6, 8, device=device) / 8**0.5
+    loss = sampled_softmax(query, query, torch.tensor(0.01, device=device))
+    assert float(loss) == pytest.approx(math.log(6), rel=1e-5)
+
+
+def test_inputs_are_not_written(device) -> None:
+    tensors = [t.to(device) for t in case(6, 2, 8, 0)]
     before = [t.clone() for t in tensors]
     query, candidate, log_q, ids, weight = tensors
-    sampled_softmax(query, candidate, torch.tensor(0.1), log_q_N=log_q, candidate_id_N=ids,
-                    weight_B=weight)  # fmt: skip
+    query.requires_grad_()
+    sampled_softmax(query, candidate, torch.tensor(0.1, device=device), log_q_N=log_q,
+                    candidate_id_N=ids, weight_B=weight).backward()  # fmt: skip
     for old, new in zip(before, tensors, strict=True):
         assert torch.equal(old, new)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"positive_offset": 3}, "positive_offset"),
-        ({"log_q_N": torch.zeros(2)}, "log_q must have shape"),
-        ({"weight_B": torch.zeros(9)}, "weight must have shape"),
-    ],
-)
-def test_shapes_that_do_not_fit_are_refused(change, words) -> None:
+BAD = {
+    "positive_offset": ({"positive_offset": 3}, r"positive_offset \+ queries must be <= candid"),
+    "log_q": ({"log_q_N": torch.zeros(2)}, r"log_q must have shape \(4,\), got \(2,\)"),
+    "weight": ({"weight_B": torch.zeros(9)}, "weight must have shape"),
+    "ids": ({"candidate_id_N": torch.zeros(4)}, "candidate_id must be int64, got torch.float32"),
+    "device": ({"log_q_N": torch.zeros(4, device="meta")}, "log_q must be on the queries' device"),
+    "smoothing": ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
+    "width": ({"candidate_ND": torch.zeros(4, 9)}, "one width"),
+    "dtype": ({"candidate_ND": torch.zeros(4, 8).half()}, "torch.float32 and torch.float16"),
+    "shape": ({"query_BD": torch.zeros(8)}, r"query must be a matrix .* got shape \(8,\)"),
+    "nothing": ({"query_BD": torch.zeros(0, 8)}, "query must be a matrix with rows"),
+    "temperatures": ({"temperature": torch.ones(2)}, r"temperature must be a scalar, got shape"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_refused(name) -> None:
+    change, words = BAD[name]
     query, candidate, *_ = case(4, 0, 8, 0)
+    arguments = {"query_BD": query, "candidate_ND": candidate, "temperature": torch.tensor(1.0)}
     with pytest.raises(ValueError, match=words):
-        sampled_softmax(query, candidate, torch.tensor(1.0), **change)
+        sampled_softmax(**(arguments | change))
+
+
+@not_interpreted
+@pytest.mark.parametrize("temperature", [float("nan"), 0.0, -1.0])
+def test_a_temperature_that_is_none_is_refused(temperature) -> None:
+    query, candidate, *_ = case(4, 0, 8, 0)
+    with pytest.raises(ValueError, match="temperature must be > 0 and finite"):
+        sampled_softmax(query, candidate, torch.tensor(temperature))
+
+
+def test_columns_of_a_larger_matrix_are_read_right(device) -> None:
+    query, candidate, *_ = (t.to(device) for t in case(6, 2, 8, 0))
+    wide = torch.randn(6, 20, device=device)
+    wide[:, 4:12] = query
+    temperature = torch.tensor(0.1, device=device)
+    expected = sampled_softmax(query, candidate, temperature)
+    assert torch.equal(sampled_softmax(wide[:, 4:12], candidate, temperature), expected)

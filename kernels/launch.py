@@ -1,0 +1,45 @@
+"""What the kernels' launchers share: where Triton runs, block sizes and splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+# With TRITON_INTERPRET=1 the kernels run on CPU tensors, statement by statement: for tests alone.
+INTERPRET = bool(triton.knobs.runtime.interpret)
+# Programs that keep an H100's 132 multiprocessors busy; also what splits are cut for.
+PROGRAMS = 264
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tile sizes of a launch, with warps a program and stages of the load pipeline."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels serve tensors of a device."""
+    return device.type == "cuda" or INTERPRET
+
+
+def upcast(dtype: torch.dtype) -> bool:
+    """Whether a kernel must widen its inputs: the interpreter's bf16 products are wrong."""
+    return INTERPRET and dtype != torch.float32
+
+
+def power_of_two(width: int) -> int:
+    """Return the smallest tile side that holds a width; products want at least 16."""
+    return max(16, int(triton.next_power_of_2(width)))
+
+
+def splits_for(programs: int, length: int, block: int) -> int:
+    """Return into how many parts a loop over `length` is cut, so that all multiprocessors work."""
+    if INTERPRET:
+        return min(2, -(-length // block))
+    return max(1, min(-(-PROGRAMS // programs), -(-length // (4 * block))))
