@@ -1,16 +1,371 @@
-"""Exact maximum inner product search with rows left out per query.
+"""Exact maximum inner product search with filters, never holding B x N scores.
 
-This is the eager version: queries are scored in blocks, so that memory stays O(block x N).
+    rows_bk = the k rows n of largest <q_b, c_n> s_n that query b may be answered, best first
 
-Shape legend: `B` queries, `N` items, `D` width, `K` results, `X` excluded pairs.
+Of equal scores the lower row comes first. A row may not be answered when the query excludes it
+(items seen) or when it lacks one of the bits that the query requires (availability, age rating …).
+
+On a GPU, in two passes. The first reads every item once, scores it and keeps only the maximum of
+each group of consecutive rows. The k best groups, ties to the lower, must hold the k best rows:
+each group before a row's own holds a better row. The second pass scores those groups again and
+sorts. Bytes: N D once, k x GROUP x D a query; operations: 2 B N D. Below about 150 queries in bf16
+the first pass is bound by memory.
+
+On a CPU, blocks of scores are compared with the k-th best so far; the few that pass are merged.
+
+Shape legend: `B` queries, `N` items, `D` width, `K` results, `X` excluded pairs, `G` groups.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-BLOCK_BYTES = 64 << 20
+from twotower.kernels.launch import INTERPRET, power_of_two, runs_triton
+
+LARGEST_GROUP = 16 if INTERPRET else 128
+GROUP_BYTES = 64 << 10
+# Scores that one round may hold: on a CPU a block should stay in its caches.
+CPU_BLOCK_BYTES = 8 << 20
+GPU_BLOCK_BYTES = 256 << 20
+LOW_32 = 0xFFFFFFFF
+MAX_ITEMS = 2**32 - 1
+
+Result = tuple[Tensor, Tensor]
+
+
+def top_k_inner_product_reference(
+    query_BD: Tensor,
+    item_ND: Tensor,
+    k: int,
+    *,
+    item_scale_N: Tensor | None = None,
+    item_bits_N: Tensor | None = None,
+    required_bits_B: Tensor | None = None,
+    exclude_row_X: Tensor | None = None,
+    exclude_offset_B1: Tensor | None = None,
+) -> Result:
+    """Return the same by a full sort of all scores, in the precision of the inputs."""
+    score_BN = query_BD @ item_ND.to(query_BD.dtype).T
+    if item_scale_N is not None:
+        score_BN = score_BN * item_scale_N
+    if item_bits_N is not None and required_bits_B is not None:
+        lacks_BN = (item_bits_N & required_bits_B[:, None]) != required_bits_B[:, None]
+        score_BN = score_BN.masked_fill(lacks_BN, float("-inf"))
+    if exclude_row_X is not None and exclude_offset_B1 is not None:
+        owner_X = torch.repeat_interleave(exclude_offset_B1.diff())
+        score_BN[owner_X, exclude_row_X] = float("-inf")
+    best_BN, row_BN = score_BN.sort(dim=1, descending=True, stable=True)
+    return best_BN[:, :k].float(), row_BN[:, :k].masked_fill(best_BN[:, :k] == float("-inf"), -1)
+
+
+@triton.jit
+def _scores(
+    query, item, item_scale, item_bits, required_bits, query_row, item_row, B, N, D,
+    BLOCK_D: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BITS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Return the scores (items, queries) of a tile, -inf for what may not be answered."""
+    column = tl.arange(0, BLOCK_D)
+    q = tl.load(
+        query + query_row.to(tl.int64)[:, None] * D + column[None, :],
+        mask=(query_row < B)[:, None] & (column < D)[None, :], other=0.0,
+    )  # fmt: skip
+    c = tl.load(
+        item + item_row.to(tl.int64)[:, None] * D + column[None, :],
+        mask=(item_row < N)[:, None] & (column < D)[None, :], other=0.0,
+    )  # fmt: skip
+    if UPCAST:
+        q = q.to(tl.float32)
+    # int8 fits the 8 bits that bf16 has.
+    x = tl.dot(c.to(q.dtype), tl.trans(q), input_precision="tf32x3")
+    if HAS_SCALE:
+        x = x * tl.load(item_scale + item_row, mask=item_row < N, other=0.0)[:, None]
+    allowed = (item_row < N)[:, None] & (query_row < B)[None, :] & (x == x)
+    if HAS_BITS:
+        bits = tl.load(item_bits + item_row, mask=item_row < N, other=0)
+        required = tl.load(required_bits + query_row, mask=query_row < B, other=0)
+        allowed = allowed & ((bits[:, None] & required[None, :]) == required[None, :])
+    return tl.where(allowed, x, -float("inf"))
+
+
+@triton.jit
+def _group_maximum_kernel(
+    query, item, item_scale, item_bits, required_bits, out, B, N, D, groups_a_program,
+    GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BITS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Write the best score of each group of rows, for a block of queries: out (G, B)."""
+    query_row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    first = tl.program_id(1) * groups_a_program
+    for group in range(first, tl.minimum(first + groups_a_program, tl.cdiv(N, GROUP))):
+        item_row = group * GROUP + tl.arange(0, GROUP)
+        x = _scores(
+            query, item, item_scale, item_bits, required_bits, query_row, item_row, B, N, D,
+            BLOCK_D, HAS_SCALE, HAS_BITS, UPCAST,
+        )  # fmt: skip
+        place = tl.cast(group, tl.int64) * B + query_row
+        tl.store(out + place, tl.max(x, 0), mask=query_row < B)
+
+
+@triton.jit
+def _group_scores(
+    query, item, item_scale, item_bits, required_bits, exclude_row, exclude_offset,
+    owner, group, B, N, D,
+    GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_X: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BITS: tl.constexpr, HAS_EXCLUDED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Return one query's scores (GROUP,) of one group, exclusions left out.
+
+    The product has the shape of the first pass, with the query repeated, so that it rounds alike.
+    """
+    item_row = group * GROUP + tl.arange(0, GROUP)
+    copies = tl.arange(0, 16)
+    x = _scores(
+        query, item, item_scale, item_bits, required_bits, owner + copies * 0, item_row, B, N, D,
+        BLOCK_D, HAS_SCALE, HAS_BITS, UPCAST,
+    )  # fmt: skip
+    # All columns are the same query's.
+    x = tl.max(x, 1)
+    if HAS_EXCLUDED:
+        start = tl.load(exclude_offset + owner)
+        end = tl.load(exclude_offset + owner + 1)
+        for at in range(start, end, BLOCK_X):
+            place = at + tl.arange(0, BLOCK_X)
+            row = tl.load(exclude_row + place, mask=place < end, other=-1)
+            hit = tl.max((row[None, :] == item_row[:, None]).to(tl.int32), 1)
+            x = tl.where(hit > 0, -float("inf"), x)
+    return x
+
+
+@triton.jit
+def _exclude_kernel(
+    query, item, item_scale, item_bits, required_bits, exclude_row, exclude_offset, exclude_owner,
+    out, B, N, D,
+    GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_X: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BITS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Correct the maximum of the group of each excluded row; two of one group write the same."""
+    place = tl.program_id(0)
+    owner = tl.load(exclude_owner + place)
+    group = tl.load(exclude_row + place) // GROUP
+    x = _group_scores(
+        query, item, item_scale, item_bits, required_bits, exclude_row, exclude_offset,
+        owner, group, B, N, D, GROUP, BLOCK_D, BLOCK_X, HAS_SCALE, HAS_BITS, True, UPCAST,
+    )  # fmt: skip
+    tl.store(out + group * B + owner, tl.max(x, 0))
+
+
+@triton.jit
+def _rescore_kernel(
+    query, item, item_scale, item_bits, required_bits, exclude_row, exclude_offset, chosen, out,
+    first_query, B, N, D, CHOSEN,
+    GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_X: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BITS: tl.constexpr, HAS_EXCLUDED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Write the scores of a query's chosen groups: out (queries, CHOSEN, GROUP)."""
+    place = tl.program_id(0).to(tl.int64)
+    group = tl.load(chosen + place)
+    owner = first_query + place // CHOSEN
+    x = _group_scores(
+        query, item, item_scale, item_bits, required_bits, exclude_row, exclude_offset,
+        owner, group, B, N, D, GROUP, BLOCK_D, BLOCK_X, HAS_SCALE, HAS_BITS, HAS_EXCLUDED, UPCAST,
+    )  # fmt: skip
+    tl.store(out + place * GROUP + tl.arange(0, GROUP), x)
+
+
+def _keys(score: Tensor, row: Tensor) -> Tensor:
+    """Pack fp32 scores and rows below 2**32 into int64 that sort as (score, lower row first)."""
+    # As integers, floats sort by magnitude: the bits of negative ones are turned. No number counts
+    # as the least, and -0 as 0.
+    bits = torch.where(score.isnan(), float("-inf"), score + 0.0).view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(torch.int64) << 32) | (LOW_32 - row)
+
+
+def _unpack(key: Tensor) -> Result:
+    """Return scores and rows of keys, row -1 where nothing may be answered."""
+    ordered = (key >> 32).to(torch.int32)
+    score = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return score, torch.where(score == float("-inf"), -1, LOW_32 - (key & LOW_32))
+
+
+def _best(key: Tensor, k: int) -> Tensor:
+    """Return the k largest keys of each row, sorted."""
+    return key.topk(k, dim=1, sorted=True).values
+
+
+def merge_top_k(score_BM: Tensor, row_BM: Tensor, k: int) -> Result:
+    """Merge the results of shards of the items.
+
+    Args:
+        score_BM: the shards' scores side by side.
+        row_BM: their rows in the whole catalogue, -1 for none.
+        k: results a query, at most M.
+
+    Returns:
+        Scores (B, K) and rows (B, K), best first, of equal scores the lower row first.
+
+    Raises:
+        ValueError: when shapes differ, or k is not in 1..M.
+    """
+    if score_BM.shape != row_BM.shape or score_BM.ndim != 2:
+        raise ValueError(
+            f"score and row must have one shape (B, M), got {tuple(score_BM.shape)} and "
+            f"{tuple(row_BM.shape)}"
+        )
+    if not 1 <= k <= score_BM.shape[1]:
+        raise ValueError(f"k must be in 1..{score_BM.shape[1]} (results to merge), got {k}")
+    score = torch.where(row_BM < 0, float("-inf"), score_BM.float())
+    return _unpack(_best(_keys(score, row_BM.clamp_min(0)), k))
+
+
+def group_size(width: int, query_bytes: int) -> tuple[int, int]:
+    """Return rows a group and stages of the load pipeline.
+
+    Reasoned for Hopper: up to three groups of 64 KB at most, and the queries, lie in the 227 KB of
+    shared memory; `benchmarks/gpu.py --sweep` measures the alternatives.
+    """
+    row_bytes = power_of_two(width) * query_bytes  # int8 items are widened to the queries' type
+    group = min(LARGEST_GROUP, max(16, GROUP_BYTES // row_bytes))
+    return group, 3 if group * row_bytes <= GROUP_BYTES // 2 else 2
+
+
+def query_block(queries: int, width: int, fp32: bool) -> int:
+    """Return the queries of a tile: at most 64, fewer where wide ones would fill shared memory."""
+    return min(16 if fp32 and width > 128 else 64, power_of_two(queries))
+
+
+def triton_top_k(
+    query: Tensor, item: Tensor, k: int, item_scale: Tensor | None, item_bits: Tensor | None,
+    required_bits: Tensor | None, exclude_row: Tensor | None, exclude_offset: Tensor | None,
+) -> Result:  # fmt: skip
+    """Search by maxima of groups; see the module's docstring."""
+    (b, d), n = query.shape, item.shape[0]
+    group_rows, stages = group_size(d, query.element_size())
+    groups = int(triton.cdiv(n, group_rows))
+    filters = (_or(item_scale, query), _or(item_bits, query), _or(required_bits, query))
+    options: dict[str, Any] = {
+        "GROUP": group_rows, "BLOCK_D": power_of_two(d), "HAS_SCALE": item_scale is not None,
+        "HAS_BITS": item_bits is not None, "UPCAST": INTERPRET, "num_warps": 4,
+    }  # fmt: skip
+    block_b = query_block(b, d, query.dtype == torch.float32)
+    maximum = torch.empty(groups, b, device=query.device)
+    # Few enough programs that each pipelines its loads, enough that all multiprocessors read.
+    groups_a_program = max(1, min(16, groups // 2048))
+    grid = (triton.cdiv(b, block_b), triton.cdiv(groups, groups_a_program))
+    _group_maximum_kernel[grid](
+        query, item, *filters, maximum, b, n, d, groups_a_program, BLOCK_B=block_b,
+        num_stages=stages, **options,
+    )  # fmt: skip
+    excluded = (_or(exclude_row, query), _or(exclude_offset, query))
+    if exclude_row is not None and exclude_offset is not None and len(exclude_row):
+        owner = torch.repeat_interleave(exclude_offset.diff(), output_size=len(exclude_row))
+        _exclude_kernel[(len(exclude_row),)](
+            query, item, *filters, *excluded, owner, maximum, b, n, d, BLOCK_X=32, **options
+        )
+    chosen_count = min(k, groups)
+    group = torch.arange(groups, device=query.device)
+    scores, rows = [], []
+    size = max(1, GPU_BLOCK_BYTES // (8 * max(groups, chosen_count * group_rows)))
+    for start in range(0, b, size):
+        part = maximum[:, start : start + size].T
+        _, chosen = _unpack_places(_best(_keys(part, group), chosen_count))
+        again = torch.empty(*chosen.shape, group_rows, device=query.device)
+        _rescore_kernel[(chosen.numel(),)](
+            query, item, *filters, *excluded, chosen, again, start, b, n, d, chosen_count,
+            BLOCK_X=32, HAS_EXCLUDED=exclude_row is not None, **options,
+        )  # fmt: skip
+        row = chosen[..., None] * group_rows + torch.arange(group_rows, device=query.device)
+        best = _unpack(_best(_keys(again.flatten(1), row.flatten(1)), k))
+        scores.append(best[0])
+        rows.append(best[1])
+    return torch.cat(scores), torch.cat(rows)
+
+
+def _unpack_places(key: Tensor) -> Result:
+    """Return scores and places of keys, whatever the score."""
+    return key, (LOW_32 - (key & LOW_32)).contiguous()
+
+
+def _or(value: Tensor | None, other: Tensor) -> Tensor:
+    """Return a pointer that a kernel which does not read it can be given."""
+    return other if value is None else value
+
+
+def cpu_top_k(
+    query: Tensor, item: Tensor, k: int, item_scale: Tensor | None, item_bits: Tensor | None,
+    required_bits: Tensor | None, exclude_row: Tensor | None, exclude_offset: Tensor | None,
+) -> Result:  # fmt: skip
+    """Search block by block, keeping what beats the k-th best so far."""
+    queries = query.float()
+    b, n = len(query), len(item)
+    rows = torch.empty(0, dtype=torch.int64)
+    owners = rows
+    if exclude_row is not None and exclude_offset is not None:
+        rows, order = exclude_row.sort()
+        owners = torch.repeat_interleave(exclude_offset.diff())[order]
+    best = torch.empty(b, 0, dtype=torch.int64)
+    worst = torch.full((b, 1), float("-inf"))
+    size = max(4 * k, CPU_BLOCK_BYTES // (4 * b), 1024)
+    for start in range(0, n, size):
+        block = slice(start, min(start + size, n))
+        items = item[block].float()
+        if item_scale is not None:
+            items = items * item_scale[block, None]
+        score = queries @ items.T
+        if item_bits is not None and required_bits is not None:
+            lacks = (item_bits[block] & required_bits[:, None]) != required_bits[:, None]
+            score.masked_fill_(lacks, float("-inf"))
+        first, last = torch.searchsorted(rows, torch.tensor([block.start, block.stop])).tolist()
+        score[owners[first:last], rows[first:last] - start] = float("-inf")
+        key = _survivors(score, worst, start)
+        best = _best(torch.cat([best, key], 1), min(k, best.shape[1] + key.shape[1]))
+        if best.shape[1] == k:
+            worst = _unpack(best[:, -1:])[0]
+    missing = k - best.shape[1]
+    if missing:
+        none = _keys(torch.full((b, missing), float("-inf")), torch.zeros(1, dtype=torch.int64))
+        best = torch.cat([best, none], 1)
+    return _unpack(best)
+
+
+def _survivors(score: Tensor, worst: Tensor, start: int) -> Tensor:
+    """Return the keys (B, M) of the scores above each query's worst, padded with the least."""
+    owner, column = (score > worst).nonzero(as_tuple=True)
+    count = torch.bincount(owner, minlength=len(score))
+    place = torch.arange(len(owner)) - (count.cumsum(0) - count)[owner]
+    least = _keys(torch.tensor(float("-inf")), torch.tensor(LOW_32))
+    keys = least.expand(len(score), int(count.max())).clone()
+    keys[owner, place] = _keys(score[owner, column], column + start)
+    return keys
+
+
+@torch.library.custom_op("twotower::top_k_inner_product", mutates_args=())
+def _top_k(
+    query: Tensor, item: Tensor, k: int, item_scale: Tensor | None, item_bits: Tensor | None,
+    required_bits: Tensor | None, exclude_row: Tensor | None, exclude_offset: Tensor | None,
+) -> Result:  # fmt: skip
+    """Return scores (B, K) fp32 and rows (B, K) int64."""
+    search = triton_top_k if runs_triton(query.device) else cpu_top_k
+    with torch.autocast(query.device.type, enabled=False):
+        return search(
+            query, item, k, item_scale, item_bits, required_bits, exclude_row, exclude_offset
+        )
+
+
+@_top_k.register_fake
+def _top_k_fake(
+    query: Tensor, item: Tensor, k: int, item_scale: Tensor | None, item_bits: Tensor | None,
+    required_bits: Tensor | None, exclude_row: Tensor | None, exclude_offset: Tensor | None,
+) -> Result:  # fmt: skip
+    shape = (query.shape[0], k)
+    return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
 
 
 def top_k_inner_product(
@@ -18,36 +373,81 @@ def top_k_inner_product(
     item_ND: Tensor,
     k: int,
     *,
+    item_scale_N: Tensor | None = None,
+    item_bits_N: Tensor | None = None,
+    required_bits_B: Tensor | None = None,
     exclude_row_X: Tensor | None = None,
     exclude_offset_B1: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the scores (B, K) and rows (B, K) of the best items, best first.
+) -> Result:
+    """Return the scores (B, K) and rows (B, K) of the best items, best first; no gradients.
 
     Args:
-        query_BD: query vectors.
-        item_ND: item vectors.
+        query_BD: query vectors, fp32 or bf16.
+        item_ND: item vectors of the queries' type, or int8.
         k: results a query, at most N.
-        exclude_row_X: item rows that may not be answered, query after query.
-        exclude_offset_B1: (B + 1) where each query's part of `exclude_row_X` begins.
+        item_scale_N: fp32 factor of each item's score, for int8 items.
+        item_bits_N: int64 properties of each item, one a bit.
+        required_bits_B: int64 properties that a query's answers must all have.
+        exclude_row_X: int64 item rows that may not be answered, query after query.
+        exclude_offset_B1: (B + 1) int64, where each query's part of `exclude_row_X` begins.
 
     Returns:
-        Places that exclusion leaves empty hold score -inf and row -1.
+        fp32 scores, summed in fp32, and int64 rows; of equal scores the lower row comes first.
+        Places that filters leave empty hold score -inf and row -1.
 
     Raises:
-        ValueError: when k is not in 1..N.
+        ValueError: naming the argument, what was expected and what came.
     """
-    n = item_ND.shape[0]
+    _validate(query_BD, item_ND, k, item_scale_N, item_bits_N, required_bits_B, exclude_row_X,
+              exclude_offset_B1)  # fmt: skip
+    scores, rows = _top_k(
+        query_BD.detach().contiguous(), item_ND.detach().contiguous(), k, item_scale_N,
+        item_bits_N, required_bits_B, exclude_row_X, exclude_offset_B1,
+    )  # fmt: skip
+    return scores, rows
+
+
+def _validate(
+    query: Tensor, item: Tensor, k: int, item_scale: Tensor | None, item_bits: Tensor | None,
+    required_bits: Tensor | None, exclude_row: Tensor | None, exclude_offset: Tensor | None,
+) -> None:  # fmt: skip
+    for name, matrix in (("query", query), ("item", item)):
+        if matrix.ndim != 2 or 0 in matrix.shape:
+            raise ValueError(
+                f"{name} must be a matrix with rows and columns, got shape {tuple(matrix.shape)}"
+            )
+    b, n = query.shape[0], item.shape[0]
+    if query.shape[1] != item.shape[1]:
+        raise ValueError(
+            f"query and item must have one width, got {tuple(query.shape)} and {tuple(item.shape)}"
+        )
+    if query.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"query must be float32 or bfloat16, got {query.dtype}")
+    if item.dtype not in (query.dtype, torch.int8):
+        raise ValueError(f"item must be {query.dtype}, like query, or int8, got {item.dtype}")
     if not 1 <= k <= n:
         raise ValueError(f"k must be in 1..{n} (items), got {k}")
-    block = max(1, BLOCK_BYTES // (4 * n))
-    scores, rows = [], []
-    for start in range(0, query_BD.shape[0], block):
-        score_bN = query_BD[start : start + block].float() @ item_ND.float().T
-        if exclude_row_X is not None and exclude_offset_B1 is not None:
-            offset = exclude_offset_B1[start : start + score_bN.shape[0] + 1]
-            owner = torch.repeat_interleave(offset.diff())
-            score_bN[owner, exclude_row_X[offset[0] : offset[-1]]] = float("-inf")
-        best_bK, row_bK = score_bN.topk(k)
-        scores.append(best_bK)
-        rows.append(row_bK.masked_fill(best_bK == float("-inf"), -1))
-    return torch.cat(scores), torch.cat(rows)
+    if n > MAX_ITEMS:
+        raise ValueError(f"item must have at most {MAX_ITEMS} rows, got {n}: search it in shards")
+    for pair in (("item_bits", item_bits, "required_bits", required_bits),
+                 ("exclude_row", exclude_row, "exclude_offset", exclude_offset)):  # fmt: skip
+        if (pair[1] is None) != (pair[3] is None):
+            raise ValueError(f"{pair[0]} and {pair[2]} belong together, got one of them")
+    rows = exclude_row.shape[0] if exclude_row is not None and exclude_row.ndim else 0
+    for name, value, size, dtype in (
+        ("item_scale", item_scale, n, torch.float32), ("item_bits", item_bits, n, torch.int64),
+        ("required_bits", required_bits, b, torch.int64),
+        ("exclude_row", exclude_row, rows, torch.int64),
+        ("exclude_offset", exclude_offset, b + 1, torch.int64),
+    ):  # fmt: skip
+        if value is None:
+            continue
+        if value.shape != (size,) or value.dtype != dtype or not value.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous {dtype} of shape ({size},), got {value.dtype} of "
+                f"{tuple(value.shape)}"
+            )
+        if value.device != query.device:
+            raise ValueError(f"{name} must be on {query.device}, like query, got {value.device}")
+    if item.device != query.device:
+        raise ValueError(f"item must be on {query.device}, like query, got {item.device}")

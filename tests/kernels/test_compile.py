@@ -13,32 +13,35 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twotower.kernels import sampled_softmax
+from twotower.kernels import sampled_softmax, top_k_inner_product
 from twotower.kernels.launch import INTERPRET, Blocks
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 SHARED_BYTES = 227 << 10  # of an H100's multiprocessor
-INTEGERS = {"candidate_id": "*i64"}
-
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")
 
+SCALARS = {"B", "N", "D", "CHOSEN", "offset", "split_size", "groups_a_program", "first_query"}
+IDS = {"candidate_id", "item_bits", "required_bits", "exclude_row", "exclude_offset",
+       "exclude_owner", "chosen"}  # fmt: skip
 
-def compiled(kernel, dtype: str, inputs: tuple[str, ...], constants: dict, tiles: Blocks):
-    """Return PTX, shared bytes and spilled bytes for compute capability 9.0."""
+
+def compiled(kernel, types: dict[str, str], constants: dict, tiles: Blocks):
+    """Return PTX, shared bytes and spilled bytes for compute capability 9.0.
+
+    Args:
+        kernel: Triton function.
+        types: of the arguments that are neither fp32 pointers nor named above.
+        constants: compile-time values.
+        tiles: for warps and stages.
+    """
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in inputs:
-            signature[name] = "*" + dtype
-        elif name in INTEGERS:
-            signature[name] = INTEGERS[name]
-        elif name == "positive_share":
-            signature[name] = "fp32"
-        elif name in ("B", "N", "D", "offset", "split_size"):
+        elif name in SCALARS:
             signature[name] = "i32"
         else:
-            signature[name] = "*fp32"
+            signature[name] = types.get(name, "*i64" if name in IDS else "*fp32")
         if signature[name][0] == "*" or name == "D":
             attributes[(place,)] = [["tt.divisibility", 16]]
     built = triton.compile(
@@ -72,8 +75,30 @@ def test_sampled_softmax_in_bf16_fits_hopper(kernel, blocks, width) -> None:
     if kernel == "_forward_kernel":
         constants["SMOOTH"] = False
     ptx, shared, spilled = compiled(
-        getattr(sampled_softmax, kernel), "bf16", ("query", "candidate"), constants, tiles
-    )
+        getattr(sampled_softmax, kernel),
+        {"query": "*bf16", "candidate": "*bf16", "positive_share": "fp32"}, constants, tiles,
+    )  # fmt: skip
     assert "wgmma" in ptx, "tensor cores"
     assert shared <= SHARED_BYTES
     assert spilled == 0
+
+
+@pytest.mark.parametrize(("query", "item"), [("bf16", "bf16"), ("bf16", "i8"), ("fp32", "fp32")])
+@pytest.mark.parametrize("width", [64, 128, 512])
+@pytest.mark.parametrize("kernel", ["_group_maximum_kernel", "_exclude_kernel", "_rescore_kernel"])
+def test_top_k_fits_hopper(kernel, width, query, item) -> None:
+    function = getattr(top_k_inner_product, kernel)
+    fp32 = query == "fp32"
+    group, stages = top_k_inner_product.group_size(width, 4 if fp32 else 2)
+    queries = top_k_inner_product.query_block(64, width, fp32)
+    constants = {"GROUP": group, "BLOCK_B": queries, "BLOCK_D": width, "BLOCK_X": 32,
+                 "HAS_SCALE": item == "i8", "HAS_BITS": True, "HAS_EXCLUDED": True,
+                 "UPCAST": False}  # fmt: skip
+    constants = {n: v for n, v in constants.items() if n in function.arg_names}
+    types = {"query": f"*{query}", "item": f"*{item}"}
+    ptx, shared, spilled = compiled(function, types, constants, Blocks(group, 64, 4, stages))
+    assert "mma" in ptx, "tensor cores"
+    assert shared <= SHARED_BYTES
+    # Three TF32 products of fp32, and the widest rows, hold more in registers than there are.
+    if not fp32 and width < 512:
+        assert spilled == 0
