@@ -30,9 +30,11 @@ from twotower.kernels.launch import INTERPRET, power_of_two, runs_triton
 LARGEST_GROUP = 16 if INTERPRET else 128
 GROUP_BYTES = 64 << 10
 # Scores that one round may hold: on a CPU a block should stay in its caches.
-CPU_BLOCK_BYTES = 8 << 20
+CPU_BLOCK_BYTES = 2 << 20
+CPU_GROUP = 64
 GPU_BLOCK_BYTES = 256 << 20
 LOW_32 = 0xFFFFFFFF
+LEAST_KEY = -2139095041 << 32  # of the score -inf, beyond every row
 MAX_ITEMS = 2**32 - 1
 
 Result = tuple[Tensor, Tensor]
@@ -238,7 +240,8 @@ def group_size(width: int, query_bytes: int) -> tuple[int, int]:
 
 def query_block(queries: int, width: int, fp32: bool) -> int:
     """Return the queries of a tile: at most 64, fewer where wide ones would fill shared memory."""
-    return min(16 if fp32 and width > 128 else 64, power_of_two(queries))
+    most = 16 if fp32 and width > 128 else 64 if width <= 256 else 32
+    return min(most, power_of_two(queries))
 
 
 def triton_top_k(
@@ -311,38 +314,50 @@ def cpu_top_k(
         rows, order = exclude_row.sort()
         owners = torch.repeat_interleave(exclude_offset.diff())[order]
     best = torch.empty(b, 0, dtype=torch.int64)
-    worst = torch.full((b, 1), float("-inf"))
-    size = max(4 * k, CPU_BLOCK_BYTES // (4 * b), 1024)
-    for start in range(0, n, size):
+    worst = torch.full((b,), float("-inf"))
+    start, size = 0, max(4 * k, 1024)  # a small first block already tells most of the worst
+    while start < n:
         block = slice(start, min(start + size, n))
         items = item[block].float()
         if item_scale is not None:
             items = items * item_scale[block, None]
-        score = queries @ items.T
+        score = items @ queries.T
         if item_bits is not None and required_bits is not None:
-            lacks = (item_bits[block] & required_bits[:, None]) != required_bits[:, None]
+            lacks = (item_bits[block, None] & required_bits) != required_bits
             score.masked_fill_(lacks, float("-inf"))
         first, last = torch.searchsorted(rows, torch.tensor([block.start, block.stop])).tolist()
-        score[owners[first:last], rows[first:last] - start] = float("-inf")
+        score[rows[first:last] - start, owners[first:last]] = float("-inf")
         key = _survivors(score, worst, start)
         best = _best(torch.cat([best, key], 1), min(k, best.shape[1] + key.shape[1]))
         if best.shape[1] == k:
-            worst = _unpack(best[:, -1:])[0]
+            worst = _unpack(best[:, -1])[0]
+        start, size = block.stop, max(4 * k, CPU_BLOCK_BYTES // (4 * b), 1024)
     missing = k - best.shape[1]
     if missing:
-        none = _keys(torch.full((b, missing), float("-inf")), torch.zeros(1, dtype=torch.int64))
-        best = torch.cat([best, none], 1)
+        best = torch.nn.functional.pad(best, (0, missing), value=LEAST_KEY)
     return _unpack(best)
 
 
 def _survivors(score: Tensor, worst: Tensor, start: int) -> Tensor:
-    """Return the keys (B, M) of the scores above each query's worst, padded with the least."""
-    owner, column = (score > worst).nonzero(as_tuple=True)
-    count = torch.bincount(owner, minlength=len(score))
+    """Return the keys (B, M) of scores (rows, B) above each query's worst, padded with the least.
+
+    Maxima of groups of rows tell cheaply where to look: finding single scores takes ten times as
+    long (benchmarks/kernels_cpu.py).
+    """
+    rows, b = score.shape
+    whole = rows // CPU_GROUP * CPU_GROUP
+    groups = score[:whole].view(-1, CPU_GROUP, b)
+    group, owner = (groups.amax(1) > worst).nonzero(as_tuple=True)
+    inside, place = (groups[group, :, owner] > worst[owner, None]).nonzero(as_tuple=True)
+    row, owner = group[inside] * CPU_GROUP + place, owner[inside]
+    rest, rest_owner = (score[whole:] > worst).nonzero(as_tuple=True)
+    row, owner = torch.cat([row, rest + whole]), torch.cat([owner, rest_owner])
+    order = owner.argsort(stable=True)
+    row, owner = row[order], owner[order]
+    count = torch.bincount(owner, minlength=b)
     place = torch.arange(len(owner)) - (count.cumsum(0) - count)[owner]
-    least = _keys(torch.tensor(float("-inf")), torch.tensor(LOW_32))
-    keys = least.expand(len(score), int(count.max())).clone()
-    keys[owner, place] = _keys(score[owner, column], column + start)
+    keys = torch.full((b, int(count.max())), LEAST_KEY)
+    keys[owner, place] = _keys(score[row, owner], row + start)
     return keys
 
 
