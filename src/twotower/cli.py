@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from types import FrameType
 from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from rich.markup import escape
 
-from twotower import __version__, serving, steps
+from twotower import __version__, inspection, serving, steps
 from twotower.data.demo_log import DemoLogConfig
 from twotower.errors import UserError, did_you_mean
 from twotower.job import Job
@@ -22,8 +25,8 @@ from twotower.show import console, facts
 
 CLOSING = "Any key of the YAML can be given on the command line: --train.batch_size=4096."
 TRAINING_LIBRARIES = {
-    "fbgemm_gpu", "lightning", "matplotlib", "onnx", "onnxscript", "scipy", "torch", "torchrec",
-    "wandb",
+    "duckdb", "fbgemm_gpu", "lightning", "matplotlib", "onnx", "onnxscript", "scipy", "torch",
+    "torchrec", "triton", "wandb",
 }  # fmt: skip
 RECOMMEND = "Ask the running server for a user's recommendations, without what the user has seen."
 
@@ -33,7 +36,11 @@ def demo_log(config: DemoLogConfig) -> None:
     from twotower.data.demo_log import write_demo_log
 
     with console.status("writing the demo log"):
-        counts = write_demo_log(config)
+        counts, written = write_demo_log(config)
+    if not written:
+        there = escape(config.output)
+        console.print(f"[bold]demo-log[/bold]: {there} holds this very log, left untouched")
+        return
     facts("demo-log", {**counts, "written to": config.output})
 
 
@@ -44,8 +51,12 @@ def run(job: Job, _: Namespace) -> None:
     serving.show_answers(job)
 
 
-JOB_COMMANDS: dict[str, tuple[str, Callable[[Job, Namespace], None]]] = {
+JOB_COMMANDS: dict[str, tuple[str, Callable[[Job, Namespace], int | None]]] = {
     "run": ("All steps of a job, skipping those whose inputs have not changed.", run),
+    "inspect": (
+        "Look at a log before training, or compare a new one with what was trained on.",
+        lambda job, options: inspection.inspect(job, options.against),
+    ),
     "prepare": ("Read a log and write the prepared dataset.", lambda job, _: steps.prepare(job)),
     "train": ("Train the towers, or resume a killed run.", lambda job, _: steps.train(job)),
     "evaluate": (
@@ -88,19 +99,28 @@ def build_parser() -> ArgumentParser:
         command.add_class_arguments(Job)
         if name == "recommend":
             _add_recommend_arguments(command)
+        if name == "inspect":
+            command.add_argument(
+                "--against", type=str, default=None,
+                help="Prepared dataset, or run_dir that holds one, to compare the log with; exit "
+                "code 3 past the limits of the section inspect.",
+            )  # fmt: skip
         commands_.add_subcommand(name, command, help=text)
     return parser
 
 
 def _add_recommend_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--user", type=str, required=True, help="User id; an unknown one is fine.")
-    parser.add_argument("-k", "--k", type=int, default=10, help="Number of items.")
     parser.add_argument(
-        "--history", type=list[str], default=None,
+        "-k", "--k", type=int, default=None, help="Number of items; serve.default_k without it."
+    )
+    # Text, not lists: read as YAML, the ids 318, 007 and no would be other ones.
+    parser.add_argument(
+        "--history", type=str, default=None,
         help="Item ids, oldest first, instead of the log's: --history=[a,b].",
     )  # fmt: skip
     parser.add_argument(
-        "--exclude", type=list[str], default=[], help="Further item ids to leave out."
+        "--exclude", type=str, default="", help="Further item ids to leave out: --exclude=[a,b]."
     )
     parser.add_argument(
         "--url", type=str, default=None, help="Triton's gRPC address; the served job's by default."
@@ -141,28 +161,28 @@ def explain(message: str) -> str:
     return text
 
 
-def dispatch(arguments: list[str]) -> None:
-    """Parse, build and run one command."""
+def dispatch(arguments: list[str]) -> int:
+    """Parse, build and run one command; returns its exit code."""
     parser = build_parser()
     chosen = parser.parse_args(arguments)
     options = parser.instantiate(chosen)
     name, options = options.command, options[options.command]
     if name == "demo-log":
         demo_log(DemoLogConfig(**{f.name: options[f.name] for f in fields(DemoLogConfig)}))
-        return
+        return 0
     if name == "setup-server":
         serving.setup_server()
-        return
+        return 0
     job = Job(**{f.name: options[f.name] for f in fields(Job)})
     job.validate()
-    JOB_COMMANDS[name][1](job, options)
+    return JOB_COMMANDS[name][1](job, options) or 0
 
 
 def main() -> None:
     """Run the command; a mistake of the user's is one line and exit code 2."""
-    code = 0
+    signal.signal(signal.SIGTERM, _terminated)
     try:
-        dispatch(sys.argv[1:])
+        code = dispatch(sys.argv[1:])
     except ArgumentError as error:
         code = _refuse(explain(str(error.message)))
     except UserError as error:
@@ -184,12 +204,20 @@ def main() -> None:
         )
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     sys.stdout.flush()
     sys.stderr.flush()
     if "torch" in sys.modules:
         # gloo's threads may abort the interpreter's orderly exit after all work is done.
         os._exit(code)
     sys.exit(code)
+
+
+def _terminated(number: int, _: FrameType | None) -> None:
+    # Not print, which may be what the signal has interrupted.
+    os.write(2, b"twotower: stopped by SIGTERM: give the same command to go on\n")
+    raise SystemExit(128 + number)
 
 
 def _refuse(message: str) -> int:

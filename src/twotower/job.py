@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from twotower.data.inspect.config import InspectConfig
 from twotower.data.schema import DataConfig
 from twotower.errors import UserError
 from twotower.export.config import ExportConfig
@@ -28,6 +29,8 @@ class Job:
     """The log and its features."""
     seed: int = 0
     """Of everything drawn at random."""
+    inspect: InspectConfig = field(default_factory=InspectConfig)
+    """What an inspection of the log remarks on."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the towers."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -51,8 +54,8 @@ class Job:
             if not value.strip():
                 raise UserError(f"{key} must not be empty")
         for section in (
-            self.data, self.model, self.train, self.evaluate, self.export, self.serve,
-            self.tracking,
+            self.data, self.inspect, self.model, self.train, self.evaluate, self.export,
+            self.serve, self.tracking,
         ):  # fmt: skip
             section.validate()
 
