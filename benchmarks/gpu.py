@@ -1,0 +1,354 @@
+"""The kernels on a GPU: the `gpu` tests, then every op beside eager, compiled eager and the limits.
+
+    python benchmarks/gpu.py                         # at most 8 minutes on one H200
+    python benchmarks/gpu.py --sweep                 # tile sizes instead, at most 8 minutes
+
+Needs torch and triton alone (PYTHONPATH=src where the package is not installed). The hardware's
+limits, a copy and a matmul, are measured in the same process. Each time is the median over many
+launches that go through several sets of random inputs, by CUDA events. Peak memory is what a work
+allocates above its inputs. One table is printed, and written to
+benchmarks/results/gpu-<device>.json. `--device cpu --small` only tries the script itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from twotower.kernels import sampled_softmax as softmax
+from twotower.kernels import top_k_inner_product as top_k
+from twotower.kernels.dot_interaction import dot_interaction, dot_interaction_reference
+from twotower.kernels.launch import Blocks
+from twotower.kernels.low_rank_cross import low_rank_cross, low_rank_cross_reference
+
+ROOT = Path(__file__).resolve().parent.parent
+BF16 = torch.bfloat16
+Work = Callable[[int], Any]
+SETS = 3
+
+
+@dataclass
+class Device:
+    """Where the works run, and how they are timed there."""
+
+    device: torch.device
+    repeat: int
+
+    @property
+    def cuda(self) -> bool:
+        """Whether it is a GPU."""
+        return self.device.type == "cuda"
+
+    def milliseconds(self, work: Work) -> float:
+        """Return the median time of a launch, going through the sets of inputs."""
+        for number in range(2):
+            work(number % SETS)
+        times = []
+        for number in range(self.repeat):
+            if self.cuda:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                work(number % SETS)
+                end.record()
+                torch.cuda.synchronize()
+                times.append(start.elapsed_time(end))
+            else:
+                began = time.perf_counter()
+                work(number % SETS)
+                times.append(1e3 * (time.perf_counter() - began))
+        return median(times)
+
+    def peak_mb(self, work: Work) -> float:
+        """Return what a work allocates above its inputs."""
+        if not self.cuda:
+            return 0.0
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work(0)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+    def measured(self, work: Work) -> dict[str, Any]:
+        """Return time and memory, or that the memory does not suffice."""
+        try:
+            return {"ms": self.milliseconds(work), "peak_mb": self.peak_mb(work)}
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return {"ms": float("inf"), "peak_mb": float("inf")}
+
+
+def compiled(function: Callable[..., Any], on: Device) -> Callable[..., Any]:
+    """Return the function under torch.compile."""
+    return torch.compile(function, backend="inductor" if on.cuda else "aot_eager")
+
+
+def limits(on: Device, small: bool) -> dict[str, float]:
+    """Measure a copy (bytes read and written) and a bf16 matmul of random numbers."""
+    size = 1 << (20 if small else 31)
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=on.device)
+    target = torch.empty_like(source)
+    copy_ms = on.milliseconds(lambda _: target.copy_(source))
+    side = 256 if small else 8192
+    a, b = (torch.randn(side, side, device=on.device, dtype=BF16) for _ in range(2))
+    matmul_ms = on.milliseconds(lambda _: a @ b)
+    return {"copy_gb_s": 2 * size / copy_ms / 1e6, "matmul_tflop_s": 2 * side**3 / matmul_ms / 1e9}
+
+
+def unit(*shape: int, on: Device) -> torch.Tensor:
+    """Return random bf16 vectors of length 1."""
+    return F.normalize(torch.randn(*shape, device=on.device), dim=-1).to(BF16)
+
+
+def softmax_inputs(batch: int, width: int, on: Device) -> list[dict[str, Any]]:
+    """Return sets of queries, candidates, logQ and ids, some of which are equal."""
+    return [
+        {
+            "leaves": [unit(batch, width, on=on).requires_grad_() for _ in range(2)],
+            "log_q_N": torch.randn(batch, device=on.device),
+            "candidate_id_N": (torch.rand(batch, device=on.device) ** 3 * batch).long(),
+        }
+        for _ in range(SETS)
+    ]
+
+
+def softmax_step(loss: Callable[..., torch.Tensor], inputs: list[dict[str, Any]]) -> Work:
+    """Return a forward and backward pass."""
+
+    def work(number: int) -> Any:
+        chosen = inputs[number]
+        leaves = chosen["leaves"]
+        temperature = torch.tensor(0.05, device=leaves[0].device)
+        value = loss(*leaves, temperature, log_q_N=chosen["log_q_N"],
+                     candidate_id_N=chosen["candidate_id_N"])  # fmt: skip
+        return torch.autograd.grad(value, leaves)
+
+    return work
+
+
+def softmax_peers() -> dict[str, Callable[..., torch.Tensor]]:
+    """Return fused losses of others where they are importable; they know neither logQ nor hits."""
+    peers: dict[str, Callable[..., torch.Tensor]] = {}
+    if find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        peers["cut cross entropy"] = lambda q, c, t, **_: linear_cross_entropy(
+            q / t.to(q.dtype), c, torch.arange(len(q), device=q.device)
+        )
+    if find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        loss = LigerFusedLinearCrossEntropyLoss()
+        peers["liger"] = lambda q, c, t, **_: loss(
+            c, q / t.to(q.dtype), torch.arange(len(q), device=q.device)
+        )
+    return peers
+
+
+def bench_softmax(on: Device, limit: dict[str, float], small: bool) -> list[dict[str, Any]]:
+    """Time a training step's loss; eager's logits alone take 17 GB at the largest batch."""
+    rows = []
+    for batch in (256,) if small else (8192, 65_536):
+        inputs = softmax_inputs(batch, 128, on)
+        works = {
+            "twotower": softmax.sampled_softmax,
+            "compiled eager": compiled(softmax.sampled_softmax_reference, on),
+            "eager": softmax.sampled_softmax_reference,
+            **softmax_peers(),
+        }
+        found = {name: on.measured(softmax_step(loss, inputs)) for name, loss in works.items()}
+        own = found["twotower"]
+        # Forward 2, backward 8 (the logits once more for each side) x B N D operations.
+        rate = 10 * batch * batch * 128 / own["ms"] / 1e9
+        rows += table_rows(f"sampled_softmax {batch}² x 128", found, {
+            "of matmul rate": rate / limit["matmul_tflop_s"],
+            "target": "3x as fast and 50x less memory than compiled eager, 0.45 of matmul",
+        })  # fmt: skip
+    return rows
+
+
+def bench_top_k(on: Device, limit: dict[str, float], small: bool) -> list[dict[str, Any]]:
+    """Time exact search over bf16 items at the batches of serving."""
+    rows = []
+    items, k = (20_000, 10) if small else (10_000_000, 100)
+    item = unit(items, 128, on=on)
+    for batch in (1, 4, 16, 64):
+        queries = [unit(batch, 128, on=on) for _ in range(SETS)]
+
+        def full(number: int, queries: list[torch.Tensor] = queries) -> Any:
+            return (queries[number] @ item.T).topk(k)
+
+        def own(number: int, queries: list[torch.Tensor] = queries) -> Any:
+            return top_k.top_k_inner_product(queries[number], item, k)
+
+        found = {"twotower": on.measured(own), "matmul + topk": on.measured(full)}
+        rate = items * 128 * 2 / found["twotower"]["ms"] / 1e6
+        rows += table_rows(f"top_k {batch} x {items:,} x 128, k={k}", found, {
+            "of copy rate": rate / limit["copy_gb_s"], "target": "0.8 of copy, 3x as fast",
+        })  # fmt: skip
+    return rows
+
+
+def bench_interactions(on: Device, limit: dict[str, float], small: bool) -> list[dict[str, Any]]:
+    """Time both interactions, forward and backward, against the bytes they must move."""
+    batch, rows = 256 if small else 65_536, []
+    features, width, inner, rank, layers = 27, 128, 512, 64, 3
+    x = [torch.randn(batch, features, width, device=on.device, dtype=BF16, requires_grad=True)
+         for _ in range(SETS)]  # fmt: skip
+    wide = [torch.randn(batch, inner, device=on.device, dtype=BF16, requires_grad=True)
+            for _ in range(SETS)]  # fmt: skip
+    shapes = (layers, inner, rank), (layers, rank, inner), (layers, inner)
+    weights = [torch.randn(*s, device=on.device, dtype=BF16).mul_(0.02).requires_grad_()
+               for s in shapes]  # fmt: skip
+
+    def step(function: Callable[..., Any], inputs: list[Any], *rest: Any) -> Work:
+        def work(number: int) -> Any:
+            out = function(inputs[number], *rest)
+            return torch.autograd.grad(out, [inputs[number], *rest], torch.ones_like(out))
+
+        return work
+
+    suites = {
+        "dot_interaction": (dot_interaction, dot_interaction_reference, x, ()),
+        "low_rank_cross": (low_rank_cross, low_rank_cross_reference, wide, weights),
+    }
+    pairs = features * (features - 1) // 2
+    moved = {  # read x and write the output; then read x and the gradient, write x's gradient
+        "dot_interaction": 2 * batch * (3 * features * width + 2 * (width + pairs)),
+        "low_rank_cross": 2 * batch * (5 * inner),
+    }
+    for name, (own, reference, inputs, rest) in suites.items():
+        works = {"twotower": own, "compiled eager": compiled(reference, on), "eager": reference}
+        found = {n: on.measured(step(f, inputs, *rest)) for n, f in works.items()}
+        rate = moved[name] / found["twotower"]["ms"] / 1e6
+        shape = tuple(inputs[0].shape)
+        rows += table_rows(f"{name} {shape}, with gradients", found, {
+            "of copy rate": rate / limit["copy_gb_s"], "target": "0.8 of copy"})  # fmt: skip
+    return rows
+
+
+def table_rows(op: str, found: dict[str, Any], more: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one row an implementation, with ratios to ours."""
+    own = found["twotower"]
+    return [
+        {
+            "op": op, "by": name, "ms": value["ms"], "peak_mb": value["peak_mb"],
+            "twotower is": value["ms"] / own["ms"],
+            **(more if name == "twotower" else {}),
+        }
+        for name, value in found.items()
+    ]  # fmt: skip
+
+
+def sweep(on: Device, small: bool) -> list[dict[str, Any]]:
+    """Time tile sizes of the softmax and group sizes of the search."""
+    rows = []
+    batch = 256 if small else 32_768
+    shapes = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))
+    tiles = [Blocks(*s) for s in shapes][: 2 if small else None]
+    for width in (64, 128):
+        inputs = softmax_inputs(batch, width, on)
+        for part in ("forward_blocks", "backward_blocks"):
+            usual = getattr(softmax, part)
+            for choice in tiles:
+                setattr(softmax, part, lambda *_, choice=choice: choice)
+                row = {"op": f"sampled_softmax {batch}² x {width}", "by": f"{part} {choice}"}
+                rows.append(row | _tried(on, softmax_step(softmax.sampled_softmax, inputs)))
+            setattr(softmax, part, usual)
+    item = unit(20_000 if small else 10_000_000, 128, on=on)
+    usual_group = top_k.LARGEST_GROUP
+    for batch, group in itertools.product((1, 64), (32, 64, 128, 256)):
+        query = unit(batch, 128, on=on)
+        top_k.LARGEST_GROUP = group
+        row = {"op": f"top_k {batch} x {len(item):,} x 128", "by": f"group {group}"}
+        rows.append(row | _tried(on, lambda _, q=query: top_k.top_k_inner_product(q, item, 10)))
+    top_k.LARGEST_GROUP = usual_group
+    return sorted(rows, key=lambda r: (r["op"], r["by"].split()[0], r["ms"]))
+
+
+def _tried(on: Device, work: Work) -> dict[str, Any]:
+    try:
+        return on.measured(work)
+    except triton.runtime.errors.OutOfResources as error:
+        return {"ms": float("inf"), "peak_mb": float("inf"), "target": str(error).split(".")[0]}
+
+
+def run_tests() -> str:
+    """Run the kernels' tests on the GPU; their last line."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels",
+               "--confcutdir=tests/kernels", "-p", "no:cacheprovider"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    print(done.stdout[-6000:])
+    return (done.stdout.strip().splitlines() or ["no output"])[-1]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    last = ""
+    for r in rows:
+        if r["op"] != last:
+            print(r["op"], f"({r['target']})" if "target" in r else "")
+            last = r["op"]
+        more = [f"{k} {v:.2f}" for k, v in r.items() if k in ("of matmul rate", "of copy rate")]
+        ratio = f"twotower {r['twotower is']:6.2f}x as fast" if "twotower is" in r else ""
+        print(f"  {r['by']:44} {r['ms']:9.3f} ms {r['peak_mb']:10.1f} MB {ratio}", *more)
+
+
+def main() -> None:
+    """Run the tests and every benchmark, or the sweep."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep", action="store_true", help="time tile sizes instead")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="sizes that try the script only")
+    parser.add_argument("--repeat", type=int, default=20)
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: this benchmark measures one")
+    torch.manual_seed(0)
+    on = Device(torch.device(arguments.device), arguments.repeat)
+    name = torch.cuda.get_device_name() if on.cuda else "cpu"
+    result: dict[str, Any] = {"device": name}
+    limit = limits(on, arguments.small)
+    print(f"{name}: copy {limit['copy_gb_s']:,.0f} GB/s, bf16 matmul "
+          f"{limit['matmul_tflop_s']:,.0f} TFLOP/s")  # fmt: skip
+    if arguments.sweep:
+        rows = sweep(on, arguments.small)
+    else:
+        result["tests"] = run_tests() if on.cuda else "not run"
+        rows = [
+            row for bench in (bench_softmax, bench_top_k, bench_interactions)
+            for row in bench(on, limit, arguments.small)
+        ]  # fmt: skip
+    show(rows)
+    if arguments.small:
+        return
+    result |= {
+        "limits": limit, "rows": rows,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__,
+                     "python": platform.python_version()},
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True,
+                                 text=True, check=False).stdout.strip(),
+    }  # fmt: skip
+    kind = "sweep" if arguments.sweep else "gpu"
+    file = ROOT / "benchmarks" / "results" / f"{kind}-{name.replace(' ', '-')}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(result, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
