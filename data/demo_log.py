@@ -20,13 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.errors import UserError
-from twotower.files import atomic_directory
+from twotower.files import atomic_directory, recover
 
 GENRES = ("action", "comedy", "drama", "history", "nature", "science", "sport", "travel")
 SUBGENRES = 5
 DAYS = 60
 TEXT_WIDTH = 16
 FIRST_DAY_S = 1_735_689_600  # 2025-01-01
+FILES = ("interactions.parquet", "users.parquet", "items.parquet")
 Array = npt.NDArray[Any]
 
 
@@ -51,35 +52,53 @@ class DemoLogConfig:
         Raises:
             UserError: naming the option.
         """
-        least = {"users": 10, "items": 2 * len(GENRES) * SUBGENRES, "events": 100}
+        least = {"users": 10, "items": 2 * len(GENRES) * SUBGENRES, "events": 100, "seed": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise UserError(f"{name} must be >= {minimum}, got {getattr(self, name)}")
 
 
-def write_demo_log(config: DemoLogConfig) -> dict[str, int]:
-    """Write the log and return its counts.
+def write_demo_log(config: DemoLogConfig) -> tuple[dict[str, int], bool]:
+    """Write the log, unless the very same one is there already.
+
+    A log left untouched keeps its files' times, by which `twotower prepare` knows what it has read.
+
+    Returns:
+        The log's counts, and whether anything was written.
 
     Raises:
         UserError: when a size is too small, or the output holds other files.
     """
     config.validate()
     output = Path(config.output)
-    known = {"interactions.parquet", "users.parquet", "items.parquet"}
+    recover(output)
     if output.exists() and (
-        not output.is_dir() or any(p.name not in known for p in output.iterdir())
+        not output.is_dir() or any(p.name not in FILES for p in output.iterdir())
     ):
         raise UserError(f"{output}: holds other files: choose an empty folder for --output")
     rng = np.random.default_rng(config.seed)
     items = _items(config.items, rng)
     users = _users(config.users, rng)
     events = _events(config.events, users, items, rng)
+    files = dict(zip(FILES, map(_parquet, (events, users["table"], items["table"])), strict=True))
+    counts = {"events": events.num_rows, "users": config.users, "items": config.items,
+              "cold items": int((items["release"] > 0.9).sum())}  # fmt: skip
+    if all(_holds(output / name, content) for name, content in files.items()):
+        return counts, False
     with atomic_directory(output) as partial:
-        pq.write_table(events, partial / "interactions.parquet")
-        pq.write_table(users["table"], partial / "users.parquet")
-        pq.write_table(items["table"], partial / "items.parquet")
-    return {"events": events.num_rows, "users": config.users, "items": config.items,
-            "cold items": int((items["release"] > 0.9).sum())}  # fmt: skip
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+    return counts, True
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return bytes(sink.getvalue())
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    return file.is_file() and file.read_bytes() == content
 
 
 def _items(count: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -147,15 +166,16 @@ def _events(
             age = time[part].mean() - items["release"][members]
             weight = np.where(age >= 0, items["popularity"][members] * np.exp(-2 * age), 0)
             weight = weight + 1e-9 * (items["release"][members] == 0)
-            item[part] = members[_sample(weight, len(part), rng)]
+            if weight.any():  # else nothing of the sub-genre is out yet, and nothing happens
+                item[part] = members[_sample(weight, len(part), rng)]
     # A tenth of all events follow no taste at all.
     stray = np.flatnonzero(rng.random(count) < 0.1)
     old = np.flatnonzero(items["release"] == 0)
     item[stray] = old[_sample(items["popularity"][old], len(stray), rng)]
-    released = time >= items["release"][item]
-    keep = released & (item >= 0)
-    _, first = np.unique(user * num_items + item, return_index=True)  # nobody sees an item twice
-    keep &= np.isin(np.arange(count), first)
+    keep = (item >= 0) & (time >= items["release"][item])
+    # Nobody sees an item twice; an event without an item is no one's.
+    pair = np.where(item >= 0, user * num_items + item, -1)
+    keep &= np.isin(np.arange(count), np.unique(pair, return_index=True)[1])
     seconds = (FIRST_DAY_S + time[keep] * DAYS * 86_400).astype(np.int64)
     ids = items["table"]["item_id"].combine_chunks()
     device = rng.choice(["phone", "tablet", "web"], int(keep.sum()), p=(0.6, 0.1, 0.3))

@@ -45,7 +45,7 @@ class Encoder:
     normalisers: Mapping[str, Normaliser]
 
     def encode(self, tower: str, feature: Feature, raw: pa.Array) -> pa.Array:
-        """Encode one raw column (see `twotower.data.log.checks.raw_feature`).
+        """Encode one raw column (see `twotower.data.log.features.raw_feature`).
 
         Returns:
             `id`: int64 rows, -1 for a missing one; `ids` and `history`: lists of rows; `number`:

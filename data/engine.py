@@ -60,16 +60,27 @@ def open_engine(scratch: Path, memory_gb: float) -> Iterator[Any]:
             f"preparing needs more than data.memory_gb ({memory_gb:g}), or than the disk of "
             f"{scratch.parent} has left: raise it, or free space: {first}"
         ) from None
-    except (duckdb.IOException, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in FULL
-        if full or "No space left" in str(error) or "File too large" in str(error):
+    except (duckdb.Error, OSError) as error:
+        if _disk_is_full(error):
             raise UserError(
                 f"{scratch.parent}: the disk is full: nothing was changed; free some space, or set "
                 "run_dir to a larger disk, and run again"
             ) from None
+        if isinstance(error, duckdb.IOException) or getattr(error, "filename", "") is None:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{scratch.parent}: cannot be written or read: {reason}: check the disk, and run "
+                "again; nothing was changed"
+            ) from None
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    # DuckDB says so in words alone, in errors of several kinds.
+    words = any(text in str(error) for text in ("No space left", "File too large", "quota"))
+    return words or (isinstance(error, OSError) and error.errno in FULL)
 
 
 def arrow_batches(connection: Any, query: str, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:

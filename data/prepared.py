@@ -102,7 +102,8 @@ class PreparedDataset:
     """A prepared dataset on disk; opening it reads the JSON alone.
 
     Raises:
-        UserError: when nothing is prepared at `path`.
+        UserError: when nothing is prepared at `path`, or a file is not of the size it was written
+            with.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,6 +113,11 @@ class PreparedDataset:
             self.summary: dict[str, Any] = json.loads((path / "prepared.json").read_text())
         except FileNotFoundError:
             raise UserError(f"{path}: no prepared dataset: run `twotower prepare` first") from None
+        except ValueError as error:
+            raise UserError(
+                f"{path / 'prepared.json'}: damaged ({error}): remove {path} and run "
+                "`twotower prepare` again"
+            ) from None
         if self.summary.get("format") != FORMAT:
             raise UserError(
                 f"{path}: is in the format of another version of twotower: remove it, and run "
@@ -119,9 +125,23 @@ class PreparedDataset:
             )
         self.config = data_config(self.summary["config"])
         self.fingerprint: str = self.summary["fingerprint"]
+        for name, size in self.summary.get("files", {}).items():
+            file = path / name
+            found = file.stat().st_size if file.exists() else 0
+            if found != size:
+                raise UserError(
+                    f"{file}: damaged, it has {found:,} bytes of {size:,}: run `twotower prepare` "
+                    "again"
+                )
 
     def _read(self, name: str) -> pa.Table:
-        return read_arrow(self.path / name)
+        try:
+            return read_arrow(self.path / name)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{self.path / name}: damaged ({str(error).splitlines()[0]}): remove {self.path} "
+                "and run `twotower prepare` again"
+            ) from None
 
     @cached_property
     def events(self) -> pa.Table:

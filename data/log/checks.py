@@ -1,4 +1,4 @@
-"""Checking a log's columns: raw Arrow values to ids, times, numbers and vectors.
+"""Checking a log's columns: raw Arrow values to ids, times and numbers.
 
 Every refusal names the file, the column, the first offending row and the remedy. Where bad rows
 are skipped, their values come out as null or zero, and the chunk's `bad` marks them.
@@ -6,7 +6,6 @@ are skipped, their values come out as null or zero, and the chunk's `bad` marks 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.data.log.read import Chunk
-from twotower.data.schema import TIME_UNITS, Feature
+from twotower.data.log.chunk import Chunk
+from twotower.data.schema import TIME_UNITS
 from twotower.errors import UserError
 
 YEAR_2100_US = 4_102_444_800_000_000
 WHOLE = r"^(0|-?[1-9][0-9]{0,18})$"
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+TIMES = (
+    pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC"), pa.timestamp("ns"),
+    pa.timestamp("ns", "UTC"),
+)  # fmt: skip
 NOTHING = pa.array(["", "NA", "N/A", "NaN", "nan", "NULL", "null", "None"])
 I64 = npt.NDArray[np.int64]
 
@@ -39,8 +43,9 @@ class Spot:
 
     @property
     def values(self) -> pa.Array:
-        """The column, without dictionaries or views."""
-        return plain(self.chunk.columns[self.column])
+        """The column, of a plain type, its text checked to be UTF-8."""
+        array = plain(self.chunk.columns[self.column])
+        return _utf8(self, array) if is_text(array) or pa.types.is_binary(array.type) else array
 
     def refuse(self, mask: Any, values: Any, message: str) -> npt.NDArray[np.bool_]:
         """Refuse the rows of `mask`; returns it."""
@@ -52,15 +57,38 @@ class Spot:
 
 
 def plain(values: Any) -> pa.Array:
-    """Return one array of a plain type: no chunks, dictionary, view or large variant."""
+    """Return one array of a plain type: no chunks, dictionary, view, decimal or large variant."""
     array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    if pa.types.is_string_view(array.type) or pa.types.is_large_string(array.type):
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        return plain(array.dictionary_decode())
+    if pa.types.is_string_view(kind) or pa.types.is_large_string(kind):
         return array.cast(pa.string())
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        return array.cast(pa.binary())
+    if pa.types.is_float16(kind):
+        return array.cast(pa.float32())
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return array.cast(pa.list_(kind.value_type))
+    # Warehouses write whole numbers as decimals without a scale.
+    if pa.types.is_decimal(kind):
+        try:
+            return array.cast(pa.float64() if kind.scale else pa.int64())
+        except pa.ArrowInvalid:
+            return array
     return array
+
+
+def _utf8(spot: Spot, array: pa.Array) -> pa.Array:
+    """Return text, refusing what is no UTF-8: Arrow reads Parquet and JSON without a look."""
+    raw = array.cast(pa.binary())
+    try:
+        return raw.cast(pa.string())
+    except pa.ArrowInvalid:
+        bad = np.array([v.is_valid and not _casts(v, pa.string()) for v in raw])
+    return _nothing(raw, spot.refuse(bad, raw, "is no UTF-8 text")).cast(pa.string())
 
 
 def is_text(array: pa.Array) -> bool:
@@ -104,12 +132,24 @@ def as_ids(spot: Spot, array: pa.Array | None = None, *, allow_null: bool) -> pa
             array = _nothing(array, spot.refuse(numpy_mask(zero), array, message))
     elif pa.types.is_null(array.type):
         array = array.cast(pa.string())
+    elif pa.types.is_floating(array.type) and not spot.chunk.typed:
+        array = _whole(spot, array)
     else:
         raise spot.fail(f"holds {array.type}, expected string or integer ids: cast it")
     if not allow_null and array.null_count:
         missing = np.asarray(array.is_null().to_numpy(zero_copy_only=False))
         spot.refuse(missing, array, "the id is null or empty")
     return array
+
+
+def _whole(spot: Spot, array: pa.Array) -> pa.Array:
+    """Return the int64 ids that JSON wrote as floats; beyond 2^53 a float cannot tell two apart."""
+    values = array.to_numpy(zero_copy_only=False)
+    bad = numpy_mask(array.is_valid()) & ~((values == np.floor(values)) & (abs(values) < 2**53))
+    if len(bad) != len(spot.chunk.bad) and bad.any():
+        raise spot.fail("an id in a list is no whole number: mend it")
+    return _nothing(array, spot.refuse(bad, array, "an id must be a whole number") if bad.any()
+                    else bad).cast(pa.int64())  # fmt: skip
 
 
 def whole_numbers(array: pa.Array) -> bool:
@@ -142,6 +182,7 @@ def as_timestamps(spot: Spot, unit: str) -> I64:
         micros = array.cast(pa.timestamp("us"), safe=False).cast(pa.int64()).to_numpy()
     elif pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
         raw = array.to_numpy(zero_copy_only=False)
+        raw = raw.astype(np.float64) if raw.dtype.kind == "f" else raw
         scale = 0.001 if unit == "ns" else float(TIME_UNITS[unit])
         bad = _absurd(spot, raw.astype(np.float64) * scale, array, unit)
         raw = np.where(bad, 0, raw) if bad.any() else raw
@@ -156,17 +197,16 @@ def as_timestamps(spot: Spot, unit: str) -> I64:
 def _parse_times(spot: Spot, array: pa.Array) -> pa.Array:
     """Parse integers, or ISO times, all with a zone or all without one, which means UTC."""
     array = pc.if_else(pc.equal(array, ""), None, array)
-    types = (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC"))
-    for kind in types:
+    for kind in TIMES:
         try:
             return array.cast(kind)
-        except pa.ArrowInvalid as error:
-            reason = str(error)
+        except pa.ArrowInvalid:
+            continue
     # Some row fits no type that the others have: it is found one by one.
     valid = array.drop_null()
-    kind = next((t for t in types if _casts(valid[0], t)), types[2])
+    kind = max(TIMES, key=lambda t: sum(_casts(v, t) for v in valid[:100]))
     bad = np.array([v.is_valid and not _casts(v, kind) for v in array])
-    spot.refuse(bad, array, f"expected integers or ISO times ({reason})")
+    spot.refuse(bad, array, "expected an integer or an ISO time, as the other rows have")
     return pc.if_else(pa.array(bad), None, array).cast(kind)
 
 
@@ -193,7 +233,7 @@ def as_floats(spot: Spot, array: pa.Array | None = None) -> pa.Array:
     """Return numbers as a float64 array; nulls stay, NaN and infinity are refused."""
     array = spot.values if array is None else array
     if is_text(array) and spot.column in spot.chunk.text:
-        array = _parse_numbers(spot, array)
+        array = parse_numbers(spot, array)
     if not (
         pa.types.is_integer(array.type)
         or pa.types.is_floating(array.type)
@@ -204,17 +244,19 @@ def as_floats(spot: Spot, array: pa.Array | None = None) -> pa.Array:
     if pa.types.is_boolean(array.type):
         array = array.cast(pa.int8())
     array = array.cast(pa.float64(), safe=False)
-    finite = pc.is_finite(array)
+    # Towers read float32; a comparison with NaN is false.
+    finite = pc.less_equal(pc.abs(array), FLOAT32_MAX)
     if not pc.all(finite, min_count=0).as_py():
         # A list's numbers have no row of their own to skip.
         mask = numpy_mask(pc.invert(finite))
         if len(mask) != len(spot.chunk.bad):
-            raise spot.fail("a vector holds NaN or infinity: mend it")
-        array = _nothing(array, spot.refuse(mask, array, "not a finite number"))
+            raise spot.fail("a vector holds NaN, infinity or more than float32 can: mend it")
+        array = _nothing(array, spot.refuse(mask, array, "not a finite number of float32"))
     return array
 
 
-def _parse_numbers(spot: Spot, array: pa.Array) -> pa.Array:
+def parse_numbers(spot: Spot, array: pa.Array) -> pa.Array:
+    """Return text as numbers, what stands for nothing as null, other words refused."""
     array = pc.if_else(pc.is_in(array, value_set=NOTHING), None, array)
     try:
         return array.cast(pa.float64())
@@ -225,89 +267,3 @@ def _parse_numbers(spot: Spot, array: pa.Array) -> pa.Array:
     bad = np.array([v.is_valid and not _casts(v, pa.float64()) for v in array])
     spot.refuse(bad, array, "expected a number")
     return pc.if_else(pa.array(bad), None, array).cast(pa.float64())
-
-
-def raw_feature(feature: Feature, spot: Spot) -> pa.Array:
-    """Return a feature's column in its raw type, as a request would carry it.
-
-    Returns:
-        `id`: string or int64 with nulls; `ids` and `history`: lists of them, at most `length`;
-        `number`: float64 with nulls; `vector`: lists of `width` float32, zeros for a null.
-    """
-    array = spot.values
-    if feature.pattern is not None:
-        array = _extract(spot, array, feature.pattern)
-    if feature.kind == "id":
-        return as_ids(spot, array, allow_null=True)
-    if feature.kind == "number":
-        if feature.pattern is not None:
-            array = _parse_numbers(spot, array)
-        return as_floats(spot, array)
-    if feature.kind == "vector":
-        return _vectors(feature, spot, array)
-    return _id_lists(feature, spot, array)
-
-
-def _extract(spot: Spot, array: pa.Array, pattern: str) -> pa.Array:
-    if not is_text(array):
-        raise spot.fail(f"`pattern` needs a string column, got {array.type}")
-    # Arrow wants the group to have a name.
-    named = re.sub(r"(?<!\\)\((?!\?)", "(?P<value>", pattern, count=1)
-    groups = pc.extract_regex(array, pattern=named)
-    return pc.struct_field(groups, [0])
-
-
-def _id_lists(feature: Feature, spot: Spot, array: pa.Array) -> pa.Array:
-    if feature.separator is not None and is_text(array):
-        array = pc.split_pattern(array, pattern=feature.separator)
-    if pa.types.is_null(array.type):
-        array = array.cast(pa.list_(pa.string()))
-    if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
-        raise spot.fail(
-            f"holds {array.type}, expected a list of ids: "
-            "set the feature's `separator` if the column is text"
-        )
-    flat = array.flatten()
-    if is_text(flat) and pc.any(pc.match_substring(flat, "\0")).as_py():
-        raise spot.fail("an id may not hold a NUL character")
-    ids = as_ids(spot, plain(flat), allow_null=True)
-    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    owner = np.repeat(np.arange(len(array)), lengths)
-    valid = ids.is_valid().to_numpy(zero_copy_only=False)
-    ids, owner = ids.drop_null(), owner[valid]
-    counts = np.bincount(owner, minlength=len(array)).astype(np.int64)
-    starts = np.cumsum(counts) - counts
-    place = np.arange(len(owner)) - starts[owner]
-    # A history keeps its newest entries, a bag its first.
-    keep = (
-        place >= (counts - feature.length)[owner]
-        if feature.kind == "history"
-        else place < feature.length
-    )
-    kept = np.minimum(counts, feature.length)
-    offsets = np.concatenate([[0], np.cumsum(kept)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), ids.filter(pa.array(keep)))
-
-
-def _vectors(feature: Feature, spot: Spot, array: pa.Array) -> pa.Array:
-    width = feature.width or 0
-    if pa.types.is_null(array.type):
-        array = array.cast(pa.list_(pa.float32()))
-    if not (
-        pa.types.is_list(array.type)
-        or pa.types.is_large_list(array.type)
-        or pa.types.is_fixed_size_list(array.type)
-    ):
-        raise spot.fail(f"holds {array.type}, expected lists of {width} floats")
-    lengths = pc.fill_null(pc.list_value_length(array), width).to_numpy(zero_copy_only=False)
-    bad = spot.refuse(
-        lengths != width, lengths,
-        f"expected a vector of width {width} (the feature's `width`), got width",
-    )  # fmt: skip
-    present = array.is_valid().to_numpy(zero_copy_only=False) & ~bad
-    out = np.zeros((len(array), width), dtype=np.float32)
-    flat = as_floats(spot, array.filter(pa.array(present)).flatten())
-    if flat.null_count:
-        raise spot.fail("a vector holds a null: fill it in")
-    out[present] = flat.to_numpy(zero_copy_only=False).reshape(-1, width)
-    return pa.FixedSizeListArray.from_arrays(pa.array(out.ravel()), width)

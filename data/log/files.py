@@ -17,6 +17,8 @@ FORMATS = {
     "json": (".jsonl", ".ndjson", ".json"),
 }
 COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
+# What no backend means when it cannot read: its traceback is needed.
+OUR_BUGS = (AssertionError, AttributeError, IndexError, KeyError, NameError, TypeError)
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -40,6 +42,24 @@ class LogFile:
     state: tuple[str, int, str]
     partition: dict[str, str | None]
 
+    def refuse_if_changed(self) -> None:
+        """Refuse a local file that is no longer as it was listed; objects in a store do not change.
+
+        Raises:
+            UserError: for a file that something still writes.
+        """
+        if "file" not in self.fs.protocol or not self.fs.exists(self.path):
+            return
+        if _state(self.path, self.fs.info(self.path)) != self.state:
+            raise UserError(
+                f"{self.path}: changed while it was read: run again once nothing writes it"
+            )
+
+
+def _state(path: str, info: dict[str, Any]) -> tuple[str, int, str]:
+    stamp = info.get("mtime") or info.get("ETag") or info.get("LastModified")
+    return path, int(info.get("size") or 0), str(stamp)
+
 
 def locate(root: str, location: str) -> str:
     """Return `location` below `root`, unless it is absolute or a URL of its own."""
@@ -60,15 +80,22 @@ def list_files(location: str, key: str) -> list[LogFile]:
     """
     try:
         fs, path = fsspec.core.url_to_fs(location)
+        # A listing kept from before would hide what is new.
+        fs.invalidate_cache()
         found = _matching(fs, path)
-        files = [_log_file(fs, file, _below(path), location, key) for file in found]
-    except (ImportError, PermissionError) as error:
-        raise UserError(f"{location}: cannot be opened ({key}): {error}") from None
+        files = [_log_file(fs, f, found[f], _below(path), location, key) for f in sorted(found)]
+    except ImportError as error:
+        raise UserError(
+            f"{location}: cannot be opened ({key}): {_extra(location, error)}"
+        ) from None
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{location}: cannot be opened ({key}): {reason}") from None
+    except Exception as error:
+        # Each of fsspec's backends has errors of its own.
+        foreign = "://" in location and not isinstance(error, OUR_BUGS)
+        if not foreign and not isinstance(error, (OSError, ValueError)):
+            raise
+        raise UserError(f"{location}: cannot be opened ({key}): {first_line(error)}") from None
     if not files:
         raise UserError(
             f"{location}: no such file ({key}): correct {key}, or data.root if it is relative"
@@ -82,6 +109,17 @@ def list_files(location: str, key: str) -> list[LogFile]:
     return files
 
 
+def first_line(error: Exception) -> str:
+    """Return an error's first line, or its name where it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _extra(location: str, error: ImportError) -> str:
+    if location.startswith(("s3://", "s3a://")):
+        return "reading from S3 needs s3fs: pip install 'twotower[s3]'"
+    return first_line(error)
+
+
 def _below(path: str) -> str:
     """Return the part of a location that is no pattern: partitions lie below it."""
     parts = path.split("/")
@@ -89,21 +127,26 @@ def _below(path: str) -> str:
     return "/".join(parts[:plain])
 
 
-def _matching(fs: Any, path: str) -> list[str]:
+def _matching(fs: Any, path: str) -> dict[str, dict[str, Any]]:
+    """Return the files that a path stands for, with what the filesystem says of each."""
     if any(c in path for c in "*?["):
-        found = sorted(fs.glob(path))
-        folders = [f for f in found if fs.isdir(f)]
-        return sorted({f for f in found if f not in folders}.union(
-            *(set(_matching(fs, f)) for f in folders)
-        ))  # fmt: skip
+        found: dict[str, dict[str, Any]] = {}
+        for name, info in fs.glob(path, detail=True).items():
+            found |= _below_folder(fs, name) if info["type"] == "directory" else {name: info}
+        return found
     if fs.isdir(path):
-        base = len(path.rstrip("/"))
-        return sorted(
-            f for f in fs.find(path)
-            # Spark's _SUCCESS, _temporary/ and .crc files are no data.
-            if _format(f) and not any(p[:1] in ("_", ".") for p in f[base:].split("/") if p)
-        )  # fmt: skip
-    return [path] if fs.exists(path) else []
+        return _below_folder(fs, path)
+    return {path: fs.info(path)} if fs.exists(path) else {}
+
+
+def _below_folder(fs: Any, path: str) -> dict[str, dict[str, Any]]:
+    base = len(path.rstrip("/"))
+    return {
+        f: info
+        for f, info in fs.find(path, detail=True).items()
+        # Spark's _SUCCESS, _temporary/ and .crc files are no data.
+        if _format(f) and not any(p[:1] in ("_", ".") for p in f[base:].split("/") if p)
+    }
 
 
 def _format(file: str) -> str | None:
@@ -114,16 +157,16 @@ def _format(file: str) -> str | None:
     return None
 
 
-def _log_file(fs: Any, path: str, below: str, location: str, key: str) -> LogFile:
+def _log_file(
+    fs: Any, path: str, info: dict[str, Any], below: str, location: str, key: str
+) -> LogFile:
     kind = _format(path)
     if kind is None:
         raise UserError(
             f"{location}: expected .parquet, .csv or .jsonl files ({key}), got {path}: "
             "rename or convert it"
         )
-    info = fs.info(path)
-    stamp = info.get("mtime") or info.get("ETag") or info.get("LastModified")
-    size = int(info.get("size") or 0)
+    state = _state(path, info)
     pairs = [p.split("=", 1) for p in path[len(below) :].split("/")[:-1] if "=" in p]
     partition = {k: None if v == HIVE_NULL else unquote(v) for k, v in pairs}
-    return LogFile(fs, path, kind, size, (path, size, str(stamp)), partition)
+    return LogFile(fs, path, kind, state[1], state, partition)

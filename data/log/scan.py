@@ -26,13 +26,13 @@ from twotower.data.log.checks import (
     as_timestamps,
     is_text,
     numpy_mask,
-    plain,
-    raw_feature,
     whole_numbers,
 )
+from twotower.data.log.chunk import BadRows, Chunk
+from twotower.data.log.features import raw_feature
 from twotower.data.log.files import LogFile, list_files, locate
 from twotower.data.log.id_types import IdTypes
-from twotower.data.log.read import BadRows, Chunk, column_names, read_chunks
+from twotower.data.log.read import column_names, read_chunks
 from twotower.data.schema import DataConfig, Feature
 from twotower.errors import UserError, did_you_mean
 
@@ -117,6 +117,7 @@ def scan(
     }
     total = max(1, sum(f.size for s in sources for f in s.files))
     done = 0
+    empty: dict[str, dict[str, pa.Array]] = {}
     for source in sources:
         reader, names = readers[source.table], readers[source.table].names()
         for file in source.files:
@@ -125,9 +126,15 @@ def scan(
                 good = ~chunk.bad if reader.keep is None else ~chunk.bad & reader.keep
                 if not good.all():
                     rows = {n: a.filter(pa.array(good)) for n, a in rows.items()}
-                _insert(connection, source.table, pa.table(rows))
+                if good.any():
+                    _insert(connection, source.table, pa.table(rows))
+                else:
+                    empty.setdefault(source.table, rows)
+            file.refuse_if_changed()
             done += file.size
             report("reading the log", done / total)
+    for table in empty.keys() - {s.table for s in sources if _columns(connection, s.table)}:
+        _insert(connection, table, pa.table(empty[table]))
     # What Arrow keeps for later is the engine's to use now.
     pa.default_memory_pool().release_unused()
     if not types.decided:
@@ -231,16 +238,19 @@ class _Entities:
             spot = Spot(chunk, f.source_column)
             out[name] = _feature(self.types, tower, f, table, name, spot)
         if self.side == "items":
-            out |= {f"d.{n}": _display(chunk.columns[n]) for n in self.config.display}
+            out |= {f"d.{n}": _display(Spot(chunk, n)) for n in self.config.display}
         return out
 
 
-def _display(values: pa.Array) -> pa.Array:
+def _display(spot: Spot) -> pa.Array:
     """Return a column that is shown as it is: numbers and text stay, all else becomes text."""
-    array = plain(values)
+    array = spot.values
     if is_text(array) or pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
         return array
-    return pa.array([None if v is None else str(v) for v in array.to_pylist()], pa.string())
+    try:
+        return pa.array([None if v is None else str(v) for v in array.to_pylist()], pa.string())
+    except (ValueError, OverflowError):  # times that Python cannot hold
+        return array.cast(pa.string())
 
 
 def is_own_id(config: DataConfig, tower: str, feature: Feature) -> bool:
@@ -299,11 +309,16 @@ def _split_column(spot: Spot) -> pa.Array:
     return pa.array(numbers[index])
 
 
-def _insert(connection: Any, table: str, rows: pa.Table) -> None:
+def _columns(connection: Any, table: str) -> dict[str, str]:
+    """Return a table's columns and their types; none where it is not yet made."""
     found = connection.execute(
         f"SELECT column_name, data_type FROM duckdb_columns() WHERE table_name = '{table}'"
     )
-    known = dict(found.fetchall())
+    return dict(found.fetchall())
+
+
+def _insert(connection: Any, table: str, rows: pa.Table) -> None:
+    known = _columns(connection, table)
     connection.register("chunk", rows)
     if not known:
         connection.execute(f"CREATE TABLE {table} AS SELECT * FROM chunk")
@@ -350,13 +365,24 @@ def _refuse_repeated(connection: Any, config: DataConfig, sources: list[Source])
             )
 
 
+def _first_names(source: Source) -> list[str]:
+    """Return the columns of the first file that has any: one of JSON lines may be empty."""
+    for file in source.files:
+        if names := column_names(file, source.key):
+            return names
+    expected = " of JSON, one object a line" if source.files[0].format == "json" else ""
+    raise UserError(
+        f"{source.files[0].path}: the log is empty: {source.key} needs at least one row{expected}"
+    )
+
+
 def resolve_sources(config: DataConfig, sources: list[Source]) -> DataConfig:
     """Return the schema with every feature's source filled in.
 
     Raises:
         UserError: for a column that is not there, in two tables, or what is to be predicted.
     """
-    names = {s.key: column_names(s.files[0], s.key) for s in sources if s.files}
+    names = {s.key: _first_names(s) for s in sources if s.files}
     have = {side: [*names.get(f"data.{side}", [])] for side in ENTITIES}
     have["interactions"] = names.get("data.interactions", [])
     have["users"].append(config.columns.user)

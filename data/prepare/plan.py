@@ -6,11 +6,13 @@ its events, so that a folder may forget old days. What would lose events is refu
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twotower.data.log.scan import Source, find_sources
-from twotower.data.schema import DataConfig, parse_date
+from twotower.data.schema import ID_KINDS, DataConfig, parse_date
 from twotower.errors import UserError
 from twotower.files import fingerprint
 
@@ -46,6 +48,36 @@ def schema_mark(config: DataConfig) -> str:
     )  # fmt: skip
 
 
+def _refuse_names(config: DataConfig) -> None:
+    """Refuse names that the engine or a filesystem cannot tell apart, or that are no file's name.
+
+    DuckDB's names, and those of files on macOS and Windows, differ only beyond upper and lower
+    case: of two such features one would silently hold the other's values.
+    """
+    names = {
+        "data.query": [f.name for f in config.query],
+        "data.item": [f.name for f in config.item],
+        "embedding tables": list(
+            dict.fromkeys(f.table_name for _, f in config.features() if f.kind in ID_KINDS)
+        ),
+        "data.display": list(dict.fromkeys(config.display)),
+    }
+    for key, found in names.items():
+        for name in found:
+            like = next((n for n in found if n != name and n.lower() == name.lower()), None)
+            if like is not None:
+                raise UserError(
+                    f"{key}: '{name}' and '{like}' differ only in upper and lower case: rename one"
+                    + (" in the log" if key == "data.display" else "")
+                )
+    for name in names["embedding tables"] + names["data.query"]:
+        if "/" in name or "\0" in name or name[:1] == "." or len(name.encode()) > 200:
+            raise UserError(
+                f"embedding table or feature '{name[:50]}': is no name for a file: choose a short "
+                "one without '/' that does not begin with '.'"
+            )
+
+
 def make_plan(config: DataConfig, previous: PreparedDataset | None) -> Plan:
     """Return what has to be done.
 
@@ -56,6 +88,7 @@ def make_plan(config: DataConfig, previous: PreparedDataset | None) -> Plan:
     Raises:
         UserError: when a file is not there, or preparing anew would lose events.
     """
+    _refuse_names(config)
     sources = find_sources(config)
     now: dict[str, list[list[Any]]] = {s.key: [list(f.state) for f in s.files] for s in sources}
     everything = Plan("all", sources, now)
@@ -95,6 +128,36 @@ def make_plan(config: DataConfig, previous: PreparedDataset | None) -> Plan:
         for s in sources
     ]
     return Plan("append", appended, now | {LOG: before[LOG] + [there[p] for p in sorted(new)]})
+
+
+def refuse_loss(path: Path, plan: Plan) -> None:
+    """Refuse to replace a dataset that cannot be appended to and may hold what the log has not.
+
+    Args:
+        path: where there is no dataset, or one that is damaged or of another version.
+        plan: what would be prepared instead.
+
+    Raises:
+        UserError: unless every file that the dataset was made from is still there.
+    """
+    try:
+        before = [str(state[0]) for state in json.loads((path / "prepared.json").read_text())
+                  ["inputs"][LOG]]  # fmt: skip
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise UserError(
+            f"{path}: prepared.json is damaged, and which files the dataset was made from cannot "
+            f"be read: remove {path} to prepare the files that are there now"
+        ) from None
+    there = {str(state[0]) for state in plan.inputs[LOG]}
+    gone = [file for file in before if file not in there]
+    if gone:
+        raise UserError(
+            f"{path}: is of another version of twotower and holds the events of {len(gone)} files "
+            f"that are no longer there ({gone[0]}): restore the files, or remove {path} to go on "
+            "without them"
+        )
 
 
 def _anew(config: DataConfig, previous: PreparedDataset, changed: bool) -> str | None:

@@ -158,6 +158,11 @@ def _write(
         "types": dict(sorted(types.decided.items())),
         "normalisers": {k: asdict(n) for k, n in sorted(normalisers.items())},
         "tables": tables,
+        "files": {
+            str(file.relative_to(directory)): file.stat().st_size
+            for file in sorted(directory.rglob("*.arrow"))
+            if scratch not in file.parents
+        },
     }  # fmt: skip
     report("closing", 1.0)
     write_json(directory / "prepared.json", summary)

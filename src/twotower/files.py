@@ -1,11 +1,14 @@
 """Whole directories or none: atomic writes and fingerprints shared by every step.
 
-A step writes beside the final name and renames into place, so a reader sees a complete directory
-or no directory, and a killed writer leaves nothing that looks whole.
+A step writes beside the final name and swaps into place, so a reader sees a complete directory, the
+old or the new one, and a killed writer leaves nothing that looks whole.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from twotower.errors import UserError
+
 PARTIAL_SUFFIX = ".partial"
+OLD_SUFFIX = ".old"
+
+# Of renameat2(2): where paths are relative to, and "swap the two".
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 def partial_path(final: Path) -> Path:
@@ -24,35 +35,115 @@ def partial_path(final: Path) -> Path:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Rename `partial` to `final`, replacing a directory that is already there.
+    """Give `partial` the name `final`, replacing a directory that is already there.
 
-    A crash between the two renames leaves the old directory under `<final>.old` and the new one
-    complete under `partial`; the next writer removes both.
+    Where the system can swap two directories (Linux, on most local filesystems), `final` is whole
+    at every moment. Elsewhere two renames leave an instant without it, in which the old directory
+    is `<final>.old`: after a kill right there, `recover` puts it back.
+
+    Raises:
+        OSError: naming the path, for instance when the disk is full; `final` is as it was.
     """
-    for file in partial.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    recover(final)
+    for folder, _, names in os.walk(partial):
+        for name in names:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+    if not final.exists():
+        os.rename(partial, final)
+    elif not _exchange(partial, final):
+        old = final.with_name(final.name + OLD_SUFFIX)
+        os.rename(final, old)
+        os.rename(partial, final)
+        os.rename(old, partial)
+    _sync(final.parent)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def recover(final: Path) -> None:
+    """Settle what a writer left that was killed while it published `final`.
+
+    An old directory whose name the new one had not yet taken gets it back: it may hold what can be
+    made from nothing else. One that was replaced is removed.
+    """
+    old = final.with_name(final.name + OLD_SUFFIX)
+    doomed = partial_path(old)
+    if old.exists() and not final.exists():
+        os.rename(old, final)
+    shutil.rmtree(doomed, ignore_errors=True)
+    if old.exists():
+        # Under a name of its own, lest a kill leave a part of it where a whole one is looked for.
+        os.rename(old, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two directories in one step; returns whether the system can."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    if swap(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if not (path.is_file() or path.is_dir()):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network filesystems sync no folders.
+        if path.is_file() or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(handle)
 
 
 @contextmanager
 def atomic_directory(final: Path) -> Iterator[Path]:
     """Yield a fresh directory that becomes `final` when the block ends without an error."""
+    recover(final)
     partial = partial_path(final)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        publish(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        recover(final)
         raise
-    publish(partial, final)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask the same out of `folder`; a killed one is out at once.
+
+    Raises:
+        UserError: while another process is in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(
+            f"{folder}: another process is writing here: wait until it is done, or stop it"
+        ) from None
+    except OSError:
+        pass  # Some network filesystems have no locks.
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
