@@ -118,7 +118,7 @@ class PreparedDataset:
                 f"{path / 'prepared.json'}: damaged ({error}): remove {path} and run "
                 "`twotower prepare` again"
             ) from None
-        if self.summary.get("format") != FORMAT:
+        if not isinstance(self.summary, dict) or self.summary.get("format") != FORMAT:
             raise UserError(
                 f"{path}: is in the format of another version of twotower: remove it, and run "
                 "`twotower prepare` again"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from twotower.data.inspect.bins import compare_feature
 from twotower.data.inspect.config import InspectConfig
 from twotower.data.inspect.sides import Sides
-from twotower.data.log.scan import SPLIT_NAMES, is_own_id
+from twotower.data.log.scan import SPLIT_NAMES
+from twotower.data.log.sources import is_own_id
 from twotower.data.schema import DataConfig, Feature, Split
 
 if TYPE_CHECKING:

@@ -40,7 +40,8 @@ from twotower.data.inspect.measure import (
 )
 from twotower.data.inspect.tables import contexts_of, make_log, temporal_cuts
 from twotower.data.log.id_types import IdTypes
-from twotower.data.log.scan import Report, Scan, Source, find_sources, locations, scan
+from twotower.data.log.scan import Report, Scan, scan
+from twotower.data.log.sources import Source, find_sources, locations
 from twotower.data.prepare.entities import make_entities
 from twotower.data.prepare.split import Cuts
 from twotower.data.schema import DataConfig

@@ -25,7 +25,7 @@ from typing import Any
 
 from twotower.data.engine import one_value, quoted
 from twotower.data.inspect.tables import hashed, missing
-from twotower.data.log.scan import is_own_id
+from twotower.data.log.sources import is_own_id
 from twotower.data.prepare.entities import count_rows
 from twotower.data.schema import DataConfig, Feature
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from twotower.data.engine import one_value
 from twotower.data.inspect.tables import Counted, count, missing, raw_column
-from twotower.data.log.scan import SPLIT_NAMES, is_own_id
+from twotower.data.log.scan import SPLIT_NAMES
+from twotower.data.log.sources import is_own_id
 from twotower.data.prepare.entities import count_rows
 from twotower.data.prepare.split import NEVER, Cuts
 from twotower.data.schema import DataConfig, Feature

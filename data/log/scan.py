@@ -11,7 +11,7 @@ until all files are read: they are numbers when every one of them is (`IdTypes`)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,26 +30,15 @@ from twotower.data.log.checks import (
 )
 from twotower.data.log.chunk import BadRows, Chunk
 from twotower.data.log.features import raw_feature
-from twotower.data.log.files import LogFile, list_files, locate
 from twotower.data.log.id_types import IdTypes
-from twotower.data.log.read import column_names, read_chunks
+from twotower.data.log.read import read_chunks
+from twotower.data.log.sources import ENTITIES, Source, is_own_id, locations, resolve_sources
 from twotower.data.schema import DataConfig, Feature
-from twotower.errors import UserError, did_you_mean
+from twotower.errors import UserError
 
 SPLIT_NAMES = ("train", "validation", "test")
 SPLIT_NUMBERS = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "test": 2}
-ENTITIES = ("users", "items")
 Report = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Source:
-    """One of the log's tables: its key in the configuration, its files, and what they stand for."""
-
-    key: str
-    table: str
-    files: list[LogFile]
-    split: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,36 +56,6 @@ class Scan:
     types: IdTypes
     dropped: int
     bad_rows: BadRows
-
-
-def locations(config: DataConfig) -> dict[str, str]:
-    """Return every location that a schema reads, by its key."""
-    places = {
-        "data.interactions": config.interactions,
-        "data.users": config.users,
-        "data.items": config.items,
-    }
-    if config.split.kind == "given":
-        places["data.split.validation_files"] = config.split.validation_files
-        places["data.split.test_files"] = config.split.test_files
-    return {k: locate(config.root, v) for k, v in places.items() if v is not None}
-
-
-TABLES = {
-    "data.interactions": ("raw_events", 0),
-    "data.split.validation_files": ("raw_events", 1),
-    "data.split.test_files": ("raw_events", 2),
-    "data.users": ("raw_users", 0),
-    "data.items": ("raw_items", 0),
-}
-
-
-def find_sources(config: DataConfig) -> list[Source]:
-    """Return the tables that a schema reads, with their files."""
-    return [
-        Source(key, TABLES[key][0], list_files(place, key), TABLES[key][1])
-        for key, place in locations(config).items()
-    ]
 
 
 def scan(
@@ -253,15 +212,6 @@ def _display(spot: Spot) -> pa.Array:
         return array.cast(pa.string())
 
 
-def is_own_id(config: DataConfig, tower: str, feature: Feature) -> bool:
-    """Whether a feature is the user's or the item's id itself, which needs no table."""
-    own = config.columns.user if tower == "query" else config.columns.item
-    return (
-        feature.kind == "id" and feature.pattern is None and feature.source_column == own
-        and feature.source in (None, *ENTITIES)
-    )  # fmt: skip
-
-
 def _feature(types: IdTypes, tower: str, f: Feature, table: str, name: str, spot: Spot) -> pa.Array:
     raw = raw_feature(f, spot)
     if f.kind == "number":
@@ -363,63 +313,3 @@ def _refuse_repeated(connection: Any, config: DataConfig, sources: list[Source])
                 f"{locations(config)[source.key]}, column '{column}': {found[0]!r} stands in row "
                 f"{found[1] + 1} and again in row {found[2] + 1} ({found[3]} times): keep one"
             )
-
-
-def _first_names(source: Source) -> list[str]:
-    """Return the columns of the first file that has any: one of JSON lines may be empty."""
-    for file in source.files:
-        if names := column_names(file, source.key):
-            return names
-    expected = " of JSON, one object a line" if source.files[0].format == "json" else ""
-    raise UserError(
-        f"{source.files[0].path}: the log is empty: {source.key} needs at least one row{expected}"
-    )
-
-
-def resolve_sources(config: DataConfig, sources: list[Source]) -> DataConfig:
-    """Return the schema with every feature's source filled in.
-
-    Raises:
-        UserError: for a column that is not there, in two tables, or what is to be predicted.
-    """
-    names = {s.key: _first_names(s) for s in sources if s.files}
-    have = {side: [*names.get(f"data.{side}", [])] for side in ENTITIES}
-    have["interactions"] = names.get("data.interactions", [])
-    have["users"].append(config.columns.user)
-    have["items"].append(config.columns.item)
-    resolved: dict[str, list[Feature]] = {"query": [], "item": []}
-    for tower, f in config.features():
-        possible = ["users", "interactions"] if tower == "query" else ["items"]
-        found = [s for s in possible if f.source_column in have[s]]
-        if f.kind == "history" and f.column is None:
-            resolved[tower].append(f)
-            continue
-        spot = f"data.{tower}, feature '{f.name}'"
-        if tower == "query":
-            if f.source_column == config.columns.user:
-                found = ["users"]
-            if f.source_column in (config.columns.item, config.columns.label):
-                raise UserError(
-                    f"{spot}: column '{f.source_column}' is what is to be predicted and would "
-                    "leak: earlier items come with kind: history"
-                )
-        if (f.source is not None and f.source not in found) or not found:
-            searched = [f.source] if f.source else possible
-            near = [n for s in searched for n in have[s]]
-            raise UserError(
-                f"{spot}: no column '{f.source_column}' in {' or '.join(searched)}"
-                f"{did_you_mean(f.source_column, near)}"
-            )
-        if f.source is None and len(found) > 1:
-            raise UserError(
-                f"{spot}: column '{f.source_column}' is in users and in interactions: "
-                "say which with `source: users` or `source: interactions`"
-            )
-        source = f.source or found[0]
-        if source in ENTITIES and f"data.{source}" not in names and not is_own_id(config, tower, f):
-            raise UserError(
-                f"{spot}: kind {f.kind}{' with a pattern' if f.pattern else ''} of the id column "
-                f"is read from data.{source}, which is not set"
-            )
-        resolved[tower].append(replace(f, source=source))
-    return replace(config, query=resolved["query"], item=resolved["item"])

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from twotower.data.encode import Normaliser
 from twotower.data.engine import arrow_batches, quoted
 from twotower.data.log.id_types import IdTypes
-from twotower.data.log.scan import is_own_id
+from twotower.data.log.sources import is_own_id
 from twotower.data.prepare.entities import context_ids
 from twotower.data.prepare.spool import Spool, read_arrow
 from twotower.data.prepare.vocabularies import PIECE, Seen

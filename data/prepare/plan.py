@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower.data.log.scan import Source, find_sources
+from twotower.data.log.sources import Source, find_sources
 from twotower.data.schema import ID_KINDS, DataConfig, parse_date
 from twotower.errors import UserError
 from twotower.files import fingerprint

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from twotower.data.engine import arrow_batches, one_value, quoted
 from twotower.data.log.id_types import IdTypes
-from twotower.data.log.scan import is_own_id
+from twotower.data.log.sources import is_own_id
 from twotower.data.prepare.entities import context_ids, count_rows
 from twotower.data.prepare.spool import Spool
 from twotower.data.schema import ID_KINDS, DataConfig, Feature
