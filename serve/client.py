@@ -9,6 +9,7 @@ A client reads the model's schema from the server, so a mistake is explained bef
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,25 @@ def _inputs(protocol: str, tensors: Tensors) -> list[Any]:
     return out
 
 
+def _channel(url: str, protocol: str, proxy: bool) -> dict[str, Any]:
+    """Return what keeps a client from the environment's proxy; only gRPC's would use it."""
+    if protocol != "grpc" or (proxy and not _is_local(url)):
+        return {}
+    # These replace tritonclient's own, of which the sizes matter: gRPC receives 4 MB by default.
+    sizes = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
+    return {"channel_args": [("grpc.enable_http_proxy", 0), *sizes]}
+
+
+def _is_local(url: str) -> bool:
+    """Whether an address is of this machine itself, where no proxy could reach it."""
+    host = url.rsplit("/", 1)[-1].rsplit(":", 1)[0].strip("[]")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
 def _deadline(protocol: str, timeout_s: float) -> dict[str, Any]:
     """Return the arguments of a request's deadline; over HTTP the connection holds it."""
     return {"client_timeout": timeout_s} if protocol == "grpc" else {}
@@ -75,15 +95,19 @@ class RecommendClient:
         url: host:port of the protocol's endpoint.
         protocol: grpc or http.
         timeout_s: the deadline of each request.
+        proxy: whether gRPC heeds http_proxy and no_proxy of the environment, as it does by
+            default; a loopback address never goes through a proxy.
     """
 
-    def __init__(self, url: str, protocol: str = "grpc", timeout_s: float = 2.0) -> None:
+    def __init__(
+        self, url: str, protocol: str = "grpc", timeout_s: float = 2.0, *, proxy: bool = True
+    ) -> None:
         self.url, self.protocol, self.timeout_s = url, protocol, timeout_s
         module = _module(protocol, asynchronous=False)
-        limits = {}
+        options = _channel(url, protocol, proxy)
         if protocol == "http":
-            limits = {"network_timeout": timeout_s, "connection_timeout": timeout_s}
-        self._client = module.InferenceServerClient(url, **limits)
+            options = {"network_timeout": timeout_s, "connection_timeout": timeout_s}
+        self._client = module.InferenceServerClient(url, **options)
         self._schema: Schema | None = None
 
     def __enter__(self) -> RecommendClient:
@@ -147,11 +171,16 @@ class AsyncRecommendClient:
         url: host:port of the protocol's endpoint.
         protocol: grpc or http.
         timeout_s: the deadline of each request.
+        proxy: whether gRPC heeds http_proxy and no_proxy of the environment, as it does by
+            default; a loopback address never goes through a proxy.
     """
 
-    def __init__(self, url: str, protocol: str = "grpc", timeout_s: float = 2.0) -> None:
+    def __init__(
+        self, url: str, protocol: str = "grpc", timeout_s: float = 2.0, *, proxy: bool = True
+    ) -> None:
         self.url, self.protocol, self.timeout_s = url, protocol, timeout_s
-        self._client = _module(protocol, asynchronous=True).InferenceServerClient(url)
+        module = _module(protocol, asynchronous=True)
+        self._client = module.InferenceServerClient(url, **_channel(url, protocol, proxy))
         self._schema: Schema | None = None
         self._schema_lock = asyncio.Lock()
 

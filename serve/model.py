@@ -17,6 +17,8 @@ import triton_python_backend_utils as pb_utils
 
 PAD_STRING = b""
 PAD_INT64 = -(2**63)
+# A vector of float32 is a unit long to about 1e-6; one that overflowed is 0 or next to it.
+LENGTH_TOLERANCE = 0.01
 
 
 class Refused(ValueError):
@@ -53,14 +55,13 @@ class TritonPythonModel:
                 parsed.append(error)
         valid = [p for p in parsed if not isinstance(p, Refused)]
         answers = iter(self.answer(valid)) if valid else iter(())
-        return [
-            pb_utils.InferenceResponse(
-                error=pb_utils.TritonError(str(p), pb_utils.TritonError.INVALID_ARG)
-            )
-            if isinstance(p, Refused)
-            else next(answers)
-            for p in parsed
-        ]
+        return [self.refusal(str(p)) if isinstance(p, Refused) else next(answers) for p in parsed]
+
+    @staticmethod
+    def refusal(reason: str) -> Any:
+        """Return the response to a request that cannot be answered."""
+        error = pb_utils.TritonError(reason, pb_utils.TritonError.INVALID_ARG)
+        return pb_utils.InferenceResponse(error=error)
 
     def parse(self, request: Any) -> dict[str, Any]:
         """Return a request's columns, k and excluded rows, or raise `Refused`."""
@@ -151,9 +152,32 @@ class TritonPythonModel:
         results = self.search(vectors, wanted, exclude)
         responses, start = [], 0
         for p in parsed:
-            responses.append(self.response(results[start : start + p["count"]]))
+            rows = slice(start, start + p["count"])
+            error = self.overflow(p["columns"], vectors[rows])
+            responses.append(self.refusal(error) if error else self.response(results[rows]))
             start += p["count"]
         return responses
+
+    def overflow(
+        self, columns: dict[str, np.ndarray[Any, Any]], vectors: np.ndarray[Any, Any]
+    ) -> str | None:
+        """Return what is wrong with finite numbers that a tower could not compute with.
+
+        Where they overflow its float32, eager PyTorch and ONNX Runtime give other vectors, none of
+        them of length 1. What overflows depends on the weights, so the outcome is what tells.
+        """
+        numbers = [s["name"] for s in self.schema["features"] if s["dtype"] == "float32"]
+        length = np.linalg.norm(vectors.astype(np.float64), axis=1)
+        # Also true of NaN.
+        bad = ~(np.abs(length - 1) < LENGTH_TOLERANCE)
+        if not numbers or not bad.any():
+            return None
+        largest = {name: np.abs(columns[name][bad]).max() for name in numbers}
+        name = max(largest, key=largest.__getitem__)
+        return (
+            f"{name} holds a number of size {largest[name]:.3g}, which overflows the model's "
+            "float32: send numbers such as the training log's"
+        )
 
     def search(
         self,

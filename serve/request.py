@@ -7,8 +7,8 @@ words, before anything is sent.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,10 @@ from twotower.errors import UserError, did_you_mean
 
 WIRE = {"string": "BYTES", "int64": "INT64", "float32": "FP32"}
 Tensors = dict[str, tuple[str, npt.NDArray[Any]]]
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+# Of what came, a line holds only the beginning.
+BRIEF = reprlib.Repr()
+BRIEF.maxstring = BRIEF.maxother = BRIEF.maxlong = 60
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,13 @@ def encode(
         UserError: naming the feature, what was expected and what came.
     """
     names = [spec.name for spec in schema.features]
+    if not isinstance(features, Mapping):
+        raise UserError(
+            f"features must be a dict of {', '.join(names)} to their values, got {_shown(features)}"
+        )
     for name in features:
         if name not in names:
-            raise UserError(f"the model has no feature '{name}'{did_you_mean(name, names)}")
+            raise UserError(f"the model has no feature '{name}'{did_you_mean(str(name), names)}")
     tensors: Tensors = {}
     for spec in schema.features:
         if spec.name not in features:
@@ -75,23 +83,30 @@ def encode(
                 "unknown id, [] for an empty list"
             )
         tensors[spec.name] = (WIRE[spec.dtype], _feature(spec, features[spec.name]))
-    k = schema.default_k if k is None else k
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise UserError(f"k must be an integer, got {k!r}")
-    if not 1 <= k <= schema.max_k:
-        raise UserError(
-            f"k must be in 1..{schema.max_k} (catalogue: {schema.num_items} items), got {k}"
-        )
     # Both are optional to the server, but it batches only requests that carry the same inputs.
-    tensors["k"] = ("INT32", np.array([[k]], np.int32))
-    ids = [_id("exclude", schema.item_id_dtype, value) for value in exclude]
+    tensors["k"] = ("INT32", np.array([[_k(schema, k)]], np.int32))
+    entries = _list("'exclude'", exclude, ordered=False)
+    ids = [_id("exclude", schema.item_id_dtype, value) for value in entries]
     tensors["exclude"] = (WIRE[schema.item_id_dtype], _ids(schema.item_id_dtype, ids))
     return tensors
 
 
+def _k(schema: Schema, k: Any) -> int:
+    if k is None:
+        return schema.default_k
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+        raise UserError(f"k must be an integer, got {_shown(k)}")
+    if not 1 <= k <= schema.max_k:
+        raise UserError(
+            f"k must be in 1..{schema.max_k} (catalogue: {schema.num_items} items), "
+            f"got {_shown(int(k))}"
+        )
+    return int(k)
+
+
 def _feature(spec: TensorSpec, value: Any) -> npt.NDArray[Any]:
     if spec.dtype == "float32":
-        values = [value] if spec.kind == "number" else _list(spec, value)
+        values = [value] if spec.kind == "number" else _list(f"feature '{spec.name}'", value)
         if len(values) != spec.length:
             raise UserError(
                 f"feature '{spec.name}' must be a vector of width {spec.length}, got {len(values)}"
@@ -99,7 +114,7 @@ def _feature(spec: TensorSpec, value: Any) -> npt.NDArray[Any]:
         return np.array([[_number(spec, v) for v in values]], np.float32)
     if not spec.is_list:
         return _ids(spec.dtype, [] if value is None else [_id(spec.name, spec.dtype, value)])
-    entries = _list(spec, value)
+    entries = _list(f"feature '{spec.name}'", value, ordered=spec.kind != "ids")
     if len(entries) > spec.length:
         newest = "newest" if spec.kind == "history" else "first"
         raise UserError(
@@ -109,32 +124,56 @@ def _feature(spec: TensorSpec, value: Any) -> npt.NDArray[Any]:
     return _ids(spec.dtype, [_id(spec.name, spec.dtype, v) for v in entries])
 
 
-def _list(spec: TensorSpec, value: Any) -> list[Any]:
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-        raise UserError(f"feature '{spec.name}' must be a list, got {value!r}")
-    return list(value)
+def _list(name: str, value: Any, *, ordered: bool = True) -> list[Any]:
+    """Return the entries of a list; of what also could be gone through, none is one."""
+    unfit = (str, bytes, Mapping, Set) if ordered else (str, bytes, Mapping)
+    try:
+        if not isinstance(value, unfit):
+            return list(value)
+    except TypeError:
+        pass
+    raise UserError(f"{name} must be a list, got {_shown(value)}: send [] for an empty one")
 
 
 def _number(spec: TensorSpec, value: Any) -> float:
     if isinstance(value, (bool, str, bytes)) or not isinstance(
         value, (int, float, np.integer, np.floating)
     ):
-        raise UserError(f"feature '{spec.name}' must hold numbers, got {value!r}")
-    if not math.isfinite(value):
-        raise UserError(f"feature '{spec.name}' must hold finite numbers, got {value!r}")
-    return float(value)
+        raise UserError(f"feature '{spec.name}' must hold numbers, got {_shown(value)}")
+    number = int(value) if isinstance(value, (int, np.integer)) else float(value)
+    # Holds for integers of any size, and not for NaN.
+    if not abs(number) <= FLOAT32_MAX:
+        raise UserError(
+            f"feature '{spec.name}' must hold finite numbers, got {_shown(value)}: towers read "
+            f"float32, of at most {FLOAT32_MAX:.1e}"
+        )
+    return float(number)
 
 
 def _id(name: str, dtype: str, value: Any) -> Any:
     if dtype == "string":
         if not isinstance(value, str) or "\0" in value:
-            raise UserError(f"'{name}' must hold string ids, got {value!r}")
-        return value.encode()
+            raise UserError(f"'{name}' must hold string ids, got {_shown(value)}")
+        try:
+            return value.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"'{name}': the id {_shown(value)} is no text (half of a surrogate pair): decode "
+                "it with the encoding that it was written in"
+            ) from None
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise UserError(f"'{name}' must hold integer ids, got {value!r}")
+        raise UserError(f"'{name}' must hold integer ids, got {_shown(value)}")
     if not PAD_INT64 < int(value) < 2**63:
-        raise UserError(f"'{name}': the id {value} does not fit 64 bits")
+        raise UserError(f"'{name}': the id {_shown(value)} does not fit 64 bits")
     return int(value)
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a value's text, as messages quote it."""
+    try:
+        return BRIEF.repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return f"a value of type {type(value).__name__}"
 
 
 def _ids(dtype: str, values: list[Any]) -> npt.NDArray[Any]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import secrets
 import shutil
@@ -24,6 +25,7 @@ from twotower.export.bundle import Bundle, Golden, answer_difference
 from twotower.files import write_json
 from twotower.serve.client import RecommendClient
 from twotower.serve.config import MODEL, ServeConfig
+from twotower.serve.hold import REPOSITORY, STATE
 from twotower.serve.repository import TARGET, render_repository
 from twotower.serve.runtime import Runtime, find_runtime
 
@@ -33,6 +35,8 @@ ADMIN_HEADER = "admin-key"
 # What changes the server, or maps its host's memory, needs the key.
 ADMIN = "model-repository,shared-memory,trace,logging"
 STOP_S = 20.0
+# Our own server is on this machine, so no request to it may go to a proxy of the environment.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 PR_SET_PDEATHSIG = 1
 
 
@@ -48,10 +52,10 @@ class TritonServer:
     def __init__(self, bundle: Bundle, config: ServeConfig, work_dir: Path) -> None:
         self.bundle, self.work_dir = bundle, work_dir
         self.wanted, self.config = config, config
-        self.golden = bundle.golden()
+        self.golden = _answerable(bundle)
         self.runtime: Runtime = find_runtime()
         self.log = work_dir / "triton.log"
-        self.repository = work_dir / "repository"
+        self.repository = work_dir / REPOSITORY
         self.process: subprocess.Popen[bytes] | None = None
         self._admin_key = secrets.token_hex(16)
         self._shm_prefix = ""
@@ -89,7 +93,7 @@ class TritonServer:
         except BaseException:
             self.stop()
             raise
-        write_json(self.work_dir / "server.json", {
+        write_json(self.work_dir / STATE, {
             "pid": self.process.pid if self.process else None,
             "host": self.config.host,
             **{name: getattr(self.config, name) for name in PORTS},
@@ -156,7 +160,7 @@ class TritonServer:
         )
         request.add_header(ADMIN_HEADER, self._admin_key)
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            with DIRECT.open(request, timeout=timeout_s) as response:
                 return int(response.status)
         except urllib.error.HTTPError as error:
             return error.code
@@ -169,7 +173,7 @@ class TritonServer:
         Raises:
             UserError: when an answer differs from eager PyTorch's beyond ties.
         """
-        with RecommendClient(self.grpc_url, timeout_s=self.config.load_timeout_s) as client:
+        with self._client(self.config.load_timeout_s) as client:
             return max(self._ask(client, number) for number in range(len(self.golden)))
 
     def probe(self) -> None:
@@ -179,8 +183,11 @@ class TritonServer:
             UserError: when no answer or a wrong one comes.
         """
         self._probes += 1
-        with RecommendClient(self.grpc_url, timeout_s=self.config.probe_timeout_s) as client:
+        with self._client(self.config.probe_timeout_s) as client:
             self._ask(client, self._probes % len(self.golden))
+
+    def _client(self, timeout_s: float) -> RecommendClient:
+        return RecommendClient(self.grpc_url, timeout_s=timeout_s, proxy=False)
 
     def _ask(self, client: RecommendClient, number: int) -> float:
         golden: Golden = self.golden[number]
@@ -233,10 +240,35 @@ class TritonServer:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        (self.work_dir / "server.json").unlink(missing_ok=True)
+            self._withdraw(process.pid)
         if self._shm_prefix:
             for leftover in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
                 leftover.unlink(missing_ok=True)
+
+    def _withdraw(self, pid: int) -> None:
+        """Remove the state file, if it is this process's."""
+        state = self.work_dir / STATE
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads(state.read_text())["pid"] == pid:
+                state.unlink()
+
+
+def _answerable(bundle: Bundle) -> list[Golden]:
+    """Return the golden queries that a server can be judged by.
+
+    Numbers that overflow the towers' float32 give eager PyTorch a vector of zeros, so scores of
+    zeros; the server refuses such a query.
+
+    Raises:
+        UserError: when there is none, since nothing else says that a server is healthy.
+    """
+    golden = [g for g in bundle.golden() if not g.item_ids or any(g.scores)]
+    if not golden:
+        raise UserError(
+            f"{bundle.path / 'golden.json'}: holds no golden query to judge the server by: make "
+            "the bundle again with `twotower export`"
+        )
+    return golden
 
 
 def choose_ports(config: ServeConfig) -> ServeConfig:

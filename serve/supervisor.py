@@ -8,7 +8,6 @@ not help, the server is.
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
@@ -19,9 +18,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from twotower.errors import UserError
 from twotower.export.bundle import read_bundle
 from twotower.serve.config import MODEL, ServeConfig
+from twotower.serve.hold import held
 from twotower.serve.server import TritonServer
 
 
@@ -88,32 +87,19 @@ def serve_forever(bundle_path: Path, config: ServeConfig, work_dir: Path) -> Non
         UserError: for a damaged bundle, a server of this job that runs already, or as
             `TritonServer.start`.
     """
-    _refuse_second(work_dir)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    server = TritonServer(read_bundle(bundle_path), config, work_dir)
-    started = time.monotonic()
-    server.start()
-    try:
-        _print_endpoints(server, time.monotonic() - started)
-        supervise(server, stop)
-    finally:
-        server.stop()
+    with held(work_dir):
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        server = TritonServer(read_bundle(bundle_path), config, work_dir)
+        started = time.monotonic()
+        server.start()
+        try:
+            _print_endpoints(server, time.monotonic() - started)
+            supervise(server, stop)
+        finally:
+            server.stop()
     _say("stopped")
-
-
-def _refuse_second(work_dir: Path) -> None:
-    try:
-        pid = json.loads((work_dir / "server.json").read_text())["pid"]
-        name = Path(f"/proc/{pid}/comm").read_text().strip()
-    except (OSError, ValueError, KeyError):
-        return
-    if name.startswith("tritonserver"):
-        raise UserError(
-            f"{work_dir}: process {pid} serves this job already: stop it first, or give another "
-            "run_dir"
-        )
 
 
 def _print_endpoints(server: TritonServer, seconds: float) -> None:

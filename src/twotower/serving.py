@@ -6,6 +6,7 @@ Loads no torch: a user's features and history come from the prepared dataset, an
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +21,14 @@ from twotower.errors import UserError
 from twotower.export.bundle import latest_bundle, read_bundle
 from twotower.job import Job
 from twotower.serve.client import RecommendClient
+from twotower.serve.hold import passing_directory
 from twotower.serve.request import Recommendation
 from twotower.serve.runtime import setup_runtime
 from twotower.serve.supervisor import running_server, serve_forever
 from twotower.show import console, table
 
 SHOWN_USERS = 3
+SHOWN_ITEMS = 10
 SHOWN_HISTORY = 3
 
 
@@ -47,30 +50,36 @@ def recommend(job: Job, options: Namespace) -> None:
     user = _parse_id(options.user, data, "users")
     features, seen = request_of(data, user)
     if options.history is not None:
-        seen = [_parse_id(i, data, "items") for i in options.history]
+        seen = [_parse_id(i, data, "items") for i in id_list(options.history)]
         for f in data.config.histories():
             features[f.name] = seen[max(0, len(seen) - f.length) :]
-    exclude = seen + [_parse_id(i, data, "items") for i in options.exclude]
-    with RecommendClient(options.url or _served_url(job)) as client:
+    exclude = seen + [_parse_id(i, data, "items") for i in id_list(options.exclude)]
+    url = options.url or _served_url(job)
+    with RecommendClient(url, proxy=options.url is not None) as client:
         answer = client.recommend(features, k=options.k, exclude=exclude)
     _print_answer(job, user, seen, answer)
 
 
 def show_answers(job: Job) -> None:
-    """Start a server on a free port, print three users' recommendations and stop it."""
+    """Start a server on a free port, print three users' recommendations and stop it.
+
+    It works in a directory of its own, so that a server of this job that runs goes on.
+    """
     data = PreparedDataset(job.path("prepared"))
     bundle = latest_bundle(job.path("bundles"))
     queries = split_queries(data, 2, 1000, job.seed)
     rows = np.unique(data.event_columns["user"][queries.event])
     chosen = rows[np.linspace(0, len(rows) - 1, min(SHOWN_USERS, len(rows))).astype(int)]
     free = replace(job.serve, http_port=0, grpc_port=0, metrics_port=0)
-    with running_server(bundle, free, job.path("server")) as server:
+    work_dir = job.path("server.check")
+    with passing_directory(work_dir), running_server(bundle, free, work_dir) as server:
         console.print(f"Triton answers over gRPC at {server.grpc_url}")
-        with RecommendClient(server.grpc_url) as client:
+        with RecommendClient(server.grpc_url, proxy=False) as client:
+            k = min(SHOWN_ITEMS, client.schema().max_k)
             for row in chosen:
                 user = data.users["id"][int(row)].as_py()
                 features, seen = request_of(data, user)
-                answer = client.recommend(features, k=min(10, len(data.items)), exclude=seen)
+                answer = client.recommend(features, k=k, exclude=seen)
                 _print_answer(job, user, seen, answer)
 
 
@@ -88,6 +97,21 @@ def request_of(data: PreparedDataset, user: Any) -> tuple[dict[str, Any], list[A
         if f.kind == "id" and f.source_column == data.config.columns.user:
             features[f.name] = user
     return features, data.items["id"].take(history).to_pylist()
+
+
+def id_list(text: str) -> list[str]:
+    """Read item ids from the command line: `[a,b]`, `a,b` or a JSON list.
+
+    Every id stays as it was typed, since YAML would read 007 as 7 and no as False.
+    """
+    try:
+        entries = json.loads(text, parse_int=str, parse_float=str)
+    except ValueError:
+        entries = None
+    if isinstance(entries, list) and all(isinstance(e, str) for e in entries):
+        return entries
+    inner = re.sub(r"^\s*\[|\]\s*$", "", text)
+    return [part for entry in inner.split(",") if (part := entry.strip().strip("'\""))]
 
 
 def _parse_id(text: str, data: PreparedDataset, side: str) -> Any:

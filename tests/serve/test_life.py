@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,23 +12,9 @@ import psutil
 import pytest
 
 from twotower.errors import UserError
-from twotower.serve.client import RecommendClient
 from twotower.serve.supervisor import running_server
 
-from .conftest import FREE, shared_memory, stubs_of
-
-
-def answers_again(server, timeout_s: float) -> bool:
-    golden = server.golden[0]
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            with RecommendClient(server.grpc_url, timeout_s=1) as client:
-                answer = client.recommend(golden.features, k=10, exclude=golden.exclude)
-                return answer.item_ids == golden.item_ids
-        except UserError:
-            time.sleep(0.1)
-    return False
+from .conftest import FREE, answers_again, shared_memory, start_serving, stubs_of
 
 
 def test_a_killed_stub_is_brought_back(server) -> None:
@@ -39,7 +23,7 @@ def test_a_killed_stub_is_brought_back(server) -> None:
     assert before
     for stub in before:
         stub.kill()
-    assert answers_again(server, 30)
+    assert answers_again(server.grpc_url, server.golden[0], 30)
     assert server.process.pid == triton, "the server itself went on"
     assert not {s.pid for s in before} & {s.pid for s in stubs_of(triton)}
 
@@ -50,7 +34,7 @@ def test_a_hung_stub_is_brought_back(server) -> None:
     for stub in stubs:
         stub.suspend()
     try:
-        assert answers_again(server, 60)
+        assert answers_again(server.grpc_url, server.golden[0], 60)
     finally:
         for stub in stubs:
             if stub.is_running():
@@ -60,7 +44,7 @@ def test_a_hung_stub_is_brought_back(server) -> None:
 def test_a_killed_server_is_brought_back_on_the_same_ports(server) -> None:
     url, before = server.grpc_url, server.process.pid
     os.kill(before, signal.SIGKILL)
-    assert answers_again(server, 30)
+    assert answers_again(server.grpc_url, server.golden[0], 30)
     assert server.grpc_url == url
     assert server.process.pid != before
     deadline = time.monotonic() + 10
@@ -72,23 +56,13 @@ def test_a_killed_server_is_brought_back_on_the_same_ports(server) -> None:
 
 
 @pytest.fixture
-def serving(finished_run, tmp_path):
+def serving(finished_run):
     """`twotower serve` as a process, its state file read."""
-    server = finished_run.run_dir / "server" / "server.json"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "twotower", "serve", *finished_run.arguments,
-         "--serve.http_port=0", "--serve.grpc_port=0", "--serve.metrics_port=0"],
-        cwd=finished_run.cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not server.exists():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    yield process, server
+    process, state = start_serving(finished_run)
+    yield process, state
     process.kill()
     process.wait()
-    server.unlink(missing_ok=True)  # a killed process leaves it
+    state.unlink(missing_ok=True)  # a killed process leaves it
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -171,12 +145,16 @@ def test_a_server_that_cannot_load_shows_its_log(finished_run, tmp_path) -> None
     # The repository's files are links to the bundle's, which may not change.
     (render / "index.onnx").unlink()
     (render / "index.onnx").write_bytes(b"no graph")
+    state = tmp_path / "server.json"
+    assert not state.exists()
+    state.write_text('{"pid": 1}')
     server._launch()
     try:
         with pytest.raises(UserError, match=r"before it was ready(.|\n)*index\.onnx"):
             server._wait_ready()
     finally:
         server.stop()
+    assert state.exists(), "the state file of another server"
 
 
 def test_the_repository_holds_one_whole_version(server) -> None:

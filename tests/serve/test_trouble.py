@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import threading
 import time
 import urllib.error
@@ -19,9 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
-from twotower.export.bundle import Manifest, seal
+from twotower.export.bundle import Manifest, read_bundle, seal
 from twotower.files import write_json
-from twotower.serve import runtime as runtime_module
 from twotower.serve.client import AsyncRecommendClient, RecommendClient, ServerUnavailable
 from twotower.serve.config import ServeConfig
 from twotower.serve.server import TritonServer
@@ -121,6 +121,27 @@ def unwatched(bundle: Path, tmp_path: Path) -> Iterator[TritonServer]:
         yield running
         # With its stub dead or hung, Triton would use up its time to stop.
         running.process.kill()
+
+
+def test_a_bundle_whose_queries_prove_nothing_is_refused(bundle, tmp_path) -> None:
+    copy = tmp_path / "1"
+    shutil.copytree(bundle, copy)
+    golden = json.loads((copy / "golden.json").read_text())
+    # As eager PyTorch answers numbers that overflow a tower.
+    zeros = golden[0] | {"scores": [0.0] * len(golden[0]["scores"])}
+    nothing_left = golden[0] | {"item_ids": [], "scores": []}
+    manifest = read_bundle(bundle).manifest
+
+    def server_of(queries) -> TritonServer:
+        write_json(copy / "golden.json", queries)
+        seal(copy, manifest)
+        return TritonServer(read_bundle(copy), FREE, tmp_path / "server")
+
+    for queries in ([], [zeros]):
+        with pytest.raises(UserError, match=r"golden\.json: holds no golden query"):
+            server_of(queries)
+    assert len(server_of([zeros, nothing_left, golden[1]]).golden) == 2
+    assert not (tmp_path / "server").exists()
 
 
 def url_of(server: TritonServer, protocol: str) -> str:
@@ -272,12 +293,3 @@ def test_supervision_outlives_an_error_of_ours(server, monkeypatch) -> None:
 def test_a_default_k_that_no_request_could_use_is_refused() -> None:
     with pytest.raises(UserError, match=r"serve\.default_k must be <= serve\.max_k"):
         ServeConfig(default_k=20, max_k=10).validate()
-
-
-def test_setup_deletes_no_folder_but_its_own(tmp_path, monkeypatch) -> None:
-    precious = tmp_path / "precious.txt"
-    precious.write_text("mine")
-    monkeypatch.setenv("TWOTOWER_TRITON_RUNTIME", str(tmp_path))
-    with pytest.raises(UserError, match="not an environment of the local Triton server"):
-        runtime_module.setup_runtime()
-    assert precious.read_text() == "mine"
