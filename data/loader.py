@@ -10,6 +10,7 @@ with another number of workers too; with another number of ranks it goes on with
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,7 @@ class TrainLoader:
             collate_fn=unchanged,
             # Of its own: the job's stream of random numbers stays as it is.
             generator=torch.Generator(),
+            worker_init_fn=_leave_signals,
         )
         for end, batch in zip(ends, loader, strict=True):
             # Batches that workers have built ahead do not count as taken.
@@ -127,6 +129,12 @@ class _Batches(Dataset[Batch]):
         epoch, low, high = part
         order = Shuffle(self.length, self.seed, epoch)
         return self.builder.events(order(np.arange(low, high)))
+
+
+def _leave_signals(_: int) -> None:
+    """Leave the end of a run to its process, which saves first and then ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unchanged(batch: Batch) -> Batch:

@@ -16,20 +16,22 @@ Needs neither torch nor onnx, and holds no pickle: a serving host reads it with 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 
 from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
-from twotower.files import sha256_file, write_json
+from twotower.files import sha256_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+REMEDY = "make it again with `twotower export`, or copy it whole"
 REQUIRED = (
     "query.onnx", "item.onnx", "index.onnx", "item_vectors.npy", "item_ids.npy", "golden.json",
 )  # fmt: skip
@@ -67,6 +69,8 @@ class Manifest:
     """Of the bundle; a reader refuses a newer one."""
     files: dict[str, str] = field(default_factory=dict)
     """Path -> SHA-256 of every file but the manifest."""
+    sha256: str = ""
+    """Of the rest of the manifest, as JSON without spaces and with sorted keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +106,64 @@ def seal(directory: Path, manifest: Manifest) -> None:
         for p in sorted(directory.rglob("*"))
         if p.is_file() and p.name != MANIFEST
     }
-    write_json(directory / MANIFEST, asdict(manifest) | {"files": files})
+    raw = asdict(manifest) | {"files": files}
+    (directory / MANIFEST).write_bytes(_render(raw | {"sha256": _digest(raw)}))
+
+
+def _render(raw: dict[str, Any]) -> bytes:
+    return (json.dumps(raw, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _digest(raw: dict[str, Any]) -> str:
+    rest = {key: value for key, value in raw.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(content: bytes) -> Manifest:
+    """Return the manifest whose bytes are given.
+
+    Raises:
+        UserError: unless they are, byte by byte, what `seal` wrote.
+    """
+    try:
+        raw = json.loads(content.decode())
+        if raw["format"] > FORMAT:
+            raise UserError(
+                f"bundle format {raw['format']} is newer than this twotower reads ({FORMAT}): "
+                "upgrade twotower on this host"
+            )
+        # Equal values can be spelt in several ways, of which one was written.
+        if raw["sha256"] != _digest(raw) or content != _render(raw):
+            raise UserError(f"does not match its own SHA-256 (changed): {REMEDY}")
+        specs = {side: [TensorSpec(**s) for s in raw[side]] for side in ("query", "item")}
+        manifest = Manifest(**(raw | specs))
+        for checked in (manifest, *manifest.query, *manifest.item):
+            _check_types(checked)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"no bundle's manifest, or damaged ({error}): {REMEDY}") from None
+    for name in REQUIRED:
+        if name not in manifest.files:
+            raise UserError(f"lists no '{name}': {REMEDY}")
+    return manifest
+
+
+def _check_types(value: Any) -> None:
+    """Refuse a field that is not of its type, which a manifest of another writer may hold."""
+    for name, hint in get_type_hints(type(value)).items():
+        found, inner = getattr(value, name), get_args(hint)
+        fits = isinstance(found, get_origin(hint) or hint) and not isinstance(found, bool)
+        if fits and isinstance(found, dict):
+            kind = (int, float) if inner[1] is float else inner[1]
+            fits = all(isinstance(entry, kind) for entry in found.values())
+        if not fits:
+            raise TypeError(f"{name} is {found!r}")
 
 
 def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
-    """Open a bundle, refusing one that is damaged, incomplete or from a newer format.
+    """Open a bundle, refusing one that is damaged, incomplete, misnamed or of a newer format.
 
     Args:
         path: the bundle's directory.
@@ -115,38 +172,29 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
     Raises:
         UserError: naming the file and the remedy.
     """
-    remedy = "make it again with `twotower export`, or copy it whole"
     if not path.is_dir():
         raise UserError(f"{path}: no bundle here: run `twotower export` first")
     try:
-        raw = json.loads((path / MANIFEST).read_text())
+        manifest = read_manifest((path / MANIFEST).read_bytes())
     except FileNotFoundError:
         raise UserError(
-            f"{path}: {MANIFEST} is missing, so this is no whole bundle: {remedy}"
+            f"{path}: {MANIFEST} is missing, so this is no whole bundle: {REMEDY}"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path / MANIFEST}: damaged ({error}): {remedy}") from None
-    try:
-        if raw["format"] > FORMAT:
-            raise UserError(
-                f"{path}: bundle format {raw['format']} is newer than this twotower reads "
-                f"({FORMAT}): upgrade twotower on this host"
-            )
-        specs = {side: [TensorSpec(**s) for s in raw[side]] for side in ("query", "item")}
-        manifest = Manifest(**(raw | specs))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path / MANIFEST}: not a bundle's manifest ({error}): {remedy}") from None
-    for name in REQUIRED:
-        if name not in manifest.files:
-            raise UserError(f"{path / MANIFEST}: lists no '{name}': {remedy}")
+    except UserError as error:
+        raise UserError(f"{path / MANIFEST}: {error}") from None
+    if path.resolve().name != str(manifest.version):
+        raise UserError(
+            f"{path}: holds version {manifest.version}, but a bundle's directory is named by its "
+            f"version: rename it to {manifest.version}"
+        )
     for name, digest in manifest.files.items():
         file = path / name
         if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
-            raise UserError(f"{file}: missing from the bundle: {remedy}")
+            raise UserError(f"{file}: missing from the bundle: {REMEDY}")
         if verify and sha256_file(file) != digest:
             raise UserError(
                 f"{file}: its bytes do not match the manifest's SHA-256 (truncated or changed): "
-                f"{remedy}"
+                f"{REMEDY}"
             )
     return Bundle(path, manifest)
 

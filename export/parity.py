@@ -17,7 +17,6 @@ import torch
 from twotower.data.batches import encoded_batch
 from twotower.data.encode import Encoder
 from twotower.data.prepared import PreparedDataset
-from twotower.data.queries import split_queries
 from twotower.data.schema import PAD_INT64, PAD_STRING, TensorSpec
 from twotower.errors import UserError
 from twotower.export.bundle import Golden, answer_difference
@@ -33,16 +32,19 @@ class ParityError(UserError):
 
 
 def golden_rows(data: PreparedDataset, specs: list[TensorSpec], count: int, seed: int) -> list[Row]:
-    """Return raw queries: users of the test split, and some with nothing but unseen ids.
+    """Return raw queries: users at events of the test split, some with nothing but unseen ids.
 
-    Each row is a request's features plus `exclude`, the item ids seen before.
+    Unlike a query that judges the towers, a golden one needs no item that its user had not taken
+    before, so any log has some. Each row is a request's features plus `exclude`, the item ids seen
+    before.
     """
-    queries = split_queries(data, 2, count, seed)
+    test, c = data.section(2), data.event_columns
+    chosen = np.random.default_rng(seed).choice(len(test), min(count, len(test)), replace=False)
     ids, rows = data.items["id"], []
-    users = data.event_columns["user"][queries.event]
-    for i in range(len(queries.event)):
-        seen = queries.seen[queries.seen_offset[i] : queries.seen_offset[i + 1]]
-        row = data.raw_query(int(users[i]), int(queries.event[i]), seen)
+    for i, event in enumerate(test.start + np.sort(chosen)):
+        user = int(c["user"][event])
+        seen = data.timeline[data.history_from[user] : c["history_to"][event]]
+        row = data.raw_query(user, int(event), seen)
         # Every other query filters what the user has seen.
         exclude = np.unique(seen) if i % 2 == 0 else np.empty(0, np.int64)
         row["exclude"] = ids.take(exclude).to_pylist()

@@ -3,7 +3,7 @@
 train/
 model.json      what the towers are built from: schema, table rows, model settings
 checkpoint/     a `torch.distributed.checkpoint` directory, the best epoch's
-train.json      what training did
+train.json      what training did, see `twotower.train.summary`
 curves.png, csv/, wandb/
 """
 
@@ -23,6 +23,7 @@ from twotower.errors import UserError
 from twotower.files import write_json
 from twotower.towers.config import ModelConfig
 from twotower.towers.two_tower import TwoTower
+from twotower.train.summary import check_training
 
 PREFIX = "model."
 
@@ -59,8 +60,10 @@ def load_towers(directory: Path, checkpoint: Path | None = None) -> TwoTower:
         checkpoint: the checkpoint in it, `checkpoint/` by default; saved on any world size.
 
     Raises:
-        UserError: when it is missing or does not fit the model.
+        UserError: when it is missing, is not as training left it, or does not fit the model.
     """
+    if checkpoint is None:
+        check_training(directory)
     model = TwoTower(**read_model_spec(directory))
     path = checkpoint or directory / "checkpoint"
     state = {PREFIX + name: value for name, value in model.state_dict().items()}
@@ -71,6 +74,7 @@ def load_towers(directory: Path, checkpoint: Path | None = None) -> TwoTower:
     except (CheckpointException, RuntimeError, FileNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path}: the checkpoint is damaged or of another model ({reason}): train again"
+            f"{path}: the checkpoint is damaged or of another model ({reason}): remove it and run "
+            "`twotower train` again"
         ) from None
     return model.eval()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 from twotower.errors import UserError
 
@@ -82,12 +84,24 @@ class EvaluateConfig:
                 raise UserError(f"evaluate.{name} must be >= 1, got {getattr(self, name)}")
 
 
+Mode = Literal["online", "offline", "disabled"]
+# What WANDB_MODE may say; the last two are W&B's older names.
+WANDB_MODES: dict[str, Mode] = {
+    "online": "online", "offline": "offline", "disabled": "disabled",
+    "run": "online", "dryrun": "offline",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where runs are tracked, beside the CSV files that are always written."""
+    """Where runs are tracked, beside the CSV files that are always written.
+
+    The environment variable WANDB_MODE (online, offline or disabled) goes before `wandb`, unless
+    that is off. Where W&B cannot be reached, a run is tracked offline; `wandb sync` uploads it.
+    """
 
     wandb: str = "auto"
-    """auto (online with an API key, else offline), offline, online or off."""
+    """auto (online with an API key, else offline), offline, online or off; see WANDB_MODE."""
     project: str = "twotower"
     """W&B project."""
 
@@ -101,3 +115,23 @@ class TrackingConfig:
             raise UserError(
                 f"tracking.wandb must be auto, offline, online or off, got '{self.wandb}'"
             )
+        self.mode()
+
+    def mode(self) -> Mode:
+        """Return W&B's own mode: online, offline or disabled.
+
+        Raises:
+            UserError: when WANDB_MODE is none.
+        """
+        if self.wandb == "off":
+            return "disabled"
+        if given := os.environ.get("WANDB_MODE"):
+            if given not in WANDB_MODES:
+                raise UserError(
+                    f"the environment variable WANDB_MODE must be one of {', '.join(WANDB_MODES)}, "
+                    f"got '{given}': correct it, or set tracking.wandb to off"
+                )
+            return WANDB_MODES[given]
+        if self.wandb == "online" or (self.wandb == "auto" and os.environ.get("WANDB_API_KEY")):
+            return "online"
+        return "offline"

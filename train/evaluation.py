@@ -31,6 +31,39 @@ from twotower.train.config import EvaluateConfig
 I64 = npt.NDArray[np.int64]
 Metrics = dict[str, float]
 
+# By split: how to come by events of items that their users have not taken before.
+REMEDIES = {
+    "temporal": "raise data.split.{name}, or give an earlier data.split.{name}_from",
+    "leave_last_out": "leave out repeated events of a user and an item, or use a temporal split",
+    "given": "mark events of items new to their users as {name} in data.split.column, or put such "
+    "events into data.split.{name}_files",
+}
+
+
+def judged_queries(
+    data: PreparedDataset, split: int, config: EvaluateConfig, seed: int
+) -> Queries:  # fmt: skip
+    """Return the queries that judge the towers on validation (1) or test (2).
+
+    Raises:
+        UserError: when there is none, or a cut-off exceeds the catalogue.
+    """
+    items = len(data.items)
+    if max(config.k) > items:
+        fitting = [k for k in config.k if k < items] or [max(1, items // 4)]
+        raise UserError(
+            f"evaluate.k must be cut-offs <= {items}, the number of items in the catalogue of "
+            f"{data.path}, got {config.k}: with more, every item is answered; set it to {fitting}"
+        )
+    queries = split_queries(data, split, config.max_queries, seed)
+    if not len(queries.event):
+        name = ("training", "validation", "test")[split]
+        raise UserError(
+            f"{data.path}: the {name} split holds no query, that is no event of an item that its "
+            f"user had not taken before: {REMEDIES[data.config.split.kind].format(name=name)}"
+        )
+    return queries
+
 
 @torch.no_grad()
 def answer(
@@ -160,8 +193,7 @@ def evaluate_towers(
 ) -> Metrics:  # fmt: skip
     """Return the metrics of a `TwoTower` on `queries`."""
     item_ND = catalogue_vectors(model.item_vectors, builder, device, batch_size)
-    k = min(max(ks), len(item_ND))
-    answers = answer(model.query_vectors, item_ND, builder, queries, k, batch_size)
+    answers = answer(model.query_vectors, item_ND, builder, queries, max(ks), batch_size)
     return score_answers(answers, queries, builder.data, ks)
 
 
@@ -174,14 +206,10 @@ def compare_with_baselines(
         `split`; `queries`, their number; `slices`, the size of each; `results`, model -> metrics.
 
     Raises:
-        UserError: when the test split holds no query.
+        UserError: as `judged_queries`.
     """
-    queries = split_queries(data, 2, config.max_queries, seed)
-    if not len(queries.event):
-        raise UserError(
-            "the test split holds no query: all its items were seen before: raise data.split.test"
-        )
-    k, size = min(max(config.k), len(data.items)), config.batch_size
+    queries = judged_queries(data, 2, config, seed)
+    k, size = max(config.k), config.batch_size
     results = {
         "two towers": evaluate_towers(
             model, BatchBuilder(data), queries, config.k, size, torch.device("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.optim.apply_optimizer_in_backward import (
@@ -27,12 +28,16 @@ class RetrievalModule(L.LightningModule):
         model: the towers; the strategy replaces it by its sharded form.
         config: of training.
         train_count_N: training events of each item, for the logQ correction.
+        seed: of what a step draws at random (dropout).
     """
 
-    def __init__(self, model: TwoTower, config: TrainConfig, train_count_N: Tensor) -> None:
+    def __init__(
+        self, model: TwoTower, config: TrainConfig, train_count_N: Tensor, seed: int = 0
+    ) -> None:
         super().__init__()
         self.model = model
         self.config = config
+        self.seed = seed
         frequency_N = train_count_N.double().clamp_min(1) / train_count_N.sum()
         # Not saved: it follows from the prepared dataset.
         self.register_buffer("log_q_N", frequency_N.log().float(), persistent=False)
@@ -43,6 +48,19 @@ class RetrievalModule(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Turn the loader to the epoch; behind a whole one, Lightning restores no place in it."""
         self.trainer.train_dataloader.set_epoch(self.current_epoch)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed what the step draws by the step and the rank, so that no checkpoint holds streams.
+
+        A resumed run draws what an unbroken one would have drawn, and every rank something else.
+        """
+        place = [self.seed, self.global_step, self.global_rank]
+        number = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(number)
+        else:
+            # Not torch.manual_seed, which takes 0.1 ms to note where CUDA would be seeded from.
+            torch.default_generator.manual_seed(number)
 
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int

@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import shutil
+import signal
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -19,94 +21,23 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.callbacks.progress import RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from twotower.data.batches import BatchBuilder
 from twotower.data.loader import TrainLoader
 from twotower.data.prepared import PreparedDataset
-from twotower.data.queries import split_queries
 from twotower.errors import UserError
-from twotower.files import partial_path, publish, write_json
+from twotower.files import partial_path, publish, recover, write_json
 from twotower.towers.config import ModelConfig
 from twotower.towers.two_tower import TwoTower
+from twotower.train.callbacks import CatalogueValidation, ResumeCheckpoint, TrainingProgress
 from twotower.train.checkpoint import write_model_spec
 from twotower.train.config import EvaluateConfig, TrackingConfig, TrainConfig
-from twotower.train.evaluation import evaluate_towers
 from twotower.train.module import RetrievalModule
 from twotower.train.plots import plot_curves, read_metrics
 from twotower.train.strategy import TorchRecStrategy
+from twotower.train.summary import write_summary
 from twotower.train.tracking import wandb_logger
-
-
-class CatalogueValidation(L.Callback):
-    """Judges the towers over the whole catalogue after every epoch."""
-
-    def __init__(self, data: PreparedDataset, config: EvaluateConfig, seed: int) -> None:
-        self.config = config
-        self.builder = BatchBuilder(data)
-        self.queries = split_queries(data, 1, config.max_queries, seed)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log `val/<metric>` for the checkpoint and early stopping to read."""
-        model: Any = pl_module.model
-        model.eval()
-        metrics = evaluate_towers(
-            model.module, self.builder, self.queries, self.config.k, self.config.batch_size,
-            pl_module.device,
-        )  # fmt: skip
-        model.train()
-        for name, value in metrics.items():
-            if "/" not in name:
-                pl_module.log(f"val/{name}", value, prog_bar=name == self.config.monitor)
-
-
-class ResumeCheckpoint(Checkpoint):
-    """Keeps one checkpoint that a killed run resumes from: every n steps, and after each epoch.
-
-    An epoch's own is written once its validation has been judged, so that no run resumes behind
-    the last batch of an epoch that nothing has chosen from.
-    """
-
-    def __init__(self, folder: Path, every_n_steps: int) -> None:
-        self.folder, self.every_n_steps = folder, every_n_steps
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stay stopped when a run was killed behind its last epoch; Lightning forgets that."""
-        stopping = trainer.early_stopping_callbacks
-        trainer.should_stop = any(s.wait_count >= s.patience for s in stopping)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
-        batch_idx: int,
-    ) -> None:  # fmt: skip
-        """Save in the middle of an epoch."""
-        last = batch_idx + 1 == trainer.num_training_batches
-        if trainer.global_step % self.every_n_steps == 0 and not last:
-            self._save(trainer)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save after an epoch."""
-        self._save(trainer)
-
-    def _save(self, trainer: L.Trainer) -> None:
-        # Named by step, so that the new one is whole before the old one goes.
-        old = list(self.folder.glob("last-step=*.ckpt"))
-        new = self.folder / f"last-step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(new)
-        for path in old:
-            if path != new:
-                trainer.strategy.remove_checkpoint(path)
-
-
-class _Progress(RichProgressBar):
-    """Leaves out the loggers' version, which says nothing of the run."""
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        shown: dict[str, Any] = super().get_metrics(trainer, pl_module)
-        shown.pop("v_num", None)
-        return shown
 
 
 def train(
@@ -129,6 +60,8 @@ def train(
 
     Raises:
         UserError: when the dataset cannot be trained on.
+        SystemExit: of code 143, at a SIGTERM, with a checkpoint that the next run resumes from.
+        KeyboardInterrupt: at Ctrl-C; the next run resumes from the last checkpoint there is.
     """
     started = time.monotonic()
     if config.accelerator == "cuda" and not torch.cuda.is_available():
@@ -136,6 +69,8 @@ def train(
             "train.accelerator is cuda, but torch finds no CUDA device: set it to auto or cpu, "
             "or install the CUDA builds (`make CUDA=1 install`)"
         )
+    validation = CatalogueValidation(data, evaluate, seed)
+    recover(directory)
     partial = partial_path(directory)
     resume = _resume_point(partial, fingerprint)
     if resume is None:
@@ -143,30 +78,43 @@ def train(
         partial.mkdir(parents=True)
         write_model_spec(partial, data, model)
         write_json(partial / "inputs.json", {"fingerprint": fingerprint, "job": job, "seed": seed})
-    validation = _validation(data, evaluate, seed)
     L.seed_everything(seed, verbose=False)
     rows = {table: info["rows"] for table, info in data.summary["tables"].items()}
     towers = TwoTower(data.config, rows, model)
     cuda = config.accelerator != "cpu" and torch.cuda.is_available()
     workers = config.workers if config.workers is not None else 2 * cuda
     loader = TrainLoader(data, config.batch_size, seed, workers=workers, pin_memory=cuda)
-    module = RetrievalModule(towers, config, torch.from_numpy(data.train_count.copy()))
+    module = RetrievalModule(towers, config, torch.from_numpy(data.train_count.copy()), seed)
     wandb = wandb_logger(partial, tracking, name, job)
     trainer = _trainer(partial, config, evaluate, validation, wandb, len(loader))
-    trainer.fit(module, loader, ckpt_path=str(resume) if resume else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    return _finish(trainer, partial, directory, fingerprint, resume, started, wandb)
+    checkpoints: Any = next(c for c in trainer.callbacks if isinstance(c, ResumeCheckpoint))
+    with checkpoints.heeding_sigterm():
+        _fit(trainer, module, loader, resume, checkpoints)
+        return _finish(trainer, partial, directory, fingerprint, resume, started, wandb)
 
 
-def _validation(data: PreparedDataset, config: EvaluateConfig, seed: int) -> CatalogueValidation:
-    validation = CatalogueValidation(data, config, seed)
-    if not len(validation.queries.event):
-        raise UserError(
-            "the validation split holds no query (no event of an item that its user had not seen), "
-            "so no epoch can be chosen by it: give data.split a larger validation part"
+def _fit(
+    trainer: L.Trainer, module: RetrievalModule, loader: TrainLoader, resume: Path | None,
+    checkpoints: ResumeCheckpoint,
+) -> None:  # fmt: skip
+    """Train; when it is told to stop, say how to go on."""
+    try:
+        trainer.fit(module, loader, ckpt_path=str(resume) if resume else None)
+    except (SystemExit, RuntimeError) as stop:
+        if isinstance(stop, RuntimeError):
+            # A signal to the whole process group ends the loader's workers before the step.
+            if not checkpoints.told_to_stop:
+                raise
+            stop = SystemExit(128 + signal.SIGTERM)
+        saved = _newest(checkpoints.folder)
+        there = "its start, no step was saved" if saved is None else f"step {_step(saved)}"
+        print(
+            f"twotower train: stopped at step {trainer.global_step}: give the same command to go "
+            f"on from {there}",
+            file=sys.stderr,
         )
-    return validation
+        # Lightning makes a 1 of Ctrl-C.
+        raise (stop if stop.code != 1 else KeyboardInterrupt) from None
 
 
 def _resume_point(partial: Path, fingerprint: str) -> Path | None:
@@ -177,8 +125,11 @@ def _resume_point(partial: Path, fingerprint: str) -> Path | None:
         return None
     if inputs["fingerprint"] != fingerprint:
         return None
-    found = (partial / "checkpoints").glob("last-step=*.ckpt")
-    return max(found, key=_step, default=None)
+    return _newest(partial / "checkpoints")
+
+
+def _newest(checkpoints: Path) -> Path | None:
+    return max(checkpoints.glob("last-step=*.ckpt"), key=_step, default=None)
 
 
 def _step(checkpoint: Path) -> int:
@@ -200,7 +151,7 @@ def _trainer(
             enable_version_counter=False,
         ),
         ResumeCheckpoint(folder, config.checkpoint_every_steps),
-        _Progress(leave=False),
+        TrainingProgress(leave=False),
     ]  # fmt: skip
     return L.Trainer(
         accelerator="gpu" if config.accelerator == "cuda" else config.accelerator,
@@ -247,8 +198,17 @@ def _finish(
     plot_curves(history, best.monitor, partial / "curves.png")
     if wandb:
         wandb.experiment.finish()
-    Path(best.best_model_path).rename(partial / "checkpoint")
-    shutil.rmtree(partial / "checkpoints")
-    write_json(partial / "train.json", summary)
+    # The run stays one that can be resumed until it is published.
+    shutil.rmtree(partial / "checkpoint", ignore_errors=True)
+    shutil.copytree(best.best_model_path, partial / "checkpoint", copy_function=_link)
+    summary = write_summary(partial, summary)
     publish(partial, directory)
+    shutil.rmtree(directory / "checkpoints")
     return summary
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)

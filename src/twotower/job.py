@@ -53,6 +53,8 @@ class Job:
         for key, value in (("name", self.name), ("run_dir", self.run_dir)):
             if not value.strip():
                 raise UserError(f"{key} must not be empty")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         for section in (
             self.data, self.inspect, self.model, self.train, self.evaluate, self.export,
             self.serve, self.tracking,

@@ -16,15 +16,27 @@ Heavy libraries are imported by the steps that need them: `serve` and `recommend
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from twotower.errors import UserError
-from twotower.export.bundle import bundle_versions
-from twotower.files import atomic_directory, fingerprint, write_json
+from twotower.export.bundle import bundle_versions, read_bundle
+from twotower.files import (
+    atomic_directory,
+    fingerprint,
+    only_writer,
+    partial_path,
+    recover,
+    write_json,
+)
 from twotower.job import Job
 from twotower.show import console, facts, long_work, table
+from twotower.train.summary import check_training, is_tracked, read_summary
 
 if TYPE_CHECKING:
     from twotower.data.prepared import PreparedDataset
@@ -32,24 +44,29 @@ if TYPE_CHECKING:
 
 def prepare(job: Job) -> None:
     """Prepare the log."""
-    from twotower.data.prepare.plan import make_plan
+    from twotower.data.prepare.plan import make_plan, refuse_loss
     from twotower.data.prepare.prepare import prepare as prepare_log
     from twotower.data.prepared import find_prepared
 
     target = job.path("prepared")
-    previous = find_prepared(target)
-    plan = make_plan(job.data, previous)
-    if plan.kind == "nothing":
-        return _unchanged("prepare", target)
-    with long_work("prepare") as report, atomic_directory(target) as partial:
-        summary = prepare_log(job.data, partial, previous, report)
+    with only_writer(target.parent):
+        recover(target)
+        previous = find_prepared(target)
+        plan = make_plan(job.data, previous)
+        if previous is None:
+            refuse_loss(target, plan)
+        if plan.kind == "nothing":
+            shutil.rmtree(partial_path(target), ignore_errors=True)
+            return _unchanged("prepare", target)
+        with long_work("prepare") as report, atomic_directory(target) as partial:
+            summary = prepare_log(job.data, partial, previous, report)
     counts = {name.replace("_", " "): n for name, n in summary["counts"].items() if n}
     rows = {f"table {n}": f"{t['rows']:,} rows" for n, t in summary["tables"].items()}
     files = sum(len(s.files) for s in plan.sources)
     how = {"append": f"{files:,} files, appended to what was prepared", "all": f"{files:,} files"}
     facts("prepare", {"read": how[plan.kind], **counts, **rows, "written to": target})
     for reason in summary["bad_rows"]:
-        console.print(f"[yellow]skipped[/yellow] {reason}")
+        console.print(f"[yellow]skipped[/yellow] {escape(reason)}")
 
 
 def _prepared(job: Job) -> PreparedDataset:
@@ -70,7 +87,7 @@ def train(job: Job) -> None:
     target = job.path("train")
     data = _prepared(job)
     mark = _train_mark(job, data)
-    if _mark_of(target / "train.json") == mark:
+    if _mark_of(target / "train.json") == mark and _sound("train", check_training, target):
         return _unchanged("train", target)
     from twotower.train.train import train as train_towers
 
@@ -89,7 +106,9 @@ def train(job: Job) -> None:
 def _train_mark(job: Job, data: PreparedDataset) -> str:
     """Fingerprint what the weights depend on; of the evaluation, what chooses the epoch."""
     chooses = [job.evaluate.monitor, job.evaluate.max_queries]
-    sections = [asdict(job.model), asdict(job.train), chooses]
+    # Who builds the batches, and when a checkpoint is written, changes nothing in them.
+    training = replace(job.train, workers=None, checkpoint_every_steps=1)
+    sections = [asdict(job.model), asdict(training), chooses]
     return fingerprint([data.fingerprint, job.seed, *sections])
 
 
@@ -100,9 +119,7 @@ def _evaluation_mark(job: Job, trained: dict[str, Any]) -> str:
 def _trained(job: Job) -> tuple[PreparedDataset, dict[str, Any]]:
     """Return the dataset and the summary of its training, refusing one of other inputs."""
     data, target = _prepared(job), job.path("train")
-    if not (target / "train.json").exists():
-        raise UserError(f"{target}: no trained model: run `twotower train` first")
-    summary: dict[str, Any] = json.loads((target / "train.json").read_text())
+    summary = read_summary(target)
     if summary["fingerprint"] != _train_mark(job, data):
         raise UserError(
             f"{target}: was trained from other data or settings: run `twotower train` again"
@@ -151,10 +168,10 @@ def export(job: Job) -> None:
     mark = fingerprint([trained["fingerprint"], job.name, asdict(job.export), metrics])
     if versions := bundle_versions(bundles):
         newest = bundles / str(versions[-1])
-        if _mark_of(newest / "manifest.json") == mark:
+        if _mark_of(newest / "manifest.json") == mark and _sound("export", read_bundle, newest):
+            _track(job, newest, trained, metrics)
             return _unchanged("export", newest)
     from twotower.export.export import export as export_bundle
-    from twotower.train.tracking import log_bundle
 
     with console.status("exporting") as status:
         bundle = export_bundle(
@@ -162,8 +179,7 @@ def export(job: Job) -> None:
             fingerprint=mark, metrics=metrics, seed=job.seed,
             progress=lambda stage: status.update(f"exporting: {stage}"),
         )  # fmt: skip
-        status.update("tracking the bundle")
-        log_bundle(job.path("train"), bundle.path, job.tracking, trained["wandb_run"], metrics)
+    _track(job, bundle.path, trained, metrics)
     m = bundle.manifest
     size = sum(f.stat().st_size for f in bundle.path.iterdir()) / 1e6
     facts("export", {
@@ -172,6 +188,19 @@ def export(job: Job) -> None:
         "largest score difference": f"{m.parity['scores']:.1e} (eager against ONNX Runtime)",
         "size": f"{size:.1f} MB",
     })  # fmt: skip
+
+
+def _track(job: Job, bundle: Path, trained: dict[str, Any], metrics: dict[str, float]) -> None:
+    """Hand a bundle to the tracker, unless it has been."""
+    directory, run_id = job.path("train"), trained["wandb_run"]
+    if run_id is None or job.tracking.mode() == "disabled":
+        return
+    if is_tracked(directory, int(bundle.name)):
+        return
+    from twotower.train.tracking import log_bundle
+
+    with console.status("tracking the bundle"):
+        log_bundle(directory, bundle, job.tracking, run_id, metrics)
 
 
 def _metrics(job: Job, trained: dict[str, Any]) -> dict[str, float]:
@@ -190,6 +219,16 @@ def _mark_of(manifest: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return mark
+
+
+def _sound(step: str, check: Callable[[Path], object], target: Path) -> bool:
+    """Whether what a step left is whole; says so where it is not."""
+    try:
+        check(target)
+    except UserError:
+        console.print(f"[yellow]{step}[/yellow]: {escape(str(target))} is damaged, made again")
+        return False
+    return True
 
 
 def _unchanged(step: str, target: Path) -> None:

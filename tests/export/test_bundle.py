@@ -1,13 +1,17 @@
 """The bundle: whole and unchanged, or refused with the file's name."""
 
+import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from twotower.errors import UserError
-from twotower.export.bundle import answer_difference, read_bundle
+from twotower.export.bundle import answer_difference, read_bundle, read_manifest
 
 
 @pytest.fixture
@@ -50,28 +54,109 @@ def test_a_missing_file_is_refused(bundle, name) -> None:
         read_bundle(bundle)
 
 
+def reseal(bundle, change) -> None:
+    """Change the manifest as another writer would: with a checksum that fits."""
+    manifest = json.loads((bundle / "manifest.json").read_text()) | change
+    rest = {k: v for k, v in manifest.items() if k != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (bundle / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"format": 99}, "newer than this twotower"),
+        ({"format": "1"}, "no bundle's manifest"),
         ({"files": {}}, "lists no 'query.onnx'"),
-        ({"query": [{"nonsense": 1}]}, "not a bundle's manifest"),
+        ({"files": None}, "files is None"),
+        ({"files": {"query.onnx": 7}}, "files is {'query.onnx': 7}"),
+        ({"query": [{"nonsense": 1}]}, "no bundle's manifest"),
+        ({"query": [{"name": 1, "kind": "id", "dtype": "int64", "length": 1}]}, "name is 1"),
+        ({"query": None}, "no bundle's manifest"),
+        ({"num_items": "300"}, "num_items is '300'"),
+        ({"dim": True}, "dim is True"),
+        ({"metrics": {"ndcg@20": "high"}}, "metrics is"),
+        ({"more": 1}, "no bundle's manifest"),
+        ({"version": 3}, "holds version 3, but .* rename it to 3"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(bundle, change, words) -> None:
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    (bundle / "manifest.json").write_text(json.dumps(manifest | change))
+    reseal(bundle, {})
+    read_bundle(bundle)
+    reseal(bundle, change)
     with pytest.raises(UserError, match=words):
         read_bundle(bundle)
 
 
 def test_a_manifest_may_not_point_outside_the_bundle(bundle) -> None:
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["files"]["../secret"] = "0" * 64
     (bundle.parent / "secret").write_text("x")
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    files = json.loads((bundle / "manifest.json").read_text())["files"]
+    reseal(bundle, {"files": files | {"../secret": "0" * 64}})
     with pytest.raises(UserError, match="secret"):
         read_bundle(bundle)
+
+
+def test_every_flipped_bit_of_the_manifest_is_refused(finished_run) -> None:
+    content = (finished_run.bundle / "manifest.json").read_bytes()
+    assert read_manifest(content).version == 1
+    changed = bytearray(content)
+    for place in range(len(content)):
+        for bit in range(8):
+            changed[place] ^= 1 << bit
+            with pytest.raises(UserError):
+                read_manifest(bytes(changed))
+            changed[place] ^= 1 << bit
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[]", b"7", b"{}", b'"format"', b"\xff", b"[" * 100_000]
+)
+def test_what_is_no_manifest_is_refused(content) -> None:
+    with pytest.raises(UserError, match="no bundle's manifest"):
+        read_manifest(content)
+
+
+@pytest.fixture(scope="module")
+def damaged(finished_run, tmp_path_factory):
+    """A copy whose files one test may cut and mend."""
+    return shutil.copytree(finished_run.bundle, tmp_path_factory.mktemp("damaged") / "1")
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_truncated_file_is_refused(damaged, data) -> None:
+    file = data.draw(st.sampled_from(sorted(p for p in damaged.iterdir())))
+    content = file.read_bytes()
+    file.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    try:
+        with pytest.raises(UserError, match=re.escape(file.name)):
+            read_bundle(damaged)
+    finally:
+        file.write_bytes(content)
+    read_bundle(damaged)
+
+
+def test_a_damaged_bundle_is_made_again_and_tracked_until_it_is(
+    finished_run, twotower, tmp_path
+) -> None:
+    shutil.copytree(finished_run.run_dir, tmp_path / "run")
+    vectors = tmp_path / "run" / "bundles" / "1" / "item_vectors.npy"
+    content = bytearray(vectors.read_bytes())
+    content[-1] ^= 1
+    vectors.write_bytes(content)
+    tracked = tmp_path / "run" / "train" / "tracked.json"
+    assert json.loads(tracked.read_text()) == [1]
+    done = twotower("export", *finished_run.arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "damaged, made again" in done.stdout
+    assert read_bundle(tmp_path / "run" / "bundles" / "2").manifest.version == 2
+    assert json.loads(tracked.read_text()) == [1, 2]
+    tracked.unlink()
+    done = twotower("export", *finished_run.arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "export: inputs unchanged" in done.stdout
+    assert json.loads(tracked.read_text()) == [2], "what was not tracked is tracked now"
 
 
 def test_a_damaged_bundle_is_not_served(finished_run, bundle, twotower, tmp_path) -> None:

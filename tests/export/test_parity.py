@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from twotower.data.prepared import PreparedDataset
+from twotower.data.schema import Split
 from twotower.export.bundle import read_bundle
 from twotower.export.config import ExportConfig
 from twotower.export.export import export
@@ -11,8 +12,11 @@ from twotower.export.parity import (
     ParityError,
     check_answers,
     eager_answers,
+    golden_rows,
     onnx_answers,
 )
+from twotower.towers.config import ModelConfig
+from twotower.towers.two_tower import TwoTower
 from twotower.train.checkpoint import load_towers
 
 
@@ -35,6 +39,23 @@ def test_200_golden_queries_agree_between_eager_and_onnx(finished_run) -> None:
     for g in golden:
         assert not set(g.exclude) & set(g.item_ids)
         assert len(g.item_ids) == 10
+
+
+def test_a_test_split_of_repeated_items_has_golden_queries(make) -> None:
+    events = {
+        "user_id": [1, 1, 2, 2, 3, 3, 3, 1, 2, 2], "item_id": list("abbccdabcb"),
+        "timestamp": list(range(10, 110, 10)),
+        "split": ["train"] * 7 + ["validation"] + ["test"] * 2,
+    }  # fmt: skip
+    data = make(events, split=Split(kind="given", column="split"))
+    specs = data.encoder.specs(data.config, "query")
+    rows = golden_rows(data, specs, 200, 0)
+    assert [set(row["exclude"]) for row in rows] == [{"b", "c"}, set()]
+    tables = {name: t["rows"] for name, t in data.summary["tables"].items()}
+    model = TwoTower(data.config, tables, ModelConfig(dim=8, hidden=[16])).eval()
+    vectors = np.eye(4, 8, dtype=np.float32)
+    golden = eager_answers(model, data.encoder, vectors, data, rows, 4)
+    assert [set(g.item_ids) for g in golden] == [{"a", "d"}, set("abcd")]
 
 
 def test_a_difference_beyond_the_tolerance_leaves_no_bundle(finished_run, tmp_path) -> None:

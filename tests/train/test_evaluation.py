@@ -7,9 +7,14 @@ import pytest
 
 from twotower.data.prepared import PreparedDataset
 from twotower.data.queries import Queries, split_queries
+from twotower.data.schema import Split
+from twotower.errors import UserError
+from twotower.train.callbacks import CatalogueValidation
+from twotower.train.config import EvaluateConfig
 from twotower.train.evaluation import (
     answer_by_cooccurrence,
     answer_by_popularity,
+    judged_queries,
     popularity_slices,
     score_answers,
 )
@@ -36,7 +41,7 @@ def parts(queries: Queries, i: int) -> tuple[set[int], set[int]]:
 def test_queries_are_the_moments_of_the_split(data, queries) -> None:
     c = data.event_columns
     expected: dict[tuple[int, int], set[int]] = {}
-    for row in np.flatnonzero(c["split"] == 2):
+    for row in data.section(2):
         expected.setdefault((c["user"][row], c["time"][row]), set()).add(int(c["item"][row]))
     found = 0
     for i, event in enumerate(queries.event):
@@ -60,6 +65,32 @@ def test_repeated_items_are_neither_relevant_nor_answered(make) -> None:
     relevant, seen = parts(queries, 0)
     assert len(relevant) == 1
     assert not relevant & seen
+
+
+def test_more_answers_than_items_are_refused(make) -> None:
+    config = EvaluateConfig(k=[2, 50], monitor="ndcg@2")
+    with pytest.raises(UserError, match=r"evaluate\.k must be .* <= 5, .* got \[2, 50\].*to \[2\]"):
+        CatalogueValidation(make(EVENTS), config, 0)
+    whole = EvaluateConfig(k=[5], monitor="ndcg@5")
+    assert len(judged_queries(make(EVENTS), 2, whole, 0).event)
+
+
+@pytest.mark.parametrize(
+    ("split", "remedy"),
+    [
+        (Split(kind="given", column="split"), r"as test in data\.split\.column.*test_files"),
+        (Split(kind="temporal", validation=0.2, test=0.2), r"raise data\.split\.test"),
+    ],
+)
+def test_a_split_without_queries_is_explained(split, remedy, make) -> None:
+    names = ["train"] * 8 + ["validation", "test"]
+    events = {
+        "user_id": [1, 1, 2, 2, 3, 3, 3, 1, 2, 2], "item_id": list("abbccdabcb"),
+        "timestamp": list(range(10, 110, 10)), "split": names,
+    }  # fmt: skip
+    config = EvaluateConfig(k=[2], monitor="ndcg@2")
+    with pytest.raises(UserError, match=f"the test split holds no query.*{remedy}"):
+        judged_queries(make(events, split=split), 2, config, 0)
 
 
 def test_metrics_follow_their_definitions(data, queries) -> None:
@@ -112,9 +143,10 @@ def test_popularity_answers_the_most_taken_unseen_items(data, queries) -> None:
 
 def test_cooccurrence_answers_what_is_taken_with_the_history(data, queries) -> None:
     c, n = data.event_columns, len(data.items)
-    train = c["split"] == 0
+    train = data.section(0)
+    assert 0 < len(train) < len(data.events)
     taken = np.zeros((len(data.users), n))
-    taken[c["user"][train], c["item"][train]] = 1
+    taken[c["user"][: train.stop], c["item"][: train.stop]] = 1
     norm = np.maximum(np.linalg.norm(taken, axis=0), 1)
     cosine = (taken.T @ taken) / norm / norm[:, None]
     np.fill_diagonal(cosine, 0)

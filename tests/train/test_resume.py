@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from twotower.data.prepared import PreparedDataset
+from twotower.errors import UserError
 from twotower.train.checkpoint import load_towers
 
-from ..conftest import QUICKSTART
+from ..conftest import EVENTS, QUICKSTART
 
 SETTINGS = [
     "--train.batch_size=256", "--train.max_epochs=4", "--train.patience=9",
-    "--train.checkpoint_every_steps=5", "--tracking.wandb=off",
+    "--train.checkpoint_every_steps=5", "--tracking.wandb=off", "--model.dropout=0.2",
+    "--model.learn_temperature=true",
+]  # fmt: skip
+# Overfits within a few epochs, and so stops early.
+EARLY = [
+    "--train.max_epochs=30", "--train.patience=1", "--train.table_lr=0.5", "--model.dropout=0",
+    "--model.learn_temperature=false", "--train.checkpoint_every_steps=100",
 ]  # fmt: skip
 
 
@@ -40,7 +49,12 @@ def newest_step(folder: Path) -> int:
     return max(steps, default=0)
 
 
-def test_a_run_killed_twice_ends_like_an_unbroken_one(
+def heed_interrupts() -> None:
+    """Take SIGINT again, which a shell lets its background jobs ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_a_run_stopped_three_times_ends_like_an_unbroken_one(
     unbroken, demo_log, twotower, tmp_path
 ) -> None:
     assert twotower("prepare", *arguments(demo_log, "run"), cwd=tmp_path).returncode == 0
@@ -49,21 +63,34 @@ def test_a_run_killed_twice_ends_like_an_unbroken_one(
     print(f"TWOTOWER_TEST_SEED={seed}")
     rng = random.Random(seed)
     last = json.loads((unbroken / "train.json").read_text())["steps"]
-    targets = sorted(rng.sample(range(1, last - 8), 2))
-    for target, workers in zip(targets, (2, 0), strict=True):
+    targets = sorted(rng.sample(range(1, last - 8), 3))
+    stops = [
+        (signal.SIGKILL, -signal.SIGKILL, 2),
+        (signal.SIGINT, 130, 0),
+        (signal.SIGTERM, 143, 2),
+    ]
+    for target, (number, code, workers) in zip(targets, stops, strict=True):
         process = subprocess.Popen(
             [sys.executable, "-m", "twotower", "train", *arguments(demo_log, "run"),
              f"--train.workers={workers}"],
-            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            preexec_fn=heed_interrupts,
         )  # fmt: skip
         deadline = time.monotonic() + 120
         while newest_step(partial / "checkpoints") < target and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         time.sleep(rng.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it was to be killed on the way"
+        process.send_signal(number)
+        _, errors = process.communicate()
+        assert process.returncode == code, f"it was to be stopped on the way: {errors}"
         assert not (tmp_path / "run" / "train").exists(), "nothing looks finished"
+        if number != signal.SIGKILL:
+            assert "Traceback" not in errors
+            saved = newest_step(partial / "checkpoints")
+            assert f"go on from step {saved}" in errors
+        if number == signal.SIGTERM:
+            assert f"stopped at step {saved}:" in errors, "all steps done are saved"
     done = twotower("train", *arguments(demo_log, "run"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "train" / "train.json").read_text())
@@ -78,13 +105,12 @@ def test_a_run_killed_twice_ends_like_an_unbroken_one(
 
 
 def test_a_run_killed_behind_its_last_epoch_trains_no_further(demo_log, twotower, tmp_path) -> None:
-    early = ["--train.max_epochs=30", "--train.patience=1", "--train.table_lr=0.5"]
     for name in ("whole", "killed"):
         assert twotower("prepare", *arguments(demo_log, name), cwd=tmp_path).returncode == 0
-    assert twotower("train", *arguments(demo_log, "whole"), *early, cwd=tmp_path).returncode == 0
+    assert twotower("train", *arguments(demo_log, "whole"), *EARLY, cwd=tmp_path).returncode == 0
     last = json.loads((tmp_path / "whole" / "train" / "train.json").read_text())["steps"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "twotower", "train", *arguments(demo_log, "killed"), *early],
+        [sys.executable, "-m", "twotower", "train", *arguments(demo_log, "killed"), *EARLY],
         cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while newest_step(tmp_path / "killed" / "train.partial" / "checkpoints") < last:
@@ -92,7 +118,7 @@ def test_a_run_killed_behind_its_last_epoch_trains_no_further(demo_log, twotower
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    done = twotower("train", *arguments(demo_log, "killed"), *early, cwd=tmp_path)
+    done = twotower("train", *arguments(demo_log, "killed"), *EARLY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summaries = [
         json.loads((tmp_path / name / "train" / "train.json").read_text())
@@ -119,8 +145,7 @@ def test_early_stopping_keeps_the_best_epoch(demo_log, twotower, tmp_path) -> No
 
     assert twotower("prepare", *arguments(demo_log, "run"), cwd=tmp_path).returncode == 0
     done = twotower(
-        "train", *arguments(demo_log, "run"), "--train.max_epochs=30", "--train.patience=1",
-        "--train.table_lr=0.5", cwd=tmp_path,
+        "train", *arguments(demo_log, "run"), *EARLY, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "train" / "train.json").read_text())
@@ -130,13 +155,40 @@ def test_early_stopping_keeps_the_best_epoch(demo_log, twotower, tmp_path) -> No
     assert len(scores) == summary["epochs"]
 
 
-def test_a_damaged_checkpoint_is_explained(unbroken, demo_log, twotower, tmp_path) -> None:
-    import shutil
-
+def test_what_is_damaged_is_explained_and_made_again(
+    unbroken, demo_log, twotower, tmp_path
+) -> None:
     shutil.copytree(unbroken.parent, tmp_path / "run")
-    for file in (tmp_path / "run" / "train" / "checkpoint").glob("*.distcp"):
-        file.write_bytes(file.read_bytes()[:100])
-    done = twotower("evaluate", *arguments(demo_log, "run"), cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert "the checkpoint is damaged" in done.stderr
-    assert "Traceback" not in done.stderr
+    (weights,) = (tmp_path / "run" / "train" / "checkpoint").glob("*.distcp")
+    changed = bytearray(weights.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    weights.write_bytes(changed)
+    events = tmp_path / "run" / "prepared" / "events.arrow"
+    events.write_bytes(events.read_bytes()[:-9])
+
+    def run(step: str) -> subprocess.CompletedProcess[str]:
+        return twotower(step, *arguments(demo_log, "run"), cwd=tmp_path)
+
+    for step, file, remedy in (("train", events, "prepare"), ("evaluate", weights, "train")):
+        done = run(step)
+        assert done.returncode == 2, done.stderr
+        assert f"{file.relative_to(tmp_path)}: " in done.stderr
+        assert "damaged" in done.stderr
+        assert f"run `twotower {remedy}` again" in done.stderr
+        assert "Traceback" not in done.stderr
+        done = run(remedy)
+        assert done.returncode == 0, done.stderr
+        assert "unchanged" not in done.stdout
+    expected = load_towers(unbroken).state_dict()
+    for name, value in load_towers(tmp_path / "run" / "train").state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("name", ["events.arrow", "users.arrow", "tables/item_id.arrow"])
+def test_a_damaged_arrow_file_of_the_right_size_is_explained(name, make) -> None:
+    data = make(EVENTS)
+    file = data.path / name
+    content = file.read_bytes()
+    file.write_bytes(content[:8] + bytes(len(content) - 8))
+    with pytest.raises(UserError, match=rf"{name}: damaged .*remove .* run `twotower prepare`"):
+        _ = PreparedDataset(data.path).events, data.users, data.encoder
