@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from twotower.errors import UserError
 
+INTERACTIONS = ("concat", "dot", "cross")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -15,8 +17,14 @@ class ModelConfig:
     """Width of the embeddings and of the vectors that the towers give."""
     hidden: list[int] = field(default_factory=lambda: [128])
     """Widths of the hidden layers of each tower."""
+    interaction: str = "concat"
+    """How features meet: concat, dot (DLRM's pairwise dots) or cross (DCN-v2's cross layers)."""
+    cross_layers: int = 2
+    """Cross layers before the hidden ones, where interaction is cross."""
+    cross_rank: int = 32
+    """Rank of their matrices; at most a tower's input width is used."""
     dropout: float = 0.0
-    """Share of each tower's inputs dropped in training."""
+    """Share of the inputs of each tower's layers dropped in training."""
     residual: bool = True
     """Add the pooled embeddings to the last layer, which helps where the log is small."""
     temperature: float = 0.1
@@ -33,6 +41,14 @@ class ModelConfig:
         for name, width in (("dim", self.dim), *(("hidden", h) for h in self.hidden)):
             if width < 1:
                 raise UserError(f"model.{name} must be >= 1, got {width}")
+        if self.interaction not in INTERACTIONS:
+            raise UserError(
+                f"model.interaction must be one of {', '.join(INTERACTIONS)}, got "
+                f"'{self.interaction}'"
+            )
+        for name in ("cross_layers", "cross_rank"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} must be >= 1, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout must be in [0, 1), got {self.dropout}")
         if self.temperature <= 0:

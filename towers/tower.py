@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from twotower.data.schema import ID_KINDS, Feature
 from twotower.towers.config import ModelConfig
+from twotower.towers.interaction import CrossInteraction, DotInteraction
 
 
 class AttentionPool(nn.Module):
@@ -37,7 +38,7 @@ class AttentionPool(nn.Module):
 
 
 class Tower(nn.Module):
-    """Pools, concatenates and transforms one side's features.
+    """Pools one side's features, lets them meet and transforms them.
 
     Args:
         features: of this tower.
@@ -54,9 +55,16 @@ class Tower(nn.Module):
             if f.kind in ("ids", "history") and f.pooling == "attention"
         })  # fmt: skip
         widths = {"number": 1}
-        width = sum(
-            config.dim if f.kind in ID_KINDS else widths.get(f.kind, f.width or 0) for f in features
+        dense_width = sum(
+            widths.get(f.kind, f.width or 0) for f in features if f.kind not in ID_KINDS
         )
+        width = dense_width + config.dim * sum(f.kind in ID_KINDS for f in features)
+        self.interaction: DotInteraction | CrossInteraction | None = None
+        if config.interaction == "dot":
+            self.interaction = DotInteraction(features, config.dim, dense_width)
+            width += self.interaction.width
+        elif config.interaction == "cross":
+            self.interaction = CrossInteraction(width, config.cross_layers, config.cross_rank)
         layers: list[nn.Module] = []
         for hidden in config.hidden:
             layers += [nn.Linear(width, hidden), nn.SiLU()]
@@ -87,6 +95,8 @@ class Tower(nn.Module):
             inputs: feature name -> (B, D) pooled embedding, or (B, W) numbers.
         """
         x = torch.cat([inputs[f.name] for f in self.features], dim=-1)
+        if self.interaction is not None:
+            x = self.interaction(inputs, x)
         vector_BD = self.layers(self.dropout(x))
         if self.residual:
             for f in self.features:

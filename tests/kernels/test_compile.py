@@ -13,19 +13,35 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twotower.kernels import sampled_softmax, top_k_inner_product
+from twotower.kernels import (
+    dot_interaction,
+    low_rank_cross,
+    sampled_softmax,
+    top_k_inner_product,
+)
 from twotower.kernels.launch import INTERPRET, Blocks
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 SHARED_BYTES = 227 << 10  # of an H100's multiprocessor
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")
 
-SCALARS = {"B", "N", "D", "CHOSEN", "offset", "split_size", "groups_a_program", "first_query"}
+SCALARS = {
+    "B",
+    "N",
+    "D",
+    "R",
+    "L",
+    "CHOSEN",
+    "offset",
+    "split_size",
+    "groups_a_program",
+    "first_query",
+}
 IDS = {"candidate_id", "item_bits", "required_bits", "exclude_row", "exclude_offset",
        "exclude_owner", "chosen"}  # fmt: skip
 
 
-def compiled(kernel, types: dict[str, str], constants: dict, tiles: Blocks):
+def compiled(kernel, types: dict[str, str], constants: dict, tiles: Blocks, aligned: bool = True):
     """Return PTX, shared bytes and spilled bytes for compute capability 9.0.
 
     Args:
@@ -33,6 +49,7 @@ def compiled(kernel, types: dict[str, str], constants: dict, tiles: Blocks):
         types: of the arguments that are neither fp32 pointers nor named above.
         constants: compile-time values.
         tiles: for warps and stages.
+        aligned: whether widths are multiples of 16, which loads of several values at once need.
     """
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -42,7 +59,7 @@ def compiled(kernel, types: dict[str, str], constants: dict, tiles: Blocks):
             signature[name] = "i32"
         else:
             signature[name] = types.get(name, "*i64" if name in IDS else "*fp32")
-        if signature[name][0] == "*" or name == "D":
+        if signature[name][0] == "*" or (name in ("D", "R") and aligned):
             attributes[(place,)] = [["tt.divisibility", 16]]
     built = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
@@ -102,3 +119,40 @@ def test_top_k_fits_hopper(kernel, width, query, item) -> None:
     # Three TF32 products of fp32, and the widest rows, hold more in registers than there are.
     if not fp32 and width < 512:
         assert spilled == 0
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(("features", "width"), [(4, 64), (9, 128), (27, 64), (27, 128), (64, 512)])
+@pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
+def test_dot_interaction_in_bf16_fits_hopper(kernel, features, width, aligned) -> None:
+    function = getattr(dot_interaction, kernel)
+    tiles = dot_interaction.tiles(features, width, torch.bfloat16)
+    samples = tiles.rows // features
+    constants = {"F": features, "SAMPLES": samples, "BLOCK_S": triton.next_power_of_2(samples),
+                 "BLOCK_F": tiles.rows, "BLOCK_D": tiles.columns}  # fmt: skip
+    constants = {n: v for n, v in constants.items() if n in function.arg_names}
+    types = dict.fromkeys(("feature", "out", "grad", "of_feature"), "*bf16")
+    ptx, shared, spilled = compiled(function, types, constants, tiles, aligned)
+    assert "mma" in ptx, "tensor cores"
+    # At 64 features 4 programs share a multiprocessor, at fewer 16 and more.
+    assert shared <= SHARED_BYTES // (4 if features > 32 else 16)
+    assert spilled == 0
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("rank", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
+def test_low_rank_cross_in_bf16_fits_hopper(kernel, rank, aligned) -> None:
+    """At any width, which is not known at compile time."""
+    function = getattr(low_rank_cross, kernel)
+    tiles = low_rank_cross.tiles(rank, torch.bfloat16, aligned)
+    constants = {"BLOCK_B": tiles.rows, "BLOCK_D": tiles.columns, "BLOCK_R": rank, "SAVE": True}
+    constants = {n: v for n, v in constants.items() if n in function.arg_names}
+    pointers = [n for n in function.arg_names if n not in SCALARS and n not in constants]
+    types = dict.fromkeys(pointers, "*bf16")
+    ptx, shared, spilled = compiled(function, types, constants, tiles, aligned)
+    assert "wgmma" in ptx, "tensor cores"
+    # Shared memory leaves room for two programs a multiprocessor.
+    assert shared <= SHARED_BYTES // 2
+    # What is loaded value by value, at the highest rank, is the one tile too many.
+    assert spilled <= (32 if rank == 256 and not aligned else 0)

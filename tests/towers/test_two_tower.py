@@ -6,7 +6,9 @@ import torch
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.schema import Feature
-from twotower.towers.config import ModelConfig
+from twotower.errors import UserError
+from twotower.kernels.sampled_softmax import sampled_softmax
+from twotower.towers.config import INTERACTIONS, ModelConfig
 from twotower.towers.two_tower import TwoTower
 
 from ..conftest import EVENTS, ITEM
@@ -97,3 +99,87 @@ def test_a_context_feature_changes_the_query_but_not_the_item(make) -> None:
     other_query, other_item, _ = model(batch)
     assert not torch.allclose(query, other_query)
     assert torch.equal(item, other_item)
+
+
+USERS = {"user_id": [1, 2, 3], "age": [20.0, 30.0, 50.0], "taste": [[0.0, 1], [1, 0], [2, 2]]}
+USER = [
+    Feature(name="user_id", kind="id"),
+    Feature(name="age", kind="number"),
+    Feature(name="taste", kind="vector", width=2),
+]
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_a_few_steps_lower_the_loss(interaction, make) -> None:
+    data = make(EVENTS, users=USERS, query=[history("attention"), *USER])
+    model = build(data, interaction=interaction).train()
+    batch = BatchBuilder(data).events(np.arange(10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(20):
+        loss = sampled_softmax(*model(batch), candidate_id_N=batch.item_B)
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, f"{name} takes no part"
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("features", [[history("mean")], USER[1:], USER[1:2], USER[:1], USER])
+def test_any_mix_of_features_meets(features, interaction, make) -> None:
+    data = make(EVENTS, users=USERS, query=features)
+    builder, model = BatchBuilder(data), build(data, interaction=interaction)
+    together = model.query_vectors(builder.queries(np.arange(10)))
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(10))
+    alone = model.query_vectors(builder.queries(np.array([7])))
+    torch.testing.assert_close(alone[0], together[7], atol=1e-6, rtol=0)
+
+
+def test_the_layers_see_the_inputs_the_dense_vector_and_the_dots(make) -> None:
+    data = make(EVENTS, users=USERS, query=[history("mean"), *USER])
+    model = build(data, interaction="dot")
+    inputs, seen = {}, []
+    model.query.register_forward_pre_hook(lambda _, args: inputs.update(args[0]))
+    model.query.layers.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.query_vectors(BatchBuilder(data).queries(np.array([2, 5])))
+    numbers = torch.cat([inputs["age"], inputs["taste"]], dim=1)
+    dense = model.query.interaction.projection(numbers)
+    past, user = inputs["history"], inputs["user_id"]
+    dots = [(past * dense).sum(1), (user * dense).sum(1), (user * past).sum(1)]
+    expected = torch.cat([past, user, numbers, dense, torch.stack(dots, dim=1)], dim=1)
+    # Sums of 8 products, in another order.
+    torch.testing.assert_close(seen[0], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_cross_layers_begin_with_small_weights_and_no_bias(make) -> None:
+    data = make(EVENTS, users=USERS, query=[history("mean"), *USER])
+    cross = build(data, interaction="cross", cross_layers=3, cross_rank=5).query.interaction
+    width = 8 + 8 + 1 + 2
+    assert cross.u.shape == (3, width, 5)
+    assert cross.v.shape == (3, 5, width)
+    assert not cross.bias.any()
+    assert float(cross.u.detach().std()) == pytest.approx((2 / (width + 5)) ** 0.5, rel=0.3)
+    narrow = build(data, interaction="cross", cross_rank=64).query.interaction
+    assert narrow.v.shape == (2, width, width), "a rank above the width adds nothing"
+
+
+def test_concatenation_is_the_default_and_has_no_further_parameters(make) -> None:
+    data = make(EVENTS, users=USERS, query=[history("mean"), *USER])
+    names = build(data).state_dict().keys()
+    assert names == build(data, interaction="concat").state_dict().keys()
+    assert not [name for name in names if "interaction" in name]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"interaction": "fm"}, "model.interaction must be one of concat, dot, cross, got 'fm'"),
+     ({"cross_layers": 0}, "model.cross_layers must be >= 1, got 0"),
+     ({"cross_rank": 0}, "model.cross_rank must be >= 1, got 0")],
+)  # fmt: skip
+def test_an_interaction_that_there_is_not_is_refused(change, words) -> None:
+    with pytest.raises(UserError, match=words):
+        ModelConfig(**change).validate()
