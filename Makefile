@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
+PARALLEL := -n 2 --dist loadfile
 
 .PHONY: install quickstart test lint format clean
 
@@ -27,10 +28,11 @@ quickstart: install
 	$(BIN)/twotower demo-log
 	$(BIN)/twotower run --config configs/quickstart.yaml
 
-# The second run sends the kernels' tests through Triton's interpreter.
+# Two processes of one thread each: most tests wait for processes of their own. The second run sends
+# the kernels' tests through Triton's interpreter.
 test: install
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -W ignore tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -W ignore tests/kernels
 
 lint: install
 	$(BIN)/ruff check .

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from measure import write_result
 
+from twotower.kernels.dot_interaction import dot_interaction, dot_interaction_reference
+from twotower.kernels.low_rank_cross import low_rank_cross, low_rank_cross_reference
 from twotower.kernels.sampled_softmax import sampled_softmax, sampled_softmax_reference
 from twotower.kernels.top_k_inner_product import top_k_inner_product
 
@@ -70,8 +72,40 @@ def top_k_works(items: int = 1_000_000, width: int = 64, batch: int = 64, k: int
     return works
 
 
+def _steps(
+    own: Callable[..., torch.Tensor], reference: Callable[..., torch.Tensor], *inputs: torch.Tensor
+) -> dict[str, Work]:
+    leaves = [t.requires_grad_() for t in inputs]
+
+    def step(function: Callable[..., torch.Tensor]) -> Work:
+        def work() -> Any:
+            out = function(*leaves)
+            return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+        return work
+
+    return {"eager": step(reference), "twotower": step(own)}
+
+
+def dot_works(batch: int = 8192, features: int = 27, width: int = 64) -> dict[str, Work]:
+    """Return pairwise dots and their gradients, by each implementation."""
+    return _steps(dot_interaction, dot_interaction_reference, torch.randn(batch, features, width))
+
+
+def cross_works(
+    batch: int = 8192, width: int = 256, rank: int = 32, layers: int = 2
+) -> dict[str, Work]:
+    """Return cross layers and their gradients, by each implementation."""
+    shapes = (batch, width), (layers, width, rank), (layers, rank, width), (layers, width)
+    return _steps(
+        low_rank_cross, low_rank_cross_reference, *(0.1 * torch.randn(*s) for s in shapes)
+    )
+
+
 SUITES = {"sampled_softmax 8192 x 8192 x 64, forward + backward": softmax_works,
-          "top_k_inner_product 64 x 1M x 64, k = 100": top_k_works}  # fmt: skip
+          "top_k_inner_product 64 x 1M x 64, k = 100": top_k_works,
+          "dot_interaction 8192 x 27 x 64, forward + backward": dot_works,
+          "low_rank_cross 8192 x 256, rank 32, 2 layers, forward + backward": cross_works}  # fmt: skip
 
 
 def times(works: dict[str, Work], repeat: int) -> dict[str, float]:
