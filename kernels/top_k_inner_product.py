@@ -11,7 +11,8 @@ each group before a row's own holds a better row. The second pass scores those g
 sorts. Bytes: N D once, k x GROUP x D a query; operations: 2 B N D. Below about 150 queries in bf16
 the first pass is bound by memory.
 
-On a CPU, blocks of scores are compared with the k-th best so far; the few that pass are merged.
+On a CPU, blocks of scores are compared with the k-th best so far, and the few that pass are merged;
+where k is no small part of the items, all scores of a few queries are selected from instead.
 
 Shape legend: `B` queries, `N` items, `D` width, `K` results, `X` excluded pairs, `G` groups.
 """
@@ -32,6 +33,9 @@ GROUP_BYTES = 64 << 10
 # Scores that one round may hold: on a CPU a block should stay in its caches.
 CPU_BLOCK_BYTES = 2 << 20
 CPU_GROUP = 64
+# Items a result up to which every score may win: there, a plain selection is faster.
+CPU_DIRECT = 512
+CPU_DIRECT_BYTES = 16 << 20
 GPU_BLOCK_BYTES = 256 << 20
 LOW_32 = 0xFFFFFFFF
 LEAST_KEY = -2139095041 << 32  # of the score -inf, beyond every row
@@ -308,6 +312,10 @@ def cpu_top_k(
     """Search block by block, keeping what beats the k-th best so far."""
     queries = query.float()
     b, n = len(query), len(item)
+    if n <= CPU_DIRECT * k:
+        return _direct(
+            queries, item, k, item_scale, item_bits, required_bits, exclude_row, exclude_offset
+        )
     rows = torch.empty(0, dtype=torch.int64)
     owners = rows
     if exclude_row is not None and exclude_offset is not None:
@@ -336,6 +344,42 @@ def cpu_top_k(
     if missing:
         best = torch.nn.functional.pad(best, (0, missing), value=LEAST_KEY)
     return _unpack(best)
+
+
+def _direct(
+    queries: Tensor, item: Tensor, k: int, item_scale: Tensor | None, item_bits: Tensor | None,
+    required_bits: Tensor | None, exclude_row: Tensor | None, exclude_offset: Tensor | None,
+) -> Result:  # fmt: skip
+    """Search a few queries at a time over all items."""
+    items = item.float() if item_scale is None else item.float() * item_scale[:, None]
+    size = max(1, CPU_DIRECT_BYTES // (4 * len(items)))
+    keys = []
+    for start in range(0, len(queries), size):
+        part = slice(start, min(start + size, len(queries)))
+        score = queries[part] @ items.T
+        if item_bits is not None and required_bits is not None:
+            required = required_bits[part, None]
+            score.masked_fill_((item_bits & required) != required, float("-inf"))
+        if exclude_row is not None and exclude_offset is not None:
+            offset = exclude_offset[part.start : part.stop + 1]
+            owner = torch.repeat_interleave(offset.diff())
+            score[owner, exclude_row[offset[0] : offset[-1]]] = float("-inf")
+        keys.append(_selected(score, k))
+    return _unpack(torch.cat(keys))
+
+
+def _selected(score: Tensor, k: int) -> Tensor:
+    """Return the k best keys of each row of scores (B, N)."""
+    value, row = score.topk(k)
+    worst = value[:, -1:]
+    # Which of several equal scores come in is left to chance, and NaN counts as the best: such rows
+    # are selected again, by keys.
+    tied = (score == worst).sum(1) > (value == worst).sum(1)
+    again = (tied & (worst[:, 0] > float("-inf"))) | value[:, 0].isnan()
+    key = _keys(value, row).sort(1, descending=True).values
+    if again.any():
+        key[again] = _best(_keys(score[again], torch.arange(score.shape[1])), k)
+    return key
 
 
 def _survivors(score: Tensor, worst: Tensor, start: int) -> Tensor:

@@ -23,6 +23,12 @@ MANY = settings(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def usual_choice(monkeypatch) -> None:
+    """Undo what a test chose."""
+    monkeypatch.setattr(module, "CPU_DIRECT", module.CPU_DIRECT)
+
+
 @st.composite
 def searches(draw):
     """Arguments with whole numbers, whose scores are exact, so that ties abound."""
@@ -50,9 +56,11 @@ def searches(draw):
     return query, item, draw(st.integers(1, n)), options
 
 
+@pytest.mark.parametrize("direct", [0, module.CPU_DIRECT])
 @MANY
 @given(search=searches())
-def test_it_is_the_full_sort(device, search) -> None:
+def test_it_is_the_full_sort(device, direct, search) -> None:
+    module.CPU_DIRECT = direct
     query, item, k, options = search
     there = {name: value.to(device) for name, value in options.items()}
     scores, rows = top_k_inner_product(
@@ -86,7 +94,9 @@ def test_no_worse_than_eager_against_fp64(device, shape, dtype) -> None:
     assert (at_rows - best).abs().max() <= tolerance, "no better row was missed"
 
 
-def test_numbers_that_are_none_come_last(device) -> None:
+@pytest.mark.parametrize("direct", [0, module.CPU_DIRECT])
+def test_numbers_that_are_none_come_last(device, direct) -> None:
+    module.CPU_DIRECT = direct
     item = torch.tensor([[float("nan")], [1.0], [float("inf")], [-float("inf")], [-0.0], [0.0]])
     scores, rows = top_k_inner_product(torch.ones(1, 1, device=device), item.to(device), 6)
     assert rows.tolist() == [[2, 1, 4, 5, -1, -1]]
@@ -111,6 +121,7 @@ def test_blocks_make_no_difference(monkeypatch) -> None:
     # Later items score higher, which is the worst order for what is kept block by block.
     item = item[(query @ item.T)[0].argsort()]
     monkeypatch.setattr(module, "CPU_BLOCK_BYTES", 1)
+    monkeypatch.setattr(module, "CPU_DIRECT", 0)
     _, rows = top_k_inner_product(query, item, 50)
     assert torch.equal(rows, top_k_inner_product_reference(query, item, 50)[1])
 
