@@ -102,10 +102,12 @@ def cross_works(
     )
 
 
-SUITES = {"sampled_softmax 8192 x 8192 x 64, forward + backward": softmax_works,
-          "top_k_inner_product 64 x 1M x 64, k = 100": top_k_works,
-          "dot_interaction 8192 x 27 x 64, forward + backward": dot_works,
-          "low_rank_cross 8192 x 256, rank 32, 2 layers, forward + backward": cross_works}  # fmt: skip
+SUITES = {
+    "sampled_softmax 8192 x 8192 x 64, forward + backward": softmax_works,
+    "top_k_inner_product 64 x 1M x 64, k = 100": top_k_works,
+    "dot_interaction 8192 x 27 x 64, forward + backward": dot_works,
+    "low_rank_cross 8192 x 256, rank 32, 2 layers, forward + backward": cross_works,
+}
 
 
 def times(works: dict[str, Work], repeat: int) -> dict[str, float]:

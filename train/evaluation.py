@@ -123,13 +123,16 @@ def answer_by_cooccurrence(data: PreparedDataset, queries: Queries, k: int, size
     taken = sp.csr_matrix((ones, (c["user"][train], c["item"][train])), (len(data.users), n))
     taken.data[:] = 1
     norm = np.sqrt(np.maximum(np.asarray(taken.power(2).sum(0)).ravel(), 1))
-    unit = taken @ sp.diags(1 / norm)
-    cosine = (unit.T @ unit).tocsr()
-    cosine.setdiag(0)
+    unit = (taken @ sp.diags(1 / norm)).tocsr().astype(np.float32)
+    # The same product either way, through the side that has fewer rows. An item's cosine with
+    # itself adds to seen items alone, which are not answered.
+    others = unit.T.tocsr()
+    cosine = others @ unit if n <= unit.shape[0] else None
     answers = []
     for block, seen, offset in _blocks(queries, max(1, min(size, (256 << 20) // (4 * n)))):
         history = sp.csr_matrix((np.ones(len(seen), np.float32), seen, offset), (len(block), n))
-        score = torch.from_numpy((history @ cosine).toarray())
+        product = history @ cosine if cosine is not None else (history @ others) @ unit
+        score = torch.from_numpy(product.toarray())
         score[
             torch.from_numpy(np.repeat(np.arange(len(block)), np.diff(offset))), seen
         ] = -torch.inf
