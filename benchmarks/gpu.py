@@ -30,11 +30,11 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from twotower.kernels import dot_interaction as dot
+from twotower.kernels import low_rank_cross as cross
 from twotower.kernels import sampled_softmax as softmax
 from twotower.kernels import top_k_inner_product as top_k
-from twotower.kernels.dot_interaction import dot_interaction, dot_interaction_reference
 from twotower.kernels.launch import Blocks
-from twotower.kernels.low_rank_cross import low_rank_cross, low_rank_cross_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 BF16 = torch.bfloat16
@@ -204,40 +204,62 @@ def bench_top_k(on: Device, limit: dict[str, float], small: bool) -> list[dict[s
     return rows
 
 
-def bench_interactions(on: Device, limit: dict[str, float], small: bool) -> list[dict[str, Any]]:
-    """Time both interactions, forward and backward, against the bytes they must move."""
-    batch, rows = 256 if small else 65_536, []
-    features, width, inner, rank, layers = 27, 128, 512, 64, 3
-    x = [torch.randn(batch, features, width, device=on.device, dtype=BF16, requires_grad=True)
-         for _ in range(SETS)]  # fmt: skip
-    wide = [torch.randn(batch, inner, device=on.device, dtype=BF16, requires_grad=True)
-            for _ in range(SETS)]  # fmt: skip
-    shapes = (layers, inner, rank), (layers, rank, inner), (layers, inner)
-    weights = [torch.randn(*s, device=on.device, dtype=BF16).mul_(0.02).requires_grad_()
-               for s in shapes]  # fmt: skip
+@dataclass
+class Suite:
+    """An interaction with its inputs, and the bytes that it must move with its gradients."""
 
-    def step(function: Callable[..., Any], inputs: list[Any], *rest: Any) -> Work:
+    own: Callable[..., torch.Tensor]
+    reference: Callable[..., torch.Tensor]
+    inputs: list[torch.Tensor]
+    weights: list[torch.Tensor]
+    moved: int
+
+    def step(self, function: Callable[..., torch.Tensor]) -> Work:
+        """Return a forward and backward pass."""
+
         def work(number: int) -> Any:
-            out = function(inputs[number], *rest)
-            return torch.autograd.grad(out, [inputs[number], *rest], torch.ones_like(out))
+            out = function(self.inputs[number], *self.weights)
+            leaves = [self.inputs[number], *self.weights]
+            return torch.autograd.grad(out, leaves, torch.ones_like(out))
 
         return work
 
-    suites = {
-        "dot_interaction": (dot_interaction, dot_interaction_reference, x, ()),
-        "low_rank_cross": (low_rank_cross, low_rank_cross_reference, wide, weights),
-    }
+
+def interactions(on: Device, small: bool) -> dict[str, Suite]:
+    """Return both interactions at the sizes of a ranking model's."""
+    batch = 256 if small else 65_536
+    features, width, inner, rank, layers = 27, 128, 512, 64, 3
+
+    def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        values = torch.randn(*shape, device=on.device, dtype=BF16) * scale
+        return values.requires_grad_()
+
+    shapes = (layers, inner, rank), (layers, rank, inner), (layers, inner)
     pairs = features * (features - 1) // 2
-    moved = {  # read x and write the output; then read x and the gradient, write x's gradient
-        "dot_interaction": 2 * batch * (3 * features * width + 2 * (width + pairs)),
-        "low_rank_cross": 2 * batch * (5 * inner),
-    }
-    for name, (own, reference, inputs, rest) in suites.items():
-        works = {"twotower": own, "compiled eager": compiled(reference, on), "eager": reference}
-        found = {n: on.measured(step(f, inputs, *rest)) for n, f in works.items()}
-        rate = moved[name] / found["twotower"]["ms"] / 1e6
-        shape = tuple(inputs[0].shape)
-        rows += table_rows(f"{name} {shape}, with gradients", found, {
+    # Read x and write the output; then read x and the gradient, write x's gradient.
+    return {
+        "dot_interaction": Suite(
+            dot.dot_interaction, dot.dot_interaction_reference,
+            [leaf(batch, features, width) for _ in range(SETS)], [],
+            2 * batch * (3 * features * width + 2 * (width + pairs)),
+        ),
+        "low_rank_cross": Suite(
+            cross.low_rank_cross, cross.low_rank_cross_reference,
+            [leaf(batch, inner) for _ in range(SETS)], [leaf(*s, scale=0.02) for s in shapes],
+            2 * batch * 5 * inner,
+        ),
+    }  # fmt: skip
+
+
+def bench_interactions(on: Device, limit: dict[str, float], small: bool) -> list[dict[str, Any]]:
+    """Time both interactions, forward and backward, against the bytes they must move."""
+    rows = []
+    for name, suite in interactions(on, small).items():
+        works = {"twotower": suite.own, "compiled eager": compiled(suite.reference, on),
+                 "eager": suite.reference}  # fmt: skip
+        found = {n: on.measured(suite.step(f)) for n, f in works.items()}
+        rate = suite.moved / found["twotower"]["ms"] / 1e6
+        rows += table_rows(f"{name} {tuple(suite.inputs[0].shape)}, with gradients", found, {
             "of copy rate": rate / limit["copy_gb_s"], "target": "0.8 of copy"})  # fmt: skip
     return rows
 
@@ -256,7 +278,7 @@ def table_rows(op: str, found: dict[str, Any], more: dict[str, Any]) -> list[dic
 
 
 def sweep(on: Device, small: bool) -> list[dict[str, Any]]:
-    """Time tile sizes of the softmax and group sizes of the search."""
+    """Time tile sizes of the softmax and the interactions, and group sizes of the search."""
     rows = []
     batch = 256 if small else 32_768
     shapes = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))
@@ -278,6 +300,20 @@ def sweep(on: Device, small: bool) -> list[dict[str, Any]]:
         row = {"op": f"top_k {batch} x {len(item):,} x 128", "by": f"group {group}"}
         rows.append(row | _tried(on, lambda _, q=query: top_k.top_k_inner_product(q, item, 10)))
     top_k.LARGEST_GROUP = usual_group
+    choices = {
+        # A tile of 27 features holds 32 or 64 rows.
+        "dot_interaction": (dot, itertools.product((32, 64), (32, 64, 128), (2, 4, 8), (2, 3))),
+        "low_rank_cross": (cross, itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))),
+    }
+    for name, suite in interactions(on, small).items():
+        module, shapes = choices[name]
+        usual_tiles = module.tiles
+        for shape in itertools.islice(shapes, 2 if small else None):
+            choice = Blocks(*shape)
+            module.tiles = lambda *_, choice=choice: choice
+            row = {"op": f"{name} {tuple(suite.inputs[0].shape)}", "by": f"tiles {choice}"}
+            rows.append(row | _tried(on, suite.step(suite.own)))
+        module.tiles = usual_tiles
     return sorted(rows, key=lambda r: (r["op"], r["by"].split()[0], r["ms"]))
 
 
