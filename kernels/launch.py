@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from torch import Tensor
 
 # With TRITON_INTERPRET=1 the kernels run on CPU tensors, statement by statement: for tests alone.
 INTERPRET = bool(triton.knobs.runtime.interpret)
@@ -43,3 +44,20 @@ def splits_for(programs: int, length: int, block: int) -> int:
     if INTERPRET:
         return min(2, -(-length // block))
     return max(1, min(-(-PROGRAMS // programs), -(-length // (4 * block))))
+
+
+def check_matrices(name: str, a: Tensor, other: str, b: Tensor) -> None:
+    """Refuse what cannot be multiplied row by row.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    for label, matrix in ((name, a), (other, b)):
+        if matrix.ndim != 2 or 0 in matrix.shape:
+            raise ValueError(
+                f"{label} must be a matrix with rows and columns, got shape {tuple(matrix.shape)}"
+            )
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"{name} and {other} must have one width, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )

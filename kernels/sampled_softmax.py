@@ -34,7 +34,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels.launch import Blocks, power_of_two, runs_triton, splits_for, upcast
+from twotower.kernels.launch import (
+    Blocks,
+    check_matrices,
+    power_of_two,
+    runs_triton,
+    splits_for,
+    upcast,
+)
 
 # Rows of logits that fit: measured on 2 cores at B = N = 8,192, where 8 to 32 MB were equally fast
 # (benchmarks/kernels_cpu.py --sweep).
@@ -103,6 +110,29 @@ def _load(pointer, row, ROWS, D, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _corrections(
+    log_q, candidate_id, row, N, BLOCK: tl.constexpr, HAS_LOG_Q: tl.constexpr, HAS_ID: tl.constexpr
+):
+    """Return logQ and ids of candidates, zeros where there are none."""
+    bias = tl.zeros([BLOCK], tl.float32)
+    ids = tl.zeros([BLOCK], tl.int64)
+    if HAS_LOG_Q:
+        bias = tl.load(log_q + row, mask=row < N, other=0.0)
+    if HAS_ID:
+        ids = tl.load(candidate_id + row, mask=row < N, other=0)
+    return bias, ids
+
+
+@triton.jit
+def _positive_ids(candidate_id, row, B, offset, BLOCK: tl.constexpr, HAS_ID: tl.constexpr):
+    """Return the ids of queries' positives, zeros where there are none."""
+    ids = tl.zeros([BLOCK], tl.int64)
+    if HAS_ID:
+        ids = tl.load(candidate_id + row + offset, mask=row < B, other=0)
+    return ids
+
+
+@triton.jit
 def _forward_kernel(
     query, candidate, scale_pointer, log_q, candidate_id, lse, positive, total, count,
     B, N, D, offset, split_size,
@@ -115,9 +145,7 @@ def _forward_kernel(
     scale = tl.load(scale_pointer)
     q = _load(query, row, B, D, BLOCK_D, UPCAST)
     nothing = tl.zeros([BLOCK_B], tl.float32)
-    own_id = tl.zeros([BLOCK_B], tl.int64)
-    if HAS_ID:
-        own_id = tl.load(candidate_id + row + offset, mask=row < B, other=0)
+    own_id = _positive_ids(candidate_id, row, B, offset, BLOCK_B, HAS_ID)
     highest = tl.full([BLOCK_B], -float("inf"), tl.float32)
     mass, at_positive = nothing, nothing
     summed, counted = nothing, nothing
@@ -125,12 +153,7 @@ def _forward_kernel(
     for start in range(first, tl.minimum(first + split_size, N), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         c = _load(candidate, column, N, D, BLOCK_D, UPCAST)
-        bias = tl.zeros([BLOCK_N], tl.float32)
-        ids = tl.zeros([BLOCK_N], tl.int64)
-        if HAS_LOG_Q:
-            bias = tl.load(log_q + column, mask=column < N, other=0.0)
-        if HAS_ID:
-            ids = tl.load(candidate_id + column, mask=column < N, other=0)
+        bias, ids = _corrections(log_q, candidate_id, column, N, BLOCK_N, HAS_LOG_Q, HAS_ID)
         x, is_positive, counts = _tile(
             q, c, row, column, nothing, bias, own_id, ids, scale, B, N, offset, True, HAS_ID
         )
@@ -172,9 +195,7 @@ def _query_gradient_kernel(
     scale = tl.load(scale_pointer)
     q = _load(query, row, B, D, BLOCK_D, UPCAST)
     nothing = tl.zeros([BLOCK_B], tl.float32)
-    own_id = tl.zeros([BLOCK_B], tl.int64)
-    if HAS_ID:
-        own_id = tl.load(candidate_id + row + offset, mask=row < B, other=0)
+    own_id = _positive_ids(candidate_id, row, B, offset, BLOCK_B, HAS_ID)
     lse_row = tl.load(lse + row, mask=row < B, other=0.0)
     uniform_row = tl.load(uniform + row, mask=row < B, other=0.0)
     sums = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
@@ -182,12 +203,7 @@ def _query_gradient_kernel(
     for start in range(first, tl.minimum(first + split_size, N), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         c = _load(candidate, column, N, D, BLOCK_D, UPCAST)
-        bias = tl.zeros([BLOCK_N], tl.float32)
-        ids = tl.zeros([BLOCK_N], tl.int64)
-        if HAS_LOG_Q:
-            bias = tl.load(log_q + column, mask=column < N, other=0.0)
-        if HAS_ID:
-            ids = tl.load(candidate_id + column, mask=column < N, other=0)
+        bias, ids = _corrections(log_q, candidate_id, column, N, BLOCK_N, HAS_LOG_Q, HAS_ID)
         x, is_positive, counts = _tile(
             q, c, row, column, nothing, bias, own_id, ids, scale, B, N, offset, True, HAS_ID
         )
@@ -215,20 +231,13 @@ def _candidate_gradient_kernel(
     split = tl.program_id(1)
     scale = tl.load(scale_pointer)
     c = _load(candidate, row, N, D, BLOCK_D, UPCAST)
-    bias = tl.zeros([BLOCK_N], tl.float32)
-    own_id = tl.zeros([BLOCK_N], tl.int64)
-    if HAS_LOG_Q:
-        bias = tl.load(log_q + row, mask=row < N, other=0.0)
-    if HAS_ID:
-        own_id = tl.load(candidate_id + row, mask=row < N, other=0)
+    bias, own_id = _corrections(log_q, candidate_id, row, N, BLOCK_N, HAS_LOG_Q, HAS_ID)
     sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     first = split * split_size
     for start in range(first, tl.minimum(first + split_size, B), BLOCK_B):
         column = start + tl.arange(0, BLOCK_B)
         q = _load(query, column, B, D, BLOCK_D, UPCAST)
-        ids = tl.zeros([BLOCK_B], tl.int64)
-        if HAS_ID:
-            ids = tl.load(candidate_id + column + offset, mask=column < B, other=0)
+        ids = _positive_ids(candidate_id, column, B, offset, BLOCK_B, HAS_ID)
         nothing = tl.zeros([BLOCK_B], tl.float32)
         lse_row = tl.load(lse + column, mask=column < B, other=0.0)
         uniform_row = tl.load(uniform + column, mask=column < B, other=0.0)
@@ -564,17 +573,8 @@ def _validate(
     positive_offset: int,
     label_smoothing: float,
 ) -> None:
-    for name, matrix in (("query", query_BD), ("candidate", candidate_ND)):
-        if matrix.ndim != 2 or 0 in matrix.shape:
-            raise ValueError(
-                f"{name} must be a matrix with rows and columns, got shape {tuple(matrix.shape)}"
-            )
+    check_matrices("query", query_BD, "candidate", candidate_ND)
     b, n = query_BD.shape[0], candidate_ND.shape[0]
-    if query_BD.shape[1] != candidate_ND.shape[1]:
-        raise ValueError(
-            f"query and candidate must have one width, got {tuple(query_BD.shape)} and "
-            f"{tuple(candidate_ND.shape)}"
-        )
     allowed = [torch.float32, torch.bfloat16]
     if not runs_triton(query_BD.device):
         allowed.append(torch.float64)

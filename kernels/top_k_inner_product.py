@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels.launch import INTERPRET, power_of_two, runs_triton
+from twotower.kernels.launch import INTERPRET, check_matrices, power_of_two, runs_triton
 
 LARGEST_GROUP = 16 if INTERPRET else 128
 GROUP_BYTES = 64 << 10
@@ -470,16 +470,8 @@ def _validate(
     query: Tensor, item: Tensor, k: int, item_scale: Tensor | None, item_bits: Tensor | None,
     required_bits: Tensor | None, exclude_row: Tensor | None, exclude_offset: Tensor | None,
 ) -> None:  # fmt: skip
-    for name, matrix in (("query", query), ("item", item)):
-        if matrix.ndim != 2 or 0 in matrix.shape:
-            raise ValueError(
-                f"{name} must be a matrix with rows and columns, got shape {tuple(matrix.shape)}"
-            )
+    check_matrices("query", query, "item", item)
     b, n = query.shape[0], item.shape[0]
-    if query.shape[1] != item.shape[1]:
-        raise ValueError(
-            f"query and item must have one width, got {tuple(query.shape)} and {tuple(item.shape)}"
-        )
     if query.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"query must be float32 or bfloat16, got {query.dtype}")
     if item.dtype not in (query.dtype, torch.int8):
