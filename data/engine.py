@@ -95,6 +95,20 @@ def one_value(connection: Any, query: str) -> Any:
     return connection.execute(query).fetchall()[0][0]
 
 
+def table_names(connection: Any) -> set[str]:
+    """Return the tables and views that there are."""
+    rows = connection.execute("SELECT table_name FROM information_schema.tables").fetchall()
+    return {name for (name,) in rows}
+
+
+def column_types(connection: Any, table: str) -> dict[str, str]:
+    """Return a table's columns and their SQL types; none where it is not yet made."""
+    found = connection.execute(
+        f"SELECT column_name, data_type FROM duckdb_columns() WHERE table_name = '{table}'"
+    )
+    return dict(found.fetchall())
+
+
 def quoted(name: str) -> str:
     """Return a name as an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'

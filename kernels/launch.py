@@ -34,6 +34,11 @@ def upcast(dtype: torch.dtype) -> bool:
     return INTERPRET and dtype != torch.float32
 
 
+def pointer(value: Tensor | None, other: Tensor) -> Tensor:
+    """Return a tensor that a kernel which does not read it can be given in its place."""
+    return other if value is None else value
+
+
 def power_of_two(width: int) -> int:
     """Return the smallest tile side that holds a width; products want at least 16."""
     return max(16, int(triton.next_power_of_2(width)))

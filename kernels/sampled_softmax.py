@@ -37,6 +37,7 @@ from torch import Tensor
 from twotower.kernels.launch import (
     Blocks,
     check_matrices,
+    pointer,
     power_of_two,
     runs_triton,
     splits_for,
@@ -281,11 +282,6 @@ def backward_blocks(width: int, dtype: torch.dtype) -> Blocks:
     return Blocks(64, 64, 8, 2) if width <= 256 else Blocks(64, 32, 8, 2)
 
 
-def _optional(value: Tensor | None, other: Tensor) -> Tensor:
-    """Return a pointer that a kernel which does not read it can be given."""
-    return other if value is None else value
-
-
 def triton_forward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
     candidate_id: Tensor | None, weight: Tensor, offset: int, smoothing: float,
@@ -297,7 +293,7 @@ def triton_forward(
     splits = splits_for(programs, n, tiles.columns)
     lse, positive, total, count = query.new_empty(4, splits, b, dtype=torch.float32)
     _forward_kernel[(programs, splits)](
-        query, candidate, scale, _optional(log_q, scale), _optional(candidate_id, scale),
+        query, candidate, scale, pointer(log_q, scale), pointer(candidate_id, scale),
         lse, positive, total, count, b, n, d, offset, _split_size(n, splits, tiles.columns),
         BLOCK_B=tiles.rows, BLOCK_N=tiles.columns, BLOCK_D=power_of_two(d),
         HAS_LOG_Q=log_q is not None, HAS_ID=candidate_id is not None, SMOOTH=smoothing > 0,
@@ -320,7 +316,7 @@ def triton_backward(
     """Return the gradients of queries (B, D), candidates (N, D) and the scale."""
     (b, d), n = query.shape, candidate.shape[0]
     tiles = backward_blocks(d, query.dtype)
-    shared = (query, candidate, scale, _optional(log_q, scale), _optional(candidate_id, scale),
+    shared = (query, candidate, scale, pointer(log_q, scale), pointer(candidate_id, scale),
               weight, lse, uniform)  # fmt: skip
     options = {
         "BLOCK_D": power_of_two(d), "HAS_LOG_Q": log_q is not None,

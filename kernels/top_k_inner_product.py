@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels.launch import INTERPRET, check_matrices, power_of_two, runs_triton
+from twotower.kernels.launch import INTERPRET, check_matrices, pointer, power_of_two, runs_triton
 
 LARGEST_GROUP = 16 if INTERPRET else 128
 GROUP_BYTES = 64 << 10
@@ -256,7 +256,7 @@ def triton_top_k(
     (b, d), n = query.shape, item.shape[0]
     group_rows, stages = group_size(d, query.element_size())
     groups = int(triton.cdiv(n, group_rows))
-    filters = (_or(item_scale, query), _or(item_bits, query), _or(required_bits, query))
+    filters = (pointer(item_scale, query), pointer(item_bits, query), pointer(required_bits, query))
     options: dict[str, Any] = {
         "GROUP": group_rows, "BLOCK_D": power_of_two(d), "HAS_SCALE": item_scale is not None,
         "HAS_BITS": item_bits is not None, "UPCAST": INTERPRET, "num_warps": 4,
@@ -270,7 +270,7 @@ def triton_top_k(
         query, item, *filters, maximum, b, n, d, groups_a_program, BLOCK_B=block_b,
         num_stages=stages, **options,
     )  # fmt: skip
-    excluded = (_or(exclude_row, query), _or(exclude_offset, query))
+    excluded = (pointer(exclude_row, query), pointer(exclude_offset, query))
     if exclude_row is not None and exclude_offset is not None and len(exclude_row):
         owner = torch.repeat_interleave(exclude_offset.diff(), output_size=len(exclude_row))
         _exclude_kernel[(len(exclude_row),)](
@@ -282,7 +282,8 @@ def triton_top_k(
     size = max(1, GPU_BLOCK_BYTES // (8 * max(groups, chosen_count * group_rows)))
     for start in range(0, b, size):
         part = maximum[:, start : start + size].T
-        _, chosen = _unpack_places(_best(_keys(part, group), chosen_count))
+        best_group = _best(_keys(part, group), chosen_count)
+        chosen = (LOW_32 - (best_group & LOW_32)).contiguous()
         again = torch.empty(*chosen.shape, group_rows, device=query.device)
         _rescore_kernel[(chosen.numel(),)](
             query, item, *filters, *excluded, chosen, again, start, b, n, d, chosen_count,
@@ -293,16 +294,6 @@ def triton_top_k(
         scores.append(best[0])
         rows.append(best[1])
     return torch.cat(scores), torch.cat(rows)
-
-
-def _unpack_places(key: Tensor) -> Result:
-    """Return scores and places of keys, whatever the score."""
-    return key, (LOW_32 - (key & LOW_32)).contiguous()
-
-
-def _or(value: Tensor | None, other: Tensor) -> Tensor:
-    """Return a pointer that a kernel which does not read it can be given."""
-    return other if value is None else value
 
 
 def cpu_top_k(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from twotower.data.engine import one_value
+from twotower.data.engine import one_value, table_names
 from twotower.data.inspect.tables import Counted, count, missing, raw_column
 from twotower.data.log.scan import SPLIT_NAMES
 from twotower.data.log.sources import is_own_id
@@ -32,17 +32,11 @@ def sizes(connection: Any) -> dict[str, int]:
     for side in ("user", "item"):
         out[f"{side}s"] = count_rows(connection, f"{side}s")
         out[f"active_{side}s"] = count_rows(connection, f"per_{side}")
-        if has_table(connection, f"log_{side}s"):
+        if f"log_{side}s" in table_names(connection):
             out[f"{side}s_without_a_row"] = count(
                 connection, f"SELECT 1 FROM {side}s e ANTI JOIN log_{side}s l ON l.id = e.id"
             )
     return out
-
-
-def has_table(connection: Any, name: str) -> bool:
-    """Whether a table or view is there."""
-    rows = connection.execute("SELECT table_name FROM information_schema.tables").fetchall()
-    return (name,) in rows
 
 
 def time_span(connection: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.data.engine import one_value, quoted
+from twotower.data.engine import column_types, one_value, quoted
 from twotower.data.log.checks import (
     Spot,
     as_floats,
@@ -92,7 +92,7 @@ def scan(
             file.refuse_if_changed()
             done += file.size
             report("reading the log", done / total)
-    for table in empty.keys() - {s.table for s in sources if _columns(connection, s.table)}:
+    for table in empty.keys() - {s.table for s in sources if column_types(connection, s.table)}:
         _insert(connection, table, pa.table(empty[table]))
     # What Arrow keeps for later is the engine's to use now.
     pa.default_memory_pool().release_unused()
@@ -259,16 +259,8 @@ def _split_column(spot: Spot) -> pa.Array:
     return pa.array(numbers[index])
 
 
-def _columns(connection: Any, table: str) -> dict[str, str]:
-    """Return a table's columns and their types; none where it is not yet made."""
-    found = connection.execute(
-        f"SELECT column_name, data_type FROM duckdb_columns() WHERE table_name = '{table}'"
-    )
-    return dict(found.fetchall())
-
-
 def _insert(connection: Any, table: str, rows: pa.Table) -> None:
-    known = _columns(connection, table)
+    known = column_types(connection, table)
     connection.register("chunk", rows)
     if not known:
         connection.execute(f"CREATE TABLE {table} AS SELECT * FROM chunk")

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.data.encode import Normaliser
-from twotower.data.engine import arrow_batches, quoted
+from twotower.data.engine import arrow_batches, quoted, table_names
 from twotower.data.log.id_types import IdTypes
 from twotower.data.log.sources import is_own_id
 from twotower.data.prepare.entities import context_ids
@@ -100,8 +100,7 @@ class EntityWriter:
             if t == self.tower and f.source == side and f.kind != "history"
         ]  # fmt: skip
         self.numbers = Spool(scratch / f"{side}.numbers")
-        rows = connection.execute("SELECT table_name FROM information_schema.tables").fetchall()
-        self.has_table = (f"log_{side}",) in rows
+        self.has_table = f"log_{side}" in table_names(connection)
         self.vocabularies: dict[str, Vocabulary] = {}
 
     def write(self) -> tuple[dict[str, Normaliser], int]:
@@ -161,7 +160,7 @@ class EntityWriter:
                 columns[f"feature.{f.name}"] = _rows(raw, batch.column(f"row{i}"), oov)
             elif f.kind == "ids":
                 rows = self._lookup(f, raw.flatten())
-                columns[f"feature.{f.name}"] = _lists(raw, rows)
+                columns[f"feature.{f.name}"] = with_values(raw, rows)
         if self.side == "items":
             for i, f in enumerate(self.config.histories()):
                 oov = self.config.table(f.table_name).oov_rows
@@ -234,7 +233,8 @@ def _zeros_for_null(vectors: pa.Array, width: int) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(out.ravel()), width)
 
 
-def _lists(lists: pa.Array, values: Array) -> pa.Array:
-    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+def with_values(lists: pa.Array, values: Array) -> pa.Array:
+    """Return lists of the same lengths, none for null, that hold `values`."""
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from twotower.data.engine import arrow_batches, column, one_value, quoted
+from twotower.data.engine import arrow_batches, column, column_types, one_value, quoted, table_names
 from twotower.data.log.id_types import IdTypes
 from twotower.data.prepared import PreparedDataset, gather
 from twotower.data.schema import DataConfig, Feature
@@ -34,7 +34,7 @@ def make_entities(
     The views `events`, `log_users` and `log_items` show the scan's tables with ids of one type.
     """
     _views(connection, config, types)
-    known = _tables(connection)
+    known = table_names(connection)
     parts = {
         "users": ["SELECT user AS id FROM events"],
         "items": ["SELECT item AS id FROM events"],
@@ -69,22 +69,14 @@ def with_rows(table: pa.Table, key: str) -> pa.Table:
     return pa.table({"key": table[key], "row": pa.array(np.arange(len(table), dtype=np.int32))})
 
 
-def _tables(connection: Any) -> set[str]:
-    rows = connection.execute("SELECT table_name FROM information_schema.tables").fetchall()
-    return {name for (name,) in rows}
-
-
 def _views(connection: Any, config: DataConfig, types: IdTypes) -> None:
-    known = _tables(connection)
+    known = table_names(connection)
 
     def view(name: str, table: str, domains: dict[str, str]) -> None:
         if table not in known:
             return
-        columns = connection.execute(
-            f"SELECT column_name, data_type FROM duckdb_columns() WHERE table_name = '{table}'"
-        ).fetchall()
         chosen = []
-        for c, kind in columns:
+        for c, kind in column_types(connection, table).items():
             if c in domains:
                 to = types.sql(domains[c], is_list=kind.endswith("[]"))
                 chosen.append(f"CAST({quoted(c)} AS {to}) AS {quoted(c)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,12 @@ import pyarrow.compute as pc
 
 from twotower.data.engine import BATCH_ROWS, arrow_batches, quoted
 from twotower.data.log.scan import Report
+from twotower.data.prepare.columns import with_values
 from twotower.data.prepare.entities import context_ids, count_rows, row_map
 from twotower.data.prepare.split import Cuts, leave_last_out
 from twotower.data.prepare.spool import Spool
+from twotower.data.prepared import PreparedDataset, array, one_chunk
 from twotower.data.schema import DataConfig
-
-if TYPE_CHECKING:
-    from twotower.data.prepared import PreparedDataset
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -105,7 +104,7 @@ class EventWriter:
             table = pa.Table.from_batches([batch])
             if rest is not None:
                 table = pa.concat_tables([rest, table]).combine_chunks()
-            user = _numpy(table, "user")
+            user = array(table, "user")
             cut = int(np.searchsorted(user, user[-1]))
             if cut < BATCH_ROWS and len(user) < 4 * BATCH_ROWS:
                 rest = table
@@ -150,7 +149,7 @@ class EventWriter:
         if self.previous is None:
             yield self._ordered([new]), high
             return
-        new_user = _numpy(new, "user") if new is not None else np.empty(0, np.int32)
+        new_user = array(new, "user") if new is not None else np.empty(0, np.int32)
         done = 0
         while low < high:
             upper = self._bound(high)
@@ -182,16 +181,16 @@ class EventWriter:
         self.position[section] = end
         table = self.previous.events.slice(begin, end - begin).drop_columns(["history_to"])
         changed = {
-            "user": self.user_map[_numpy(table, "user")],
-            "item": self.item_map[_numpy(table, "item")],
+            "user": self.user_map[array(table, "user")],
+            "item": self.item_map[array(table, "item")],
         }
         for f in context_ids(self.config):
             name, to = f"context.{f.name}", self.value_maps[f.name]
             if f.kind == "id":
-                changed[name] = to[_numpy(table, name)]
+                changed[name] = to[array(table, name)]
             else:
-                lists = _one(table[name])
-                changed[name] = _lists(lists, to[lists.flatten().to_numpy()])
+                lists = one_chunk(table[name])
+                changed[name] = with_values(lists, to[lists.flatten().to_numpy()])
         for name, values in changed.items():
             table = table.set_column(table.column_names.index(name), name, pa.array(values))
         if self.config.split.kind == "given":
@@ -207,9 +206,9 @@ class EventWriter:
             if f.name not in self.values:
                 query = f'SELECT id FROM "values_{f.name}" ORDER BY rowid'
                 self.values[f.name] = self.connection.sql(query).fetch_arrow_table()["id"]
-            lists = _one(table[name])
+            lists = one_chunk(table[name])
             codes = pc.index_in(lists.flatten(), value_set=self.values[f.name])
-            coded = _lists(lists, codes.to_numpy(zero_copy_only=False))
+            coded = with_values(lists, codes.to_numpy(zero_copy_only=False).astype(np.int32))
             table = table.set_column(table.column_names.index(name), name, coded)
         return table
 
@@ -220,7 +219,7 @@ class EventWriter:
             return None
         first = some[0].column_names
         table = pa.concat_tables([p.select(first) for p in some]).combine_chunks()
-        user, split = _numpy(table, "user").astype(np.int64), self._split(table)
+        user, split = array(table, "user").astype(np.int64), self._split(table)
         table = _put(table, "split", split)
         if len(some) > 1:
             order = np.argsort(user * 3 + split, kind="stable")
@@ -230,18 +229,18 @@ class EventWriter:
     def _split(self, table: pa.Table) -> npt.NDArray[np.int8]:
         kind = self.config.split.kind
         if kind == "temporal":
-            return self.cuts.split(_numpy(table, "time"))
+            return self.cuts.split(array(table, "time"))
         if kind == "leave_last_out":
-            return leave_last_out(_numpy(table, "user"))
-        return np.asarray(_numpy(table, "split"), np.int8)
+            return leave_last_out(array(table, "user"))
+        return np.asarray(array(table, "split"), np.int8)
 
     def _emit(self, table: pa.Table | None, low: int, high: int) -> None:
         """Write the events of the users from `low` to before `high`."""
         empty = np.empty(0, np.int64)
-        user = _numpy(table, "user").astype(np.int64) - low if table is not None else empty
-        item = _numpy(table, "item").astype(np.int64) if table is not None else empty
-        split = _numpy(table, "split") if table is not None else empty.astype(np.int8)
-        time = _numpy(table, "time") if table is not None else empty
+        user = array(table, "user").astype(np.int64) - low if table is not None else empty
+        item = array(table, "item").astype(np.int64) if table is not None else empty
+        split = array(table, "split") if table is not None else empty.astype(np.int8)
+        time = array(table, "time") if table is not None else empty
         lengths, prior = self.priors.take(low, high)
         start, history_to, line = timeline(user, item, split, time, lengths, prior)
         self.users.append({"history_from": start + self.length})
@@ -255,7 +254,7 @@ class EventWriter:
                 self.written.add(number, time[mask])
                 part = table if mask.all() else table.filter(pa.array(mask))
                 self.sections[number].append(
-                    {n: _one(part[n]) for n in part.column_names}
+                    {n: one_chunk(part[n]) for n in part.column_names}
                 )  # fmt: skip
         self.length += len(line)
 
@@ -332,20 +331,3 @@ def _put(table: pa.Table, name: str, values: npt.NDArray[Any]) -> pa.Table:
     if name in table.column_names:
         return table.set_column(table.column_names.index(name), name, pa.array(values))
     return table.append_column(name, pa.array(values))
-
-
-def _numpy(table: pa.Table, name: str) -> npt.NDArray[Any]:
-    return np.asarray(_one(table[name]).to_numpy(zero_copy_only=False))
-
-
-def _one(values: pa.ChunkedArray) -> pa.Array:
-    if values.num_chunks == 1:
-        return values.chunk(0)
-    return pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
-
-
-def _lists(lists: pa.Array, codes: npt.NDArray[Any]) -> pa.Array:
-    """Return lists of the same lengths that hold `codes`."""
-    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(codes.astype(np.int32)))
