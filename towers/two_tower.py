@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_configs import (
+    DataType,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
+)
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from twotower.data.batches import Batch
@@ -34,7 +39,8 @@ class TwoTower(nn.Module):
         data: the schema.
         table_rows: rows of each embedding table.
         config: shape of the towers.
-        device: of the parameters.
+        table_device: of the tables' weights; "meta" where they are made shard by shard.
+        table_type: of the tables' weights.
     """
 
     def __init__(
@@ -42,7 +48,9 @@ class TwoTower(nn.Module):
         data: DataConfig,
         table_rows: Mapping[str, int],
         config: ModelConfig,
-        device: torch.device | None = None,
+        *,
+        table_device: str = "cpu",
+        table_type: DataType = DataType.FP32,
     ) -> None:
         super().__init__()
         # TorchRec asks at every look-up whether it is being traced, and torch warns of the asking.
@@ -58,18 +66,20 @@ class TwoTower(nn.Module):
             common: dict[str, Any] = {
                 "name": PREFIX + name, "embedding_dim": config.dim, "num_embeddings": rows,
                 "feature_names": keys, "weight_init_min": -bound, "weight_init_max": bound,
+                "data_type": table_type,
             }  # fmt: skip
             if name in listed:
                 lists.append(EmbeddingConfig(**common))
             else:
                 bags.append(EmbeddingBagConfig(**common, pooling=PoolingType.SUM))
+        device = torch.device(table_device)
         self.bags = EmbeddingBagCollection(tables=bags, device=device) if bags else None
         self.lists = EmbeddingCollection(tables=lists, device=device) if lists else None
         self.bag_keys = [k for t in bags for k in t.feature_names]
         self.list_keys = [k for t in lists for k in t.feature_names]
-        self.query = Tower(data.query, config).to(device)
-        self.item = Tower(data.item, config).to(device)
-        log_temperature = torch.tensor(config.temperature, device=device).log()
+        self.query = Tower(data.query, config)
+        self.item = Tower(data.item, config)
+        log_temperature = torch.tensor(config.temperature).log()
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=config.learn_temperature)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,55 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from twotower.errors import UserError
+from twotower.errors import UserError, did_you_mean
+
+SHARDINGS = (
+    "auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel",
+)  # fmt: skip
+KERNELS = ("auto", "fused", "fused_uvm", "fused_uvm_caching")
+TABLE_OPTIMIZERS = ("rowwise_adagrad", "sgd")
+DENSE_OPTIMIZERS = ("adamw", "sgd")
+PRECISIONS = ("fp32", "bf16")
+TABLE_PRECISIONS = ("fp32", "fp16", "bf16")
+SCHEDULES = ("constant", "linear", "cosine")
+PIPELINES = ("auto", "on", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSharding:
+    """How one embedding table is spread over the ranks."""
+
+    sharding: str = "auto"
+    """auto, table_wise, row_wise, column_wise, table_row_wise or data_parallel."""
+    kernel: str = "auto"
+    """auto, fused, fused_uvm (in the host's memory) or fused_uvm_caching (cached on the GPU)."""
+    cache_fraction: float | None = None
+    """fused_uvm_caching: share of the table's rows kept on the GPU; the planner chooses without."""
+
+    def validate(self, key: str) -> None:
+        """Refuse what TorchRec cannot do.
+
+        Args:
+            key: of this table in the YAML.
+
+        Raises:
+            UserError: naming the key.
+        """
+        for name, known in (("sharding", SHARDINGS), ("kernel", KERNELS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(
+                    f"{key}.{name} must be one of {', '.join(known)}, got "
+                    f"'{value}'{did_you_mean(value, known)}"
+                )
+        if self.cache_fraction is not None and not 0 < self.cache_fraction <= 1:
+            raise UserError(f"{key}.cache_fraction must be in (0, 1], got {self.cache_fraction}")
+        if self.cache_fraction is not None and self.kernel != "fused_uvm_caching":
+            raise UserError(f"{key}.cache_fraction needs {key}.kernel: fused_uvm_caching")
+        if self.sharding == "data_parallel" and self.kernel != "auto":
+            raise UserError(
+                f"{key}.kernel: a data_parallel table has no fused kernel: leave it at auto"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,25 +62,69 @@ class TrainConfig:
     """How the towers are trained."""
 
     batch_size: int = 1024
-    """Events a step; all but one of its items are a query's negatives."""
+    """Events a step, over all ranks; all but one of its items are a query's negatives."""
     max_epochs: int = 20
     """Passes over the training events, at most."""
+    max_steps: int | None = None
+    """Steps of training, at most; no limit by default."""
     patience: int = 3
     """Epochs without a better validation before training stops."""
+    table_optimizer: str = "rowwise_adagrad"
+    """Of the embedding tables, in the backward pass: rowwise_adagrad or sgd."""
     table_lr: float = 0.05
-    """Learning rate of the embedding tables (rowwise Adagrad)."""
+    """Learning rate of the embedding tables."""
+    dense_optimizer: str = "adamw"
+    """Of everything else: adamw or sgd."""
     dense_lr: float = 0.001
-    """Learning rate of everything else (AdamW)."""
+    """Learning rate of everything else."""
     weight_decay: float = 0.0001
-    """AdamW's weight decay."""
+    """Weight decay of everything else, decoupled in adamw."""
+    schedule: str = "constant"
+    """Both learning rates after the warm-up: constant, or linear or cosine down to 0."""
+    warmup_steps: int = 0
+    """Steps in which both learning rates rise from 0."""
+    clip_norm: float | None = None
+    """Largest norm of the dense parameters' gradients; tables are updated before it is known."""
+    accumulate: int = 1
+    """Steps whose gradients one update of the dense parameters adds; tables learn at every step."""
     log_q: bool = True
     """Correct for popular items being sampled as negatives more often."""
+    precision: str = "fp32"
+    """Of the towers' arithmetic: fp32 or bf16."""
+    table_precision: str = "fp32"
+    """Of the tables' weights: fp32, fp16 or bf16, the last two rounded stochastically."""
+    compile: bool = False
+    """Compile the towers with torch.compile."""
+    sharding: str = "auto"
+    """How tables are spread over the ranks, where `tables` says nothing else."""
+    tables: dict[str, TableSharding] = field(default_factory=dict)
+    """Embedding table -> how it is spread."""
+    pipeline: str = "auto"
+    """Copy and distribute the next batches during a step: auto (on CUDA), on or off."""
+    processes: int | None = None
+    """Processes that train together; by default one a CUDA device, else one."""
+    elastic: int = 0
+    """Times that the processes are started again, from the last checkpoint, when one is lost."""
+    stop_within_s: float = 30.0
+    """Seconds in which a training that is told to stop (SIGTERM) saves and ends."""
     checkpoint_every_steps: int = 200
     """Steps between checkpoints that a killed run resumes from."""
+    checkpoint_async: bool = False
+    """Write checkpoints while training goes on, at the cost of a copy of the tables in memory."""
+    keep_best: int = 1
+    """Best checkpoints kept, by evaluate.monitor; the first is the one that is exported."""
+    keep_every_steps: int | None = None
+    """Steps between checkpoints that are kept for good; none by default."""
+    profile: list[int] | None = None
+    """First and last step of a trace for Perfetto, for instance [100, 104]; none by default."""
     workers: int | None = None
-    """Processes that build batches ahead of training; by default 0 on a CPU, 2 on CUDA."""
+    """Processes that build batches ahead, a rank; by default 0 on a CPU, 2 on CUDA."""
     accelerator: str = "auto"
     """auto, cpu or cuda."""
+
+    def table(self, name: str) -> TableSharding:
+        """Return how embedding table `name` is spread."""
+        return self.tables.get(name, TableSharding(sharding=self.sharding))
 
     def validate(self) -> None:
         """Refuse what cannot be trained.
@@ -40,17 +132,55 @@ class TrainConfig:
         Raises:
             UserError: naming the key.
         """
-        least = {"batch_size": 2, "max_epochs": 1, "patience": 1, "checkpoint_every_steps": 1}
+        least = {
+            "batch_size": 2, "max_epochs": 1, "max_steps": 1, "patience": 1,
+            "checkpoint_every_steps": 1, "accumulate": 1, "warmup_steps": 0, "processes": 1,
+            "elastic": 0, "keep_best": 1, "keep_every_steps": 1, "workers": 0,
+        }  # fmt: skip
         for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise UserError(f"train.{name} must be >= {minimum}, got {getattr(self, name)}")
-        if self.workers is not None and self.workers < 0:
-            raise UserError(f"train.workers must be >= 0, got {self.workers}")
-        for name in ("table_lr", "dense_lr"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"train.{name} must be > 0, got {getattr(self, name)}")
-        if self.accelerator not in ("auto", "cpu", "cuda"):
-            raise UserError(f"train.accelerator must be auto, cpu or cuda, got {self.accelerator}")
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise UserError(f"train.{name} must be >= {minimum}, got {value}")
+        for name in ("table_lr", "dense_lr", "clip_norm", "stop_within_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"train.{name} must be > 0, got {value}")
+        for name, known in (
+            ("accelerator", ("auto", "cpu", "cuda")), ("pipeline", PIPELINES),
+            ("table_optimizer", TABLE_OPTIMIZERS), ("dense_optimizer", DENSE_OPTIMIZERS),
+            ("precision", PRECISIONS), ("table_precision", TABLE_PRECISIONS),
+            ("schedule", SCHEDULES), ("sharding", SHARDINGS),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(
+                    f"train.{name} must be one of {', '.join(known)}, got "
+                    f"'{value}'{did_you_mean(value, known)}"
+                )
+        if self.batch_size < 2 * (self.processes or 1):
+            raise UserError(
+                f"train.batch_size must be >= 2 a process, got {self.batch_size} for "
+                f"train.processes={self.processes}"
+            )
+        if self.profile is not None and (
+            len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]
+        ):
+            raise UserError(
+                f"train.profile must be a first and a last step, such as [100, 104], got "
+                f"{self.profile}"
+            )
+        for name, table in self.tables.items():
+            table.validate(f"train.tables.{name}")
+        spread = {"train.sharding": self.sharding} | {
+            f"train.tables.{name}.sharding": table.sharding for name, table in self.tables.items()
+        }
+        for key, sharding in spread.items():
+            if sharding == "column_wise" and self.table_optimizer == "rowwise_adagrad":
+                raise UserError(
+                    f"{key} is column_wise, but train.table_optimizer is rowwise_adagrad, which "
+                    "would keep one state a row and column shard, so that the result depended on "
+                    "the number of ranks: shard row_wise, or set train.table_optimizer to sgd"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
