@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
 
 from twotower.data.encode import Normaliser
 from twotower.data.prepared import (
@@ -36,7 +37,7 @@ Bag = tuple[npt.NDArray[Any], I64]
 
 
 @dataclass
-class Batch:
+class Batch(Pipelineable):
     """What a step reads.
 
     Attributes:

@@ -4,8 +4,11 @@ An epoch is one random order of all training events (`twotower.data.shuffle`). I
 parts of what is left of it, and ranks equal parts of a step, so that every event comes once, all
 ranks take the same number of steps, and no batch is a small rest with few in-batch negatives.
 
+Sharded look-ups need batches of one size on all ranks. Where a step does not divide, the batches of
+some ranks end with a filler: an event again, with item -1 and weight 0, that no loss may count.
+
 Where an epoch stands is one number, the events taken so far. A run goes on at the exact next batch,
-with another number of workers too; with another number of ranks it goes on with the same events.
+with another number of workers too; with another number of ranks its steps hold the same events.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from twotower.data.prepared import PreparedDataset
 from twotower.data.shuffle import Shuffle
 from twotower.errors import UserError
 
-# Epoch, and the places of its order from the first to before the last.
-Part = tuple[int, int, int]
+# Epoch, the places of its order from the first to before the last, and the batch's size.
+Part = tuple[int, int, int, int]
 
 
 class TrainLoader:
@@ -32,8 +35,8 @@ class TrainLoader:
 
     Args:
         data: the prepared dataset.
-        batch_size: most events a batch; all batches of an epoch have this size or, where it does
-            not divide the epoch, nearly one size below it.
+        batch_size: most events of a step, of all ranks together; all steps of an epoch have this
+            size or, where it does not divide the epoch, nearly one size below it.
         seed: of the shuffle.
         rank: of this process.
         ranks: number of processes that share an epoch.
@@ -62,7 +65,7 @@ class TrainLoader:
 
     def __len__(self) -> int:
         """Return the batches of a whole epoch."""
-        return -(-self.length // (self.batch_size * self.ranks))
+        return -(-self.length // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Turn to an epoch; its place is kept if it is this one."""
@@ -97,7 +100,7 @@ class TrainLoader:
         place = self.place
         while place < self.length:
             left = self.length - place
-            steps = -(-left // (self.batch_size * self.ranks))
+            steps = -(-left // self.batch_size)
             size = -(-left // steps)
             yield place, size
             place += size
@@ -106,7 +109,12 @@ class TrainLoader:
         """Return this rank's part of every step that is left."""
         rank, ranks = self.rank, self.ranks
         return [
-            (self.epoch, low + size * rank // ranks, low + size * (rank + 1) // ranks)
+            (
+                self.epoch,
+                low + size * rank // ranks,
+                low + size * (rank + 1) // ranks,
+                -(-size // ranks),
+            )
             for low, size in self._steps()
         ]
 
@@ -126,9 +134,12 @@ class _Batches(Dataset[Batch]):
         self.builder, self.length, self.seed = builder, length, seed
 
     def __getitem__(self, part: Part) -> Batch:
-        epoch, low, high = part
+        epoch, low, high, size = part
         order = Shuffle(self.length, self.seed, epoch)
-        return self.builder.events(order(np.arange(low, high)))
+        batch = self.builder.events(order(np.minimum(np.arange(low, low + size), high - 1)))
+        batch.item_B[high - low :] = -1
+        batch.weight_B[high - low :] = 0
+        return batch
 
 
 def _leave_signals(_: int) -> None:

@@ -31,7 +31,7 @@ from twotower.export.parity import (
 )
 from twotower.files import atomic_directory, write_json
 from twotower.towers.catalogue import catalogue_vectors
-from twotower.train.checkpoint import load_towers
+from twotower.train.checkpoint.towers import load_towers
 
 LIBRARIES = ("twotower", "torch", "torchrec", "onnx", "onnxruntime", "numpy")
 Progress = Callable[[str], None]

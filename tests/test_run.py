@@ -29,7 +29,7 @@ def test_the_model_is_well_ahead_of_popularity(finished_run) -> None:
 def test_every_step_leaves_what_it_says(finished_run) -> None:
     for name in (
         "prepared/prepared.json", "train/train.json", "train/curves.png",
-        "train/checkpoint/.metadata", "evaluation/metrics.json", "evaluation/evaluation.png",
+        "train/checkpoint/checkpoint.json", "evaluation/metrics.json", "evaluation/evaluation.png",
         "bundles/1/manifest.json",
     ):  # fmt: skip
         assert (finished_run.run_dir / name).stat().st_size > 0

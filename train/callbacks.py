@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,8 +17,10 @@ from lightning.pytorch.callbacks.progress import RichProgressBar
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
-from twotower.train.config import EvaluateConfig
+from twotower.train.config import EvaluateConfig, TrainConfig
 from twotower.train.evaluation import evaluate_towers, judged_queries
+
+NAME = "step="
 
 
 class CatalogueValidation(L.Callback):
@@ -29,8 +32,11 @@ class CatalogueValidation(L.Callback):
         self.queries = judged_queries(data, 1, config, seed)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log `val/<metric>` for the checkpoint and early stopping to read."""
-        model: Any = pl_module.model
+        """Log `val/<metric>`, the same on every rank, for what chooses and stops to read."""
+        module: Any = pl_module
+        model = module.model
+        if module.pipeline is not None:
+            module.pipeline.detach()
         model.eval()
         metrics = evaluate_towers(
             model.module, self.builder, self.queries, self.config.k, self.config.batch_size,
@@ -42,79 +48,153 @@ class CatalogueValidation(L.Callback):
                 pl_module.log(f"val/{name}", value, prog_bar=name == self.config.monitor)
 
 
-class ResumeCheckpoint(Checkpoint):
-    """Keeps one checkpoint that a killed run resumes from: every n steps, and after each epoch.
+class Checkpoints(Checkpoint):
+    """Saves what a killed run resumes from and what is kept: `step=<n>` below a folder.
 
-    An epoch's own is written once its validation has been judged, so that no run resumes behind
-    the last batch of an epoch that nothing has chosen from.
+    It saves every n steps, and after each epoch once its validation has been judged, so that no
+    run resumes after the last batch of an epoch that nothing has chosen from. Of these it keeps
+    the last, the best by a metric, and those of every m-th step.
 
-    SIGTERM stops the training behind a step, or behind an epoch and its validation, with a
-    checkpoint of just there; a second one stops it at once. Lightning's own handling may leave
-    without a checkpoint, and as if the training had succeeded.
+    SIGTERM stops the training after a step, or after an epoch and its validation, with a
+    checkpoint of just there; a second one, or a given time, ends it at once. Lightning's own
+    handling may leave without a checkpoint, and as if the training had succeeded.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int) -> None:
-        self.folder, self.every_n_steps = folder, every_n_steps
+    def __init__(self, folder: Path, config: TrainConfig, monitor: str) -> None:
+        self.folder, self.config, self.monitor = folder, config, monitor
+        self.scores: dict[str, float] = {}
         self.told_to_stop = False
+        self._deadline: threading.Timer | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the metric at each step that was judged."""
+        return {"scores": dict(self.scores)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what an earlier process knew of the checkpoints."""
+        self.scores = dict(state_dict["scores"])
+
+    def best(self) -> tuple[int, float] | None:
+        """Return the step with the best metric and the metric, of the checkpoints there are."""
+        there = [step for step in self._steps() if str(step) in self.scores]
+        ranked = sorted(there, key=lambda step: (-self.scores[str(step)], step))
+        return (ranked[0], self.scores[str(ranked[0])]) if ranked else None
+
+    def last(self) -> str | None:
+        """Return the name of the last checkpoint."""
+        steps = self._steps()
+        return f"step {steps[-1]}" if steps else None
+
+    def path(self, step: int) -> Path:
+        """Return the checkpoint of a step."""
+        return self.folder / f"{NAME}{step}"
+
+    def _steps(self) -> list[int]:
+        return sorted(step_of(path) for path in self.folder.glob(f"{NAME}*[0-9]"))
 
     @contextmanager
     def heeding_sigterm(self) -> Iterator[None]:
-        """Let SIGTERM stop the training in the block, or end the process behind the block."""
+        """Let SIGTERM stop the training in the block, or end the process after the block."""
         previous = _on_sigterm(self._stop)
         try:
             yield
         finally:
             _on_sigterm(previous)
-        self._leave_if_told()
+            if self._deadline is not None:
+                self._deadline.cancel()
+        if self.told_to_stop:
+            raise SystemExit(128 + signal.SIGTERM)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.told_to_stop:
             raise SystemExit(128 + number)
         self.told_to_stop = True
+        # A thread: a signal's handler would wait while this one waits for another rank.
+        self._deadline = threading.Timer(self.config.stop_within_s, _too_late)
+        self._deadline.daemon = True
+        self._deadline.start()
 
-    def _leave_if_told(self) -> None:
-        if self.told_to_stop:
+    def _leave_if_told(self, trainer: L.Trainer) -> None:
+        """Leave where every rank leaves."""
+        strategy: Any = trainer.strategy
+        if strategy.any_rank(self.told_to_stop):
+            strategy.finish_saving()
             raise SystemExit(128 + signal.SIGTERM)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stay stopped when a run was killed behind its last epoch; Lightning forgets that."""
+        """Stay stopped when a run was killed after its last epoch; Lightning forgets that."""
         # Lightning has put its own handler around ours by now.
         _on_sigterm(self._stop)
         stopping = trainer.early_stopping_callbacks
-        trainer.should_stop = any(s.wait_count >= s.patience for s in stopping)
+        if any(s.wait_count >= s.patience for s in stopping):
+            trainer.should_stop = True
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave between two epochs, when the loggers have written the one before."""
-        self._leave_if_told()
+        self._leave_if_told(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
         batch_idx: int,
     ) -> None:  # fmt: skip
         """Save in the middle of an epoch, and leave there."""
-        last = batch_idx + 1 == trainer.num_training_batches
-        if last:
+        step, config = trainer.global_step, self.config
+        # Between two halves of an update the gradients would have to be saved as well.
+        whole = (batch_idx + 1) % config.accumulate == 0
+        if not whole or batch_idx + 1 == trainer.num_training_batches or step == trainer.max_steps:
             return
-        if trainer.global_step % self.every_n_steps == 0 or self.told_to_stop:
+        strategy: Any = trainer.strategy
+        told = strategy.any_rank(self.told_to_stop)
+        if told or any(
+            step % n == 0 for n in (config.checkpoint_every_steps, config.keep_every_steps) if n
+        ):
             self._save(trainer)
-        self._leave_if_told()
+        if told:
+            strategy.finish_saving()
+            raise SystemExit(128 + signal.SIGTERM)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save after an epoch."""
+        self.scores[str(trainer.global_step)] = float(trainer.callback_metrics[self.monitor])
         self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave behind the last epoch; the next run only publishes."""
-        self._leave_if_told()
+        """Leave after the last epoch; the next run only publishes."""
+        strategy: Any = trainer.strategy
+        strategy.finish_saving()
+        self._leave_if_told(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        # Named by step, so that the new one is whole before the old one goes.
-        old = list(self.folder.glob("last-step=*.ckpt"))
-        new = self.folder / f"last-step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(new)
-        for path in old:
-            if path != new:
-                trainer.strategy.remove_checkpoint(path)
+        trainer.save_checkpoint(self.path(trainer.global_step))
+        if trainer.is_global_zero:
+            self._prune(trainer)
+
+    def _prune(self, trainer: L.Trainer) -> None:
+        """Remove what nothing asks to keep; the last whole one always stays."""
+        steps, every = self._steps(), self.config.keep_every_steps
+        best = sorted(
+            (s for s in steps if str(s) in self.scores),
+            key=lambda s: (-self.scores[str(s)], s),
+        )[: self.config.keep_best]
+        keep = {*steps[-1:], *best}
+        for step in steps:
+            if step not in keep and not (every and step % every == 0):
+                trainer.strategy.remove_checkpoint(self.path(step))
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(NAME))
+
+
+def _too_late() -> None:
+    """End a process that could not save in time; the checkpoint before stays."""
+    os.write(
+        2,
+        b"twotower train: was told to stop and did not save within train.stop_within_s: ended; "
+        b"the next run goes on from the checkpoint before\n",
+    )
+    os._exit(128 + signal.SIGTERM)
 
 
 def _on_sigterm(handler: Any) -> Any:

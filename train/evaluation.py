@@ -25,7 +25,7 @@ from twotower.data.prepared import PreparedDataset
 from twotower.data.queries import Queries, split_queries
 from twotower.errors import UserError
 from twotower.kernels.top_k_inner_product import top_k_inner_product
-from twotower.towers.catalogue import catalogue_vectors
+from twotower.towers.catalogue import catalogue_vectors, gather_parts, part_of_rank
 from twotower.train.config import EvaluateConfig
 
 I64 = npt.NDArray[np.int64]
@@ -74,18 +74,25 @@ def answer(
     k: int,
     batch_size: int,
 ) -> I64:
-    """Return the rows (Q, K) that a query tower and the item vectors answer."""
+    """Return the rows (Q, K) that a query tower and the item vectors answer.
+
+    Ranks that evaluate together each answer a part of every block of queries.
+    """
     answers = []
     for block, seen, offset in _blocks(queries, batch_size):
-        query_BD = embed(builder.queries(block).to(item_ND.device))
+        part = part_of_rank(len(block))
+        first, last = offset[part.start], offset[part.stop]
+        query_BD = embed(builder.queries(block[part]).to(item_ND.device))
         _, rows = top_k_inner_product(
             query_BD,
             item_ND,
             k,
-            exclude_row_X=torch.from_numpy(seen).to(item_ND.device),
-            exclude_offset_B1=torch.from_numpy(offset).to(item_ND.device),
+            exclude_row_X=torch.from_numpy(seen[first:last]).to(item_ND.device),
+            exclude_offset_B1=torch.from_numpy(offset[part.start : part.stop + 1] - first).to(
+                item_ND.device
+            ),
         )
-        answers.append(rows.cpu().numpy())
+        answers.append(gather_parts(rows, len(block)).cpu().numpy())
     return np.concatenate(answers)
 
 

@@ -7,22 +7,25 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.optim.apply_optimizer_in_backward import (
-    _apply_optimizer_in_backward as apply_optimizer_in_backward,
-)
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+from torch.profiler import record_function
 
 from twotower.data.batches import Batch
 from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.towers.two_tower import TwoTower
 from twotower.train.config import TrainConfig
+from twotower.train.meters import RANGE, Latest
+from twotower.train.negatives import gather_candidates, share_of_weight
+from twotower.train.optimizers import Optimizers, fuse_table_optimizer
+from twotower.train.pipeline import SparsePipeline
+
+# exp(-1e4) is 0, and 0 times a loss of 1e4 is too, which of infinity it is not.
+FILLER_LOG_Q = 1e4
 
 
 class RetrievalModule(L.LightningModule):
-    """Trains two towers with an in-batch sampled softmax.
+    """Trains two towers with a sampled softmax over the items of all ranks' batches.
 
     Args:
         model: the towers; the strategy replaces it by its sharded form.
@@ -38,23 +41,29 @@ class RetrievalModule(L.LightningModule):
         self.model = model
         self.config = config
         self.seed = seed
+        self.pipeline: SparsePipeline | None = None
+        self.latest: Latest | None = None
         frequency_N = train_count_N.double().clamp_min(1) / train_count_N.sum()
+        # Item -1 is the loader's filler: no softmax counts it, whose weight is 0 in fp32.
+        log_q_N = torch.cat([frequency_N.log().float(), torch.tensor([FILLER_LOG_Q])])
         # Not saved: it follows from the prepared dataset.
-        self.register_buffer("log_q_N", frequency_N.log().float(), persistent=False)
-        apply_optimizer_in_backward(
-            RowWiseAdagrad, model.table_parameters(), {"lr": config.table_lr, "eps": 1e-8}
-        )
+        self.register_buffer("log_q_N", log_q_N, persistent=False)
+        fuse_table_optimizer(model, config)
 
     def on_train_epoch_start(self) -> None:
-        """Turn the loader to the epoch; behind a whole one, Lightning restores no place in it."""
+        """Turn the loader to the epoch; after a whole one, Lightning restores no place in it."""
         self.trainer.train_dataloader.set_epoch(self.current_epoch)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed what the step draws by the step and the rank, so that no checkpoint holds streams.
+        """Set the learning rates, and seed what the step draws by the step and the rank.
 
-        A resumed run draws what an unbroken one would have drawn, and every rank something else.
+        No checkpoint holds streams of random numbers: a resumed run draws what an unbroken one
+        would have drawn, and every rank something else.
         """
+        self.optimizers(use_pl_optimizer=False).set_rates(self.global_step)
         place = [self.seed, self.global_step, self.global_rank]
+        if self.config.accumulate > 1:
+            place.append(batch_idx)
         number = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
         if self.device.type == "cuda":
             torch.cuda.manual_seed(number)
@@ -65,35 +74,63 @@ class RetrievalModule(L.LightningModule):
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
-        """Copy a batch without waiting for it; the loader pins its memory."""
+        """Copy a batch without waiting for it, unless the pipeline has; the loader pins it."""
+        if batch.item_B.device == device:
+            return batch
         return batch.to(device, non_blocking=True)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
-        query_BD, item_BD, temperature = self.model(batch)
-        loss = sampled_softmax(
-            query_BD,
-            item_BD,
-            temperature,
-            log_q_N=self.log_q_N[batch.item_B] if self.config.log_q else None,
-            candidate_id_N=batch.item_B,
-            weight_B=batch.weight_B,
-        )
-        self.log("train/loss", loss, prog_bar=True)
+        """Return this rank's share of the loss of the step's batch."""
+        with record_function(RANGE + "towers"):
+            query_BD, item_BD, temperature = self.model(batch)
+        candidate_ND, id_N, offset, share = item_BD, batch.item_B, 0, None
+        if self.trainer.world_size > 1:
+            candidate_ND, id_N, offset = gather_candidates(item_BD, batch.item_B)
+            share = share_of_weight(batch.weight_B)
+        log_q_N = self.log_q_N[id_N]
+        if not self.config.log_q:
+            log_q_N = log_q_N.where(id_N < 0, 0)
+        with record_function(RANGE + "loss"):
+            loss = sampled_softmax(
+                query_BD,
+                candidate_ND,
+                temperature,
+                log_q_N=log_q_N,
+                candidate_id_N=id_N,
+                weight_B=batch.weight_B,
+                positive_offset=offset,
+            )
+        if self.step_is_logged:
+            self.latest = Latest(
+                query_BD.detach(), candidate_ND.detach(), id_N, log_q_N, temperature.detach(),
+                offset,
+            )  # fmt: skip
+        if share is not None:
+            loss = loss * share
+        self._log_loss(loss.detach())
         return loss
 
+    @property
+    def step_is_logged(self) -> bool:
+        """Whether the loggers take what this step logs; elsewhere nothing is worth its cost."""
+        return bool((self.global_step + 1) % self.trainer.log_every_n_steps == 0)
+
+    def _log_loss(self, loss: Tensor) -> None:
+        if not self.step_is_logged:
+            return
+        if self.trainer.world_size > 1:
+            loss = loss.clone()
+            dist.all_reduce(loss)
+            loss /= self.trainer.world_size
+        self.log("train/loss", loss, prog_bar=True)
+
+    def configure_gradient_clipping(self, optimizer: Any, **_: Any) -> None:
+        """Clip the dense parameters' gradients, which are those of the joined batch by now."""
+        if self.config.clip_norm is not None:
+            dense = self.optimizers(use_pl_optimizer=False).dense
+            torch.nn.utils.clip_grad_norm_(dense, self.config.clip_norm)
+
     def configure_optimizers(self) -> Any:
-        """Return AdamW for the dense parameters beside the tables' fused optimizer."""
-        dense = {
-            name: parameter
-            for name, parameter in in_backward_optimizer_filter(self.model.named_parameters())
-            if parameter.requires_grad
-        }
-        config = self.config
-        adamw = KeyedOptimizerWrapper(
-            dense,
-            lambda params: torch.optim.AdamW(
-                params, lr=config.dense_lr, weight_decay=config.weight_decay
-            ),
-        )
-        return CombinedOptimizer([self.model.fused_optimizer, adamw])
+        """Return the tables' optimizers beside that of the dense parameters."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        return Optimizers(self.model, self.config, steps)

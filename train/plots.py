@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 Series = dict[str, dict[int, float]]
 
@@ -21,24 +22,55 @@ def read_metrics(directory: Path) -> Series:
     return series
 
 
+PARTS = ("data", "copy", "lookup", "dense", "communication", "other")
+
+
 def plot_curves(series: Series, monitor: str, path: Path) -> None:
-    """Draw the loss and the validation metrics against the step."""
+    """Draw loss, validation, speed with the split of a step's time, and learning rates."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    loss = sorted(series.get("train/loss", {}).items())
-    left.plot([s for s, _ in loss], [v for _, v in loss], color="tab:blue")
-    left.set(title="training loss", xlabel="step", ylabel="sampled softmax")
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    (loss, validation), (speed, rates) = figure.subplots(2, 2)
+    _lines(loss, series, {"train/loss": "sampled softmax"}, "training")
+    _lines(loss.twinx(), series, {"train/accuracy": "in-batch accuracy"}, None, "tab:orange")
     k = monitor.rsplit("@", 1)[1]
-    for name in (f"val/{metric}@{k}" for metric in ("recall", "ndcg", "mrr")):
+    names = {f"val/{metric}@{k}": f"{metric}@{k}" for metric in ("recall", "ndcg", "mrr")}
+    _lines(validation, series, names, "validation, whole catalogue", marker="o")
+    _lines(speed, series, {"speed/examples_per_s": "examples a second"}, _split_text(series))
+    speed.set_ylim(bottom=0)
+    _lines(rates, series, {"lr/tables": "tables", "lr/dense": "dense"}, "learning rates")
+    rates.set_yscale("log")
+    norm = {"train/grad_norm": "gradient norm, dense"}
+    _lines(rates.twinx(), series, norm, None, "tab:green")
+    figure.savefig(path, dpi=110)
+
+
+def _split_text(series: Series) -> str:
+    """Return where the time of the profiled steps went, in the middle."""
+    spent = {part: list(series.get(f"step/{part}_ms", {}).values()) for part in PARTS}
+    middle = {part: sorted(ms)[len(ms) // 2] for part, ms in spent.items() if ms}
+    total = sum(middle.values()) or 1.0
+    shares = ", ".join(f"{part} {ms / total:.0%}" for part, ms in middle.items())
+    return f"speed\nof a step: {shares}" if "dense" in middle else "speed"
+
+
+def _lines(
+    axis: Any, series: Series, names: dict[str, str], title: str | None,
+    color: str | None = None, marker: str | None = None,
+) -> None:  # fmt: skip
+    """Draw metrics by step; a title makes it the panel's first axis, with the grid."""
+    for name, label in names.items():
         points = sorted(series.get(name, {}).items())
-        right.plot([s for s, _ in points], [v for _, v in points], marker="o", label=name)
-    right.set(title="validation, whole catalogue", xlabel="step")
-    right.legend()
-    for axis in (left, right):
+        x, y = [s for s, _ in points], [v for _, v in points]
+        axis.plot(x, y, color=color, marker=marker, label=label, alpha=0.9)
+    if title is not None:
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    if len(names) == 1:
+        axis.set_ylabel(next(iter(names.values())), color=color or "tab:blue")
+    else:
+        axis.legend(loc="best", fontsize=9)
 
 
 def plot_evaluation(

@@ -1,52 +1,53 @@
 """A Lightning strategy over TorchRec's DistributedModelParallel.
 
 The module's `model` is replaced by a DMP of it: tables go to fused lookups whose optimizer runs in
-the backward pass, sharded by TorchRec's planner; dense parameters are replicated. One process is
-the smallest case of the same code. Checkpoints are `torch.distributed.checkpoint` directories, so
-they load at any world size.
+the backward pass, spread by `twotower.train.sharding`; dense parameters are replicated. One process
+is the smallest case of the same code. Checkpoints (`twotower.train.checkpoint.storage`) load at any
+number of ranks.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.distributed.checkpoint.state_dict_loader import load as load_state
-from torch.distributed.checkpoint.state_dict_saver import save as save_state
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.types import ShardingType
-from torchrec.optim.keyed import KeyedOptimizerWrapper
 
-from twotower.files import atomic_directory
-
-META = "lightning.pt"
-# Data-parallel tables would fall to the dense optimizer, and column-wise ones keep a rowwise
-# Adagrad state a shard, which does not reshard.
-SHARDING = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
-
-
-class _BagSharder(EmbeddingBagCollectionSharder):
-    """Offers row-wise sharding off CUDA too, where the stock sharder hides it."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        types: list[str] = super().sharding_types("cuda")
-        return types
+from twotower.train.checkpoint import storage
+from twotower.train.checkpoint.state import flatten, unflatten
+from twotower.train.config import TrainConfig
+from twotower.train.optimizers import Optimizers
+from twotower.train.sharding import Plan, find_hardware, plan_tables, shard
 
 
 class TorchRecStrategy(DDPStrategy):
-    """Trains `lightning_module.model` under DistributedModelParallel."""
+    """Trains `lightning_module.model`, a `TwoTower`, under DistributedModelParallel.
+
+    Args:
+        config: of training.
+        seed: of the tables' first weights.
+        show: is given the plan on rank 0, before the tables are made.
+    """
+
+    def __init__(
+        self, config: TrainConfig, seed: int, show: Callable[[Plan], None], **arguments: Any
+    ) -> None:
+        super().__init__(process_group_backend=None, **arguments)
+        self.config, self.seed, self.show = config, seed, show
+        # What the hosts exchange neither waits for a GPU nor disturbs it; what is saved in the
+        # background must not meet it.
+        self._side_group: Any = None
+        self._saving_group: Any = None
+        self._saving: Future[None] | None = None
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -61,47 +62,44 @@ class TorchRecStrategy(DDPStrategy):
     def setup(self, trainer: Any) -> None:
         """Shard the model, then let the module configure its optimizers over the shards."""
         self.accelerator.setup(trainer)
+        self._side_group = dist.new_group(backend="gloo")
+        self._saving_group = dist.new_group(backend="gloo")
         module = self.lightning_module
         if not isinstance(module.model, DistributedModelParallel):
-            module.model = self._shard(module.model)
+            hardware = find_hardware(self.root_device, self.world_size, self.num_processes)
+            plan = plan_tables(module.model, self.config, hardware)
+            if self.is_global_zero:
+                self.show(plan)
+            module.model = shard(module.model, plan, self.root_device, self.seed)
+            if self.config.compile:
+                module.model.module.query.compile()
+                module.model.module.item.compile()
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(self.root_device))
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
-            _optimizers_to_device(self.optimizers, self.root_device)
         self.setup_precision_plugin()
-
-    def _shard(self, model: Any) -> DistributedModelParallel:
-        sharders: list[Any] = [_BagSharder(), EmbeddingCollectionSharder()]
-        constraints = {
-            name: ParameterConstraints(
-                sharding_types=SHARDING, compute_kernels=[EmbeddingComputeKernel.FUSED.value]
-            )
-            for name in model.table_names()
-        }
-        topology = Topology(
-            world_size=self.world_size,
-            local_world_size=self.num_processes,
-            compute_device=self.root_device.type,
-        )
-        planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
-        # On every rank: `collective_plan` would hang the others when rank 0 raises.
-        plan = planner.plan(model, sharders)
-        return DistributedModelParallel(
-            model, device=self.root_device, plan=plan, sharders=sharders
-        )
 
     def configure_ddp(self) -> None:
         """Do nothing: DMP has wrapped the dense parameters already."""
 
     def teardown(self) -> None:
-        """Destroy the process group: with gloo, leaving it to the interpreter's exit aborts."""
+        """Destroy the process groups: with gloo, leaving it to the interpreter's exit aborts."""
         super().teardown()
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def any_rank(self, said: bool) -> bool:
+        """Whether any rank says so; every rank must ask."""
+        if self.world_size == 1:
+            return said
+        word = torch.tensor([int(said)])
+        dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._side_group)
+        return bool(word.item())
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return DMP's sharded state."""
-        state: dict[str, Any] = self.lightning_module.state_dict()
-        return state
+        """Return nothing."""
+        return {}  # `save_checkpoint` takes it from DMP itself
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Do nothing: `load_checkpoint` did it."""
@@ -117,52 +115,71 @@ class TorchRecStrategy(DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint directory, atomically."""
-        path = Path(self.broadcast(str(filepath)))
-        state = {"model": checkpoint.pop("state_dict")}
+        """Write a checkpoint directory, atomically; in the background where it is configured so.
+
+        A checkpoint that cannot be written, for instance to a full disk, does not end the
+        training: it is said, loudly, and the ones before it stay.
+        """
+        self.finish_saving()
+        path = Path(filepath)
+        del checkpoint["state_dict"]
+        nested = {"model": self.lightning_module.model.state_dict()}
         for i, optimizer in enumerate(checkpoint.pop("optimizer_states", [])):
-            state[f"optimizer_{i}"] = optimizer
-        with atomic_directory(path) as partial:
-            save_state(state, checkpoint_id=partial)
-            torch.save(checkpoint, partial / META)
-        self.barrier()
+            nested[f"optimizer_{i}"] = optimizer
+        tensors, rest = flatten(nested)
+        state = {"rest": rest, "loop": checkpoint}
+        if self.config.checkpoint_async:
+            self._saving = storage.save_async(path, tensors, state, group=self._saving_group)
+            return
+        try:
+            storage.save(path, tensors, state, group=self._side_group)
+        except OSError as error:
+            self._say_unsaved(error)
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is written in the background, if there is one."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            saving.result()
+        except OSError as error:
+            self._say_unsaved(error)
+
+    def _say_unsaved(self, error: Exception) -> None:
+        if self.is_global_zero:
+            print(
+                f"twotower train: WARNING: a checkpoint was not written: {error}\n"
+                "twotower train: WARNING: training goes on; a run that is stopped now goes on from "
+                "the last checkpoint that was",
+                file=sys.stderr,
+            )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: Any = None) -> dict[str, Any]:
         """Load weights and optimizers into the live shards and return Lightning's own part."""
-        path = Path(self.broadcast(str(checkpoint_path)))
         module = self.lightning_module
-        for optimizer in self.optimizers:
-            _make_states(optimizer)
-        state: dict[str, Any] = {"model": module.state_dict()}
-        for i, optimizer in enumerate(self.optimizers):
-            state[f"optimizer_{i}"] = self.optimizer_state(optimizer)
-        load_state(state, checkpoint_id=path)
+        optimizers: list[Optimizers] = [_plain(optimizer) for optimizer in self.optimizers]
+        for optimizer in optimizers:
+            # The first step makes them, and only tensors that exist are loaded; without them a
+            # resumed run would silently begin with fresh moments. What this changes is loaded too.
+            optimizer.make_states()
+        nested: dict[str, Any] = {"model": module.model.state_dict()}
+        for i, optimizer in enumerate(optimizers):
+            nested[f"optimizer_{i}"] = optimizer.state_dict()
+        tensors, _ = flatten(nested)
+        state = storage.load(Path(checkpoint_path), tensors)
+        loaded = unflatten(tensors, state["rest"])
         # DMP's parameters are not named as its state is, so only its own loader fits.
-        prefix = "model."
-        module.model.load_state_dict(
-            {k[len(prefix) :]: v for k, v in state["model"].items() if k.startswith(prefix)}
-        )
-        for i, optimizer in enumerate(self.optimizers):
-            _plain(optimizer).load_state_dict(state[f"optimizer_{i}"])
-        meta: dict[str, Any] = torch.load(path / META, weights_only=True)
-        return meta
+        module.model.load_state_dict(loaded["model"])
+        for i, optimizer in enumerate(optimizers):
+            optimizer.load_state_dict(loaded[f"optimizer_{i}"])
+        loop: dict[str, Any] = state["loop"]
+        return loop
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Delete a checkpoint directory."""
         if self.is_global_zero:
             shutil.rmtree(filepath, ignore_errors=True)
-
-
-def _make_states(optimizer: Any) -> None:
-    """Give dense parameters the optimizer states that loading fills in.
-
-    AdamW makes them at its first step, and only tensors that exist are loaded; without them a
-    resumed run would silently begin with fresh moments. The weights that this step decays are
-    loaded afterwards.
-    """
-    for _, part in _plain(optimizer).optimizers:
-        if isinstance(part, KeyedOptimizerWrapper):
-            part.init_state()
 
 
 def _plain(optimizer: Any) -> Any:

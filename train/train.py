@@ -21,8 +21,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from torch._C._distributed_c10d import HashStore
 
 from twotower.data.loader import TrainLoader
 from twotower.data.prepared import PreparedDataset
@@ -30,11 +33,16 @@ from twotower.errors import UserError
 from twotower.files import partial_path, publish, recover, write_json
 from twotower.towers.config import ModelConfig
 from twotower.towers.two_tower import TwoTower
-from twotower.train.callbacks import CatalogueValidation, ResumeCheckpoint, TrainingProgress
-from twotower.train.checkpoint import write_model_spec
+from twotower.train.callbacks import CatalogueValidation, Checkpoints, TrainingProgress
+from twotower.train.checkpoint.storage import newest_whole
+from twotower.train.checkpoint.towers import write_model_spec
 from twotower.train.config import EvaluateConfig, TrackingConfig, TrainConfig
+from twotower.train.launch import Place, meeting_point
+from twotower.train.meters import Meters
 from twotower.train.module import RetrievalModule
+from twotower.train.pipeline import PipelinedLoader
 from twotower.train.plots import plot_curves, read_metrics
+from twotower.train.sharding import TABLE_TYPES, show_plan
 from twotower.train.strategy import TorchRecStrategy
 from twotower.train.summary import write_summary
 from twotower.train.tracking import wandb_logger
@@ -52,116 +60,207 @@ def train(
     config: TrainConfig,
     evaluate: EvaluateConfig,
     tracking: TrackingConfig,
+    place: Place | None = None,
 ) -> dict[str, Any]:
     """Train, or resume a killed run of the same inputs, and publish `directory`.
 
+    Args:
+        data: the prepared dataset.
+        directory: that is published.
+        job: the whole configuration, for the tracker.
+        fingerprint: of what the weights depend on.
+        seed: of everything drawn at random.
+        name: of the run.
+        model: shape of the towers.
+        config: of training.
+        evaluate: how an epoch is judged.
+        tracking: where the run is tracked.
+        place: of this process among those that train together; None where it trains alone.
+
     Returns:
-        The content of `train.json`.
+        The content of `train.json`; nothing on other ranks than 0.
 
     Raises:
         UserError: when the dataset cannot be trained on.
-        SystemExit: of code 143, at a SIGTERM, with a checkpoint that the next run resumes from.
+        SystemExit: of code 1, when another rank was lost; of code 143, at a SIGTERM, with a
+            checkpoint that the next run resumes from.
         KeyboardInterrupt: at Ctrl-C; the next run resumes from the last checkpoint there is.
     """
     started = time.monotonic()
+    place = place or Place(rank=0, ranks=1, local_rank=0, local_ranks=1)
     if config.accelerator == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "train.accelerator is cuda, but torch finds no CUDA device: set it to auto or cpu, "
             "or install the CUDA builds (`make CUDA=1 install`)"
         )
+    if config.batch_size < 2 * place.ranks:
+        raise UserError(
+            f"train.batch_size must be >= 2 a process, got {config.batch_size} for {place.ranks} "
+            "processes: raise it, or train on fewer"
+        )
     validation = CatalogueValidation(data, evaluate, seed)
-    recover(directory)
     partial = partial_path(directory)
-    resume = _resume_point(partial, fingerprint)
-    if resume is None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_model_spec(partial, data, model)
-        write_json(partial / "inputs.json", {"fingerprint": fingerprint, "job": job, "seed": seed})
+    folder = partial / "checkpoints"
+    cuda = config.accelerator != "cpu" and torch.cuda.is_available()
+    _join(place, cuda)
+    if place.rank == 0:
+        recover(directory)
+        if not _is_of(partial, fingerprint):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_model_spec(partial, data, model)
+            inputs = {"fingerprint": fingerprint, "job": job, "seed": seed}
+            write_json(partial / "inputs.json", inputs)
+    resume = _agree(_resume_point(folder) if place.rank == 0 else None)
     L.seed_everything(seed, verbose=False)
     rows = {table: info["rows"] for table, info in data.summary["tables"].items()}
-    towers = TwoTower(data.config, rows, model)
-    cuda = config.accelerator != "cpu" and torch.cuda.is_available()
+    kind = TABLE_TYPES[config.table_precision]
+    towers = TwoTower(data.config, rows, model, table_device="meta", table_type=kind)
     workers = config.workers if config.workers is not None else 2 * cuda
-    loader = TrainLoader(data, config.batch_size, seed, workers=workers, pin_memory=cuda)
+    loader: Any = TrainLoader(
+        data, config.batch_size, seed, rank=place.rank, ranks=place.ranks, workers=workers,
+        pin_memory=cuda,
+    )  # fmt: skip
     module = RetrievalModule(towers, config, torch.from_numpy(data.train_count.copy()), seed)
-    wandb = wandb_logger(partial, tracking, name, job)
-    trainer = _trainer(partial, config, evaluate, validation, wandb, len(loader))
-    checkpoints: Any = next(c for c in trainer.callbacks if isinstance(c, ResumeCheckpoint))
+    if config.pipeline == "on" or (config.pipeline == "auto" and cuda):
+        loader = PipelinedLoader(loader, module)
+    wandb = wandb_logger(partial, tracking, name, job) if place.rank == 0 else None
+    checkpoints = Checkpoints(folder, config, f"val/{evaluate.monitor}")
+    events_a_step = data.section(0).stop / len(loader)
+    meters = Meters(events_a_step, config.profile, partial / "trace")
+    callbacks = [validation, meters, checkpoints]
+    trainer = _trainer(partial, config, callbacks, checkpoints, wandb, len(loader), seed, place)
     with checkpoints.heeding_sigterm():
-        _fit(trainer, module, loader, resume, checkpoints)
-        return _finish(trainer, partial, directory, fingerprint, resume, started, wandb)
+        _fit(trainer, module, loader, resume, checkpoints, place)
+        if place.rank:
+            return {}
+        return _finish(
+            trainer, checkpoints, partial, directory, fingerprint, resume, started, wandb
+        )
+
+
+def _join(place: Place, cuda: bool) -> None:
+    """Make the group of the processes that train together."""
+    if place.ranks == 1:
+        store = HashStore()  # of this process alone: no port
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1)
+        return
+    device = torch.device("cuda", place.local_rank) if cuda else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    host, port = meeting_point()
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", init_method=f"tcp://{host}:{port}", rank=place.rank,
+        world_size=place.ranks, device_id=device,
+    )  # fmt: skip
+
+
+def _agree(path: Path | None) -> Path | None:
+    """Return rank 0's path, on every rank."""
+    paths = [path]
+    dist.broadcast_object_list(paths)
+    return paths[0]
 
 
 def _fit(
-    trainer: L.Trainer, module: RetrievalModule, loader: TrainLoader, resume: Path | None,
-    checkpoints: ResumeCheckpoint,
+    trainer: L.Trainer, module: RetrievalModule, loader: Any, resume: Path | None,
+    checkpoints: Checkpoints, place: Place,
 ) -> None:  # fmt: skip
-    """Train; when it is told to stop, say how to go on."""
+    """Train; when it is told to stop, or a rank is lost, say how to go on."""
     try:
         trainer.fit(module, loader, ckpt_path=str(resume) if resume else None)
-    except (SystemExit, RuntimeError) as stop:
-        if isinstance(stop, RuntimeError):
-            # A signal to the whole process group ends the loader's workers before the step.
-            if not checkpoints.told_to_stop:
+    except (SystemExit, RuntimeError) as error:
+        stop = error if isinstance(error, SystemExit) else SystemExit(128 + signal.SIGTERM)
+        stopped = f"stopped at step {trainer.global_step}"
+        if isinstance(error, RuntimeError) and not checkpoints.told_to_stop:
+            if not _lost_a_rank(error, place):
                 raise
-            stop = SystemExit(128 + signal.SIGTERM)
-        saved = _newest(checkpoints.folder)
-        there = "its start, no step was saved" if saved is None else f"step {_step(saved)}"
-        print(
-            f"twotower train: stopped at step {trainer.global_step}: give the same command to go "
-            f"on from {there}",
-            file=sys.stderr,
-        )
+            stop, stopped = SystemExit(1), f"{stopped}, where another rank was lost"
+        # Otherwise a signal to the whole process group has ended the loader's workers.
+        if place.rank == 0 or stop.code == 1:
+            print(
+                f"twotower train: {stopped}: give the same command to go on from "
+                f"{checkpoints.last() or 'its start, no step was saved'}",
+                file=sys.stderr,
+            )
         # Lightning makes a 1 of Ctrl-C.
-        raise (stop if stop.code != 1 else KeyboardInterrupt) from None
+        interrupted = stop.code == 1 and stop is error
+        raise (KeyboardInterrupt if interrupted else stop) from None
 
 
-def _resume_point(partial: Path, fingerprint: str) -> Path | None:
-    """Return the newest checkpoint of a killed run of the same inputs."""
+def _lost_a_rank(error: RuntimeError, place: Place) -> bool:
+    """Whether it is what gloo and NCCL raise when another process has gone."""
+    return place.ranks > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+
+
+def _is_of(partial: Path, fingerprint: str) -> bool:
+    """Whether an unfinished training is of the same inputs."""
     try:
         inputs = json.loads((partial / "inputs.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    if inputs["fingerprint"] != fingerprint:
-        return None
-    return _newest(partial / "checkpoints")
+        return bool(inputs["fingerprint"] == fingerprint)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
-def _newest(checkpoints: Path) -> Path | None:
-    return max(checkpoints.glob("last-step=*.ckpt"), key=_step, default=None)
+def _resume_point(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint, setting damaged ones aside and saying so."""
+    newest, damaged = newest_whole(folder)
+    for path, reason in damaged.items():
+        print(f"twotower train: WARNING: {reason}: not resumed from", file=sys.stderr)
+        path.rename(path.with_name(f"{path.name}.damaged"))
+    return newest
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.stem.rsplit("=", 1)[1])
+class _Environment(LightningEnvironment):
+    """Tells Lightning the place that the launcher gave this process."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.place = place
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    def world_size(self) -> int:
+        return self.place.ranks
+
+    def global_rank(self) -> int:
+        return self.place.rank
+
+    def local_rank(self) -> int:
+        return self.place.local_rank
+
+    def node_rank(self) -> int:
+        return self.place.rank // self.place.local_ranks
 
 
 def _trainer(
-    partial: Path, config: TrainConfig, evaluate: EvaluateConfig,
-    validation: CatalogueValidation, wandb: WandbLogger | None, steps_per_epoch: int,
+    partial: Path, config: TrainConfig, callbacks: list[L.Callback], checkpoints: Checkpoints,
+    wandb: WandbLogger | None, steps_per_epoch: int, seed: int, place: Place,
 ) -> L.Trainer:  # fmt: skip
     _quiet()
-    monitor = f"val/{evaluate.monitor}"
-    folder = partial / "checkpoints"
-    callbacks = [
-        validation,
-        EarlyStopping(monitor, mode="max", patience=config.patience, check_on_train_epoch_end=True),
-        ModelCheckpoint(
-            folder, "best-{step}", monitor=monitor, mode="max", save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        ),
-        ResumeCheckpoint(folder, config.checkpoint_every_steps),
-        TrainingProgress(leave=False),
-    ]  # fmt: skip
+    monitor = checkpoints.monitor
+    loggers = [CSVLogger(partial, name="csv"), *([wandb] if wandb else [])]
+    early = EarlyStopping(
+        monitor, mode="max", patience=config.patience, check_on_train_epoch_end=True
+    )
+    shown = [TrainingProgress(leave=False)] if place.rank == 0 else []
     return L.Trainer(
         accelerator="gpu" if config.accelerator == "cuda" else config.accelerator,
-        devices=1,
-        strategy=TorchRecStrategy(process_group_backend=None),
+        devices=place.local_ranks,
+        num_nodes=place.ranks // place.local_ranks,
+        plugins=[_Environment(place)],
+        strategy=TorchRecStrategy(config, seed, show_plan),
+        precision="bf16-mixed" if config.precision == "bf16" else "32-true",
         max_epochs=config.max_epochs,
-        callbacks=callbacks,
-        logger=[CSVLogger(partial, name="csv"), *([wandb] if wandb else [])],
+        max_steps=config.max_steps or -1,
+        accumulate_grad_batches=config.accumulate,
+        callbacks=[*callbacks, early, *shown],
+        logger=loggers if place.rank == 0 else False,
         log_every_n_steps=min(10, steps_per_epoch),
         enable_model_summary=False,
+        enable_progress_bar=place.rank == 0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
@@ -174,20 +273,25 @@ def _quiet() -> None:
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         for source in ("lightning", "torch", "torchrec"):
             warnings.filterwarnings("ignore", category=category, module=rf"{source}\..*")
+    warnings.filterwarnings("ignore", message="Please use DTensor")  # TorchRec's state is older
     os.environ.setdefault("NCCL_DEBUG", "ERROR")
 
 
 def _finish(
-    trainer: L.Trainer, partial: Path, directory: Path, fingerprint: str,
-    resume: Path | None, started: float, wandb: WandbLogger | None,
+    trainer: L.Trainer, checkpoints: Checkpoints, partial: Path, directory: Path,
+    fingerprint: str, resume: Path | None, started: float, wandb: WandbLogger | None,
 ) -> dict[str, Any]:  # fmt: skip
-    best: Any = next(c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
-    score = float(best.best_model_score)
-    history = read_metrics(partial)
+    best = checkpoints.best()
+    if best is None:
+        raise UserError(
+            f"{checkpoints.folder}: no checkpoint that was judged could be written: make room on "
+            "the disk and give the same command again"
+        )
+    step, score = best
     summary = {
         "fingerprint": fingerprint,
-        "best_step": _step(Path(best.best_model_path)),
-        "monitor": best.monitor,
+        "best_step": step,
+        "monitor": checkpoints.monitor,
         "score": score,
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
@@ -195,15 +299,16 @@ def _finish(
         "seconds": round(time.monotonic() - started, 1),
         "wandb_run": wandb.experiment.id if wandb else None,
     }
-    plot_curves(history, best.monitor, partial / "curves.png")
+    plot_curves(read_metrics(partial), checkpoints.monitor, partial / "curves.png")
     if wandb:
         wandb.experiment.finish()
     # The run stays one that can be resumed until it is published.
     shutil.rmtree(partial / "checkpoint", ignore_errors=True)
-    shutil.copytree(best.best_model_path, partial / "checkpoint", copy_function=_link)
+    shutil.copytree(checkpoints.path(step), partial / "checkpoint", copy_function=_link)
     summary = write_summary(partial, summary)
     publish(partial, directory)
-    shutil.rmtree(directory / "checkpoints")
+    if checkpoints.config.keep_best == 1 and checkpoints.config.keep_every_steps is None:
+        shutil.rmtree(directory / "checkpoints")
     return summary
 
 

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from rich.markup import escape
 
-from twotower import __version__, inspection, serving, steps
+from twotower import __version__, checkpoints, inspection, serving, steps
 from twotower.data.demo_log import DemoLogConfig
 from twotower.errors import UserError, did_you_mean
 from twotower.job import Job
@@ -25,8 +25,8 @@ from twotower.show import console, facts
 
 CLOSING = "Any key of the YAML can be given on the command line: --train.batch_size=4096."
 TRAINING_LIBRARIES = {
-    "duckdb", "fbgemm_gpu", "lightning", "matplotlib", "onnx", "onnxscript", "scipy", "torch",
-    "torchrec", "triton", "wandb",
+    "duckdb", "fbgemm_gpu", "lightning", "matplotlib", "onnx", "onnxscript", "safetensors", "scipy",
+    "torch", "torchrec", "triton", "wandb",
 }  # fmt: skip
 RECOMMEND = "Ask the running server for a user's recommendations, without what the user has seen."
 
@@ -93,6 +93,9 @@ def build_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     commands_.add_subcommand("setup-server", setup, help=setup.description)
+    tools = ArgumentParser(description="Look at a checkpoint, or rewrite it.", exit_on_error=False)
+    commands_.add_subcommand("checkpoint", tools, help=tools.description)
+    checkpoints.add_commands(tools, ArgumentParser)
     for name, (text, _) in JOB_COMMANDS.items():
         command = ArgumentParser(description=f"{text} {CLOSING}", exit_on_error=False)
         command.add_argument("--config", action="config", help="YAML file of the job.")
@@ -173,6 +176,8 @@ def dispatch(arguments: list[str]) -> int:
     if name == "setup-server":
         serving.setup_server()
         return 0
+    if name == "checkpoint":
+        return checkpoints.run(options)
     job = Job(**{f.name: options[f.name] for f in fields(Job)})
     job.validate()
     return JOB_COMMANDS[name][1](job, options) or 0

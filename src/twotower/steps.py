@@ -16,9 +16,11 @@ Heavy libraries are imported by the steps that need them: `serve` and `recommend
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,8 @@ from twotower.files import (
 )
 from twotower.job import Job
 from twotower.show import console, facts, long_work, table
+from twotower.train.config import TrainConfig
+from twotower.train.launch import LAUNCHED, end_with_parent, find_place, launch
 from twotower.train.summary import check_training, is_tracked, read_summary
 
 if TYPE_CHECKING:
@@ -83,18 +87,28 @@ def _prepared(job: Job) -> PreparedDataset:
 
 
 def train(job: Job) -> None:
-    """Train the towers, resuming a killed run of the same inputs."""
+    """Train the towers, resuming a killed run of the same inputs; on one process a device."""
     target = job.path("train")
+    place = find_place()
+    end_with_parent()
     data = _prepared(job)
     mark = _train_mark(job, data)
     if _mark_of(target / "train.json") == mark and _sound("train", check_training, target):
         return _unchanged("train", target)
-    from twotower.train.train import train as train_towers
+    processes = _processes(job.train)
+    if place is None and processes > 1:
+        _train_in_processes(job, processes)
+        summary = read_summary(target)
+    else:
+        from twotower.train.train import train as train_towers
 
-    summary = train_towers(
-        data, target, job=asdict(job), fingerprint=mark, seed=job.seed, name=job.name,
-        model=job.model, config=job.train, evaluate=job.evaluate, tracking=job.tracking,
-    )  # fmt: skip
+        summary = train_towers(
+            data, target, job=asdict(job), fingerprint=mark, seed=job.seed, name=job.name,
+            model=job.model, config=job.train, evaluate=job.evaluate, tracking=job.tracking,
+            place=place,
+        )  # fmt: skip
+        if LAUNCHED in os.environ or not summary:
+            return  # the launcher, or rank 0, says what was done
     facts("train", {
         "epochs": summary["epochs"], "steps": summary["steps"],
         "resumed from": summary["resumed_from"] or "-", "best step": summary["best_step"],
@@ -103,12 +117,42 @@ def train(job: Job) -> None:
     })  # fmt: skip
 
 
+def _processes(config: TrainConfig) -> int:
+    """Return how many processes train where no launcher says it."""
+    if config.processes is not None or config.accelerator == "cpu":
+        return config.processes or 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _train_in_processes(job: Job, processes: int) -> None:
+    """Train in processes of this very command."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "job.json"
+        write_json(file, asdict(job))
+        code = launch(
+            ["train", f"--config={file}"], processes, restarts=job.train.elastic,
+            stop_within_s=job.train.stop_within_s,
+        )  # fmt: skip
+    if code:
+        raise SystemExit(code)
+
+
+# Of `train`: who trains, and what is written meanwhile. It changes the weights by rounding alone,
+# so a run may go on elsewhere.
+NO_INPUT = (
+    "processes", "elastic", "stop_within_s", "workers", "accelerator", "pipeline", "compile",
+    "sharding", "tables", "checkpoint_every_steps", "checkpoint_async", "keep_best",
+    "keep_every_steps", "profile",
+)  # fmt: skip
+
+
 def _train_mark(job: Job, data: PreparedDataset) -> str:
     """Fingerprint what the weights depend on; of the evaluation, what chooses the epoch."""
     chooses = [job.evaluate.monitor, job.evaluate.max_queries]
-    # Who builds the batches, and when a checkpoint is written, changes nothing in them.
-    training = replace(job.train, workers=None, checkpoint_every_steps=1)
-    sections = [asdict(job.model), asdict(training), chooses]
+    training = {key: value for key, value in asdict(job.train).items() if key not in NO_INPUT}
+    sections = [asdict(job.model), training, chooses]
     return fingerprint([data.fingerprint, job.seed, *sections])
 
 
@@ -134,7 +178,7 @@ def evaluate(job: Job) -> None:
     mark = _evaluation_mark(job, trained)
     if _mark_of(target / "metrics.json") == mark:
         return _unchanged("evaluate", target)
-    from twotower.train.checkpoint import load_towers
+    from twotower.train.checkpoint.towers import load_towers
     from twotower.train.evaluation import compare_with_baselines
     from twotower.train.plots import plot_evaluation
 

@@ -17,7 +17,7 @@ from twotower.export.parity import (
 )
 from twotower.towers.config import ModelConfig
 from twotower.towers.two_tower import TwoTower
-from twotower.train.checkpoint import load_towers
+from twotower.train.checkpoint.towers import load_towers
 
 
 def test_200_golden_queries_agree_between_eager_and_onnx(finished_run) -> None:

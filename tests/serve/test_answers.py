@@ -95,7 +95,7 @@ def test_a_large_number_is_answered_as_by_eager_pytorch(server, finished_run, cl
     """Up to where a tower's float32 overflows, and no further, eager, ONNX and the server agree."""
     from twotower.data.prepared import PreparedDataset
     from twotower.export.parity import eager_answers
-    from twotower.train.checkpoint import load_towers
+    from twotower.train.checkpoint.towers import load_towers
 
     data = PreparedDataset(finished_run.run_dir / "prepared")
     model = load_towers(finished_run.run_dir / "train")

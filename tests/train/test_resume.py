@@ -15,7 +15,7 @@ import torch
 
 from twotower.data.prepared import PreparedDataset
 from twotower.errors import UserError
-from twotower.train.checkpoint import load_towers
+from twotower.train.checkpoint.towers import load_towers
 
 from ..conftest import EVENTS, QUICKSTART
 
@@ -45,7 +45,7 @@ def unbroken(demo_log, twotower, tmp_path_factory) -> Path:
 
 
 def newest_step(folder: Path) -> int:
-    steps = [int(p.stem.rsplit("=", 1)[1]) for p in folder.glob("last-step=*.ckpt")]
+    steps = [int(p.name[5:]) for p in folder.glob("step=*[0-9]")]
     return max(steps, default=0)
 
 
@@ -133,7 +133,7 @@ def test_a_run_killed_behind_its_last_epoch_trains_no_further(demo_log, twotower
 
 def test_other_settings_start_anew(unbroken, demo_log, twotower, tmp_path) -> None:
     assert twotower("prepare", *arguments(demo_log, "run"), cwd=tmp_path).returncode == 0
-    stale = tmp_path / "run" / "train.partial" / "checkpoints" / "last-step=99.ckpt"
+    stale = tmp_path / "run" / "train.partial" / "checkpoints" / "step=99"
     stale.mkdir(parents=True)
     inputs = {"fingerprint": "of other settings"}
     (stale.parent.parent / "inputs.json").write_text(json.dumps(inputs))
@@ -162,7 +162,7 @@ def test_what_is_damaged_is_explained_and_made_again(
     unbroken, demo_log, twotower, tmp_path
 ) -> None:
     shutil.copytree(unbroken.parent, tmp_path / "run")
-    (weights,) = (tmp_path / "run" / "train" / "checkpoint").glob("*.distcp")
+    (weights,) = (tmp_path / "run" / "train" / "checkpoint").glob("*.safetensors")
     changed = bytearray(weights.read_bytes())
     changed[len(changed) // 2] ^= 1
     weights.write_bytes(changed)

@@ -1,8 +1,8 @@
-"""Checkpoints: what a training directory holds and how to load towers from it, on one process.
+"""A training directory, and the towers in it, on one process.
 
 train/
 model.json      what the towers are built from: schema, table rows, model settings
-checkpoint/     a `torch.distributed.checkpoint` directory, the best epoch's
+checkpoint/     the best epoch's, see `twotower.train.checkpoint.manifest`
 train.json      what training did, see `twotower.train.summary`
 curves.png, csv/, wandb/
 """
@@ -10,22 +10,19 @@ curves.png, csv/, wandb/
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load as load_state
 
 from twotower.data.prepared import PreparedDataset, data_config
 from twotower.errors import UserError
 from twotower.files import write_json
 from twotower.towers.config import ModelConfig
 from twotower.towers.two_tower import TwoTower
+from twotower.train.checkpoint.storage import load
 from twotower.train.summary import check_training
 
-PREFIX = "model."
+MODEL = "model/"
 
 
 def write_model_spec(directory: Path, data: PreparedDataset, model: ModelConfig) -> None:
@@ -66,15 +63,5 @@ def load_towers(directory: Path, checkpoint: Path | None = None) -> TwoTower:
         check_training(directory)
     model = TwoTower(**read_model_spec(directory))
     path = checkpoint or directory / "checkpoint"
-    state = {PREFIX + name: value for name, value in model.state_dict().items()}
-    try:
-        # It warns that there is no process group, which is what `no_dist` asks for.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load_state({"model": state}, checkpoint_id=path, no_dist=True)
-    except (CheckpointException, RuntimeError, FileNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: the checkpoint is damaged or of another model ({reason}): remove it and run "
-            "`twotower train` again"
-        ) from None
+    load(path, {MODEL + name: value for name, value in model.state_dict().items()})
     return model.eval()

@@ -1,0 +1,363 @@
+"""How the embedding tables are spread over the ranks: planned, shown, made and filled.
+
+TorchRec's planner places every table by its constraints and by what the hardware holds. Tables are
+made shard by shard, so none exists whole on one rank, and filled row by row from a seed, so that
+their first weights are the same on any number of ranks and by any sharding.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.types import CacheParams, ShardingPlan, ShardingType
+from torchrec.modules.embedding_configs import DataType
+
+from twotower.data.schema import ID_KINDS
+from twotower.errors import UserError
+from twotower.show import table as table_of
+from twotower.towers.two_tower import PREFIX, TwoTower
+from twotower.train.config import TrainConfig
+
+TABLE_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
+# Of a rank's memory, what is left to activations, dense parameters, batches and the system.
+RESERVED = 0.2
+# Rows that one seed fills: a shard's first and last block are drawn whole, and cut.
+FILL_ROWS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What the planner must know of the machines.
+
+    Attributes:
+        device: cpu or cuda.
+        ranks: processes of the training.
+        local_ranks: processes on one host.
+        device_bytes: memory of a rank's GPU, 0 on a CPU.
+        host_bytes: a rank's share of its host's memory.
+    """
+
+    device: str
+    ranks: int
+    local_ranks: int
+    device_bytes: int
+    host_bytes: int
+
+    @property
+    def table_bytes(self) -> int:
+        """What a rank can hold of tables that are looked up where it computes."""
+        whole = self.device_bytes if self.device == "cuda" else self.host_bytes
+        return int(whole * (1 - RESERVED))
+
+
+def find_hardware(device: torch.device, ranks: int, local_ranks: int) -> Hardware:
+    """Return the hardware of this rank, of the least rank where they differ."""
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        host = min(host, int(text))
+    cuda = device.type == "cuda"
+    on_device = torch.cuda.get_device_properties(device).total_memory if cuda else 0
+    sizes = torch.tensor([on_device, host // local_ranks], device=device)
+    if ranks > 1:
+        dist.all_reduce(sizes, op=dist.ReduceOp.MIN)
+    return Hardware(
+        device=device.type, ranks=ranks, local_ranks=local_ranks,
+        device_bytes=int(sizes[0]), host_bytes=int(sizes[1]),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedTable:
+    """Where a table is: a row of the plan as it is shown.
+
+    Attributes:
+        name: of the table in the schema.
+        rows: of the table.
+        width: of a row.
+        bytes: of its weights.
+        sharding: TorchRec's sharding type.
+        kernel: TorchRec's compute kernel.
+        rank_bytes: rank -> bytes that the planner expects of it where that rank computes, with the
+            optimizer's and what goes in and out in a step.
+    """
+
+    name: str
+    rows: int
+    width: int
+    bytes: int
+    sharding: str
+    kernel: str
+    rank_bytes: dict[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """TorchRec's plan and what to show of it."""
+
+    sharding: ShardingPlan
+    tables: list[PlacedTable]
+    hardware: Hardware
+
+
+class _BagSharder(EmbeddingBagCollectionSharder):
+    """Offers row-wise sharding off CUDA too, where the stock sharder hides it."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        types: list[str] = super().sharding_types("cuda")
+        return types
+
+
+def sharders() -> list[Any]:
+    """Return what shards each kind of collection that towers are made of."""
+    return [_BagSharder(), EmbeddingCollectionSharder()]
+
+
+def plan_tables(model: TwoTower, config: TrainConfig, hardware: Hardware) -> Plan:
+    """Place every table.
+
+    Called by every rank, which all get the same plan: a planner that only rank 0 ran would leave
+    the others waiting when it raised.
+
+    Raises:
+        UserError: naming the table that cannot be spread as the configuration says, or that fits
+            nowhere, and how much is missing.
+    """
+    tables = _table_configs(model)
+    for name in config.tables:
+        if PREFIX + name not in tables:
+            known = ", ".join(n.removeprefix(PREFIX) for n in tables)
+            raise UserError(
+                f"train.tables.{name}: no embedding table has this name; known: {known}"
+            )
+    if config.table_precision == "bf16" and hardware.device != "cuda":
+        raise UserError(
+            "train.table_precision is bf16, which needs CUDA: FBGEMM looks such tables up on a GPU "
+            "alone: set it to fp16"
+        )
+    constraints = {
+        name: _constraints(model, name, table, config, hardware) for name, table in tables.items()
+    }
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(
+            world_size=hardware.ranks,
+            local_world_size=hardware.local_ranks,
+            compute_device=hardware.device,
+            hbm_cap=hardware.device_bytes,
+            ddr_cap=hardware.host_bytes,
+        ),
+        batch_size=max(1, config.batch_size // hardware.ranks),
+        storage_reservation=FixedPercentageStorageReservation(RESERVED),
+        constraints=constraints,
+        debug=False,
+    )
+    try:
+        sharding = planner.plan(model, sharders())
+    except PlannerError as error:
+        raise _does_not_fit(tables, config, hardware, error) from None
+    placed = []
+    for option in planner._best_plan or []:
+        table = tables[option.name]
+        rank_bytes: dict[int, int] = {}
+        for shard in option.shards:
+            there = shard.storage.hbm if hardware.device == "cuda" else shard.storage.ddr
+            rank_bytes[shard.rank] = rank_bytes.get(shard.rank, 0) + there
+        placed.append(PlacedTable(
+            name=option.name.removeprefix(PREFIX), rows=table.num_embeddings,
+            width=table.embedding_dim, bytes=_weight_bytes(table), sharding=option.sharding_type,
+            kernel=option.compute_kernel, rank_bytes=rank_bytes,
+        ))  # fmt: skip
+    return Plan(sharding=sharding, tables=placed, hardware=hardware)
+
+
+def _table_configs(model: TwoTower) -> dict[str, Any]:
+    bags = model.bags.embedding_bag_configs() if model.bags is not None else []
+    lists = model.lists.embedding_configs() if model.lists is not None else []
+    return {table.name: table for table in (*bags, *lists)}
+
+
+def _constraints(
+    model: TwoTower, name: str, table: Any, config: TrainConfig, hardware: Hardware
+) -> ParameterConstraints:
+    key = f"train.tables.{name.removeprefix(PREFIX)}"
+    wanted = config.table(name.removeprefix(PREFIX))
+    is_list = model.lists is not None and name in model.lists.embeddings
+    if is_list and wanted.sharding in ("data_parallel", "table_row_wise"):
+        raise UserError(
+            f"{key}: a table that is pooled by attention cannot be sharded {wanted.sharding} by "
+            "TorchRec: shard it row_wise or table_wise, or pool by mean"
+        )
+    if wanted.sharding in ("row_wise", "table_row_wise") and (
+        table.num_embeddings < hardware.local_ranks
+    ):
+        raise UserError(
+            f"{key}: {table.num_embeddings} rows cannot be spread {wanted.sharding} over "
+            f"{hardware.local_ranks} ranks: shard it table_wise"
+        )
+    if wanted.kernel.startswith("fused_uvm") and hardware.device != "cuda":
+        raise UserError(
+            f"{key}.kernel: {wanted.kernel} needs CUDA; on a CPU all tables are in the host's "
+            "memory: leave it at auto"
+        )
+    types = [wanted.sharding]
+    if wanted.sharding == "auto":
+        types = [ShardingType.TABLE_WISE.value]
+        if table.num_embeddings >= hardware.ranks:
+            types.append(ShardingType.ROW_WISE.value)
+    kernels = [wanted.kernel]
+    if wanted.sharding == "data_parallel":
+        kernels = [EmbeddingComputeKernel.DENSE.value]
+    elif wanted.kernel == "auto":
+        kernels = [EmbeddingComputeKernel.FUSED.value]
+        if hardware.device == "cuda":
+            kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
+    cached = wanted.cache_fraction is not None
+    return ParameterConstraints(
+        sharding_types=types,
+        compute_kernels=kernels,
+        pooling_factors=_pooling_factors(model, table),
+        cache_params=CacheParams(load_factor=wanted.cache_fraction) if cached else None,
+        stochastic_rounding=config.table_precision != "fp32",
+    )
+
+
+def _pooling_factors(model: TwoTower, table: Any) -> list[float]:
+    """Return the most entries that each feature of a table looks up a sample."""
+    features = {f"{tower}.{f.name}": f for tower, f in model.data.features() if f.kind in ID_KINDS}
+    found = (features[key] for key in table.feature_names)
+    return [float(f.length if f.kind in ("ids", "history") else 1) for f in found]
+
+
+def _weight_bytes(table: Any) -> int:
+    bits = {DataType.FP32: 32, DataType.FP16: 16, DataType.BF16: 16}[table.data_type]
+    return int(table.num_embeddings * table.embedding_dim * bits // 8)
+
+
+def _does_not_fit(
+    tables: dict[str, Any], config: TrainConfig, hardware: Hardware, error: PlannerError
+) -> UserError:
+    """Say which table does not fit and how much is missing."""
+    state = 4 if config.table_optimizer == "rowwise_adagrad" else 0
+    needs = {n: _weight_bytes(t) + state * t.num_embeddings for n, t in tables.items()}
+    a_rank, remedies = hardware.table_bytes, "use more ranks or set train.table_precision to fp16"
+    if hardware.device == "cuda":
+        remedies += ", or set its kernel to fused_uvm (the host's memory)"
+    whole = ("table_wise", "column_wise", "data_parallel")
+    for name, need in sorted(needs.items(), key=lambda pair: -pair[1]):
+        table, short = tables[name], name.removeprefix(PREFIX)
+        sharding = config.table(short).sharding
+        where, room = "all ranks together", a_rank * hardware.ranks
+        if sharding in whole:
+            where, room = "one rank", a_rank
+        if need > room:
+            return UserError(
+                f"table '{short}' ({table.num_embeddings:,} x {table.embedding_dim}, "
+                f"{config.table_precision}, {sharding}) needs {gigabytes(need)}, {where} can hold "
+                f"{gigabytes(room)}: {gigabytes(need - room)} are missing: {remedies}"
+            )
+    total, room = sum(needs.values()), a_rank * hardware.ranks
+    reason = str(error).splitlines()[0]
+    largest = max(needs, key=needs.__getitem__).removeprefix(PREFIX)
+    return UserError(
+        f"the tables need {gigabytes(total)} and the {hardware.ranks} ranks can hold "
+        f"{gigabytes(room)}; the largest is '{largest}'. TorchRec finds no plan ({reason}): "
+        f"{remedies}, or loosen train.tables"
+    )
+
+
+def gigabytes(size: int) -> str:
+    """Return bytes as text in a unit that fits."""
+    value, unit = size / 1e9, "GB"
+    if value < 1:
+        value, unit = size / 1e6, "MB"
+    return f"{value:,.1f} {unit}"
+
+
+def shard(model: TwoTower, plan: Plan, device: torch.device, seed: int) -> Any:
+    """Return the model under DistributedModelParallel, its tables filled."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != "meta":
+            tensor.data = tensor.data.to(device)
+    sharded = DistributedModelParallel(
+        model, device=device, plan=plan.sharding, sharders=sharders()
+    )
+    bound = {f"{t.name}": (3 / t.width) ** 0.5 for t in plan.tables}
+    for key, value in sharded.state_dict().items():
+        parts = key.split(".")
+        table = parts[-2] if len(parts) > 1 else ""
+        if parts[-1] == "weight" and table.startswith(PREFIX):
+            name = table.removeprefix(PREFIX)
+            _fill(value, name, seed, bound[name])
+    return sharded
+
+
+@torch.no_grad()
+def _fill(value: Any, name: str, seed: int, bound: float) -> None:
+    """Draw a table's weights from -bound to bound, each block of rows from a seed of its own."""
+    if isinstance(value, Tensor) and not hasattr(value, "local_shards"):
+        parts = [(value, (0, 0))]
+    else:
+        parts = [(s.tensor, tuple(s.metadata.shard_offsets)) for s in value.local_shards()]
+    width = value.size(1)
+    for weight, (row, column) in parts:
+        generator = torch.Generator(weight.device)
+        stop = row + weight.shape[0]
+        for block in range(row // FILL_ROWS, -(-stop // FILL_ROWS)):
+            generator.manual_seed(_block_seed(seed, name, block))
+            drawn = torch.empty(FILL_ROWS, width, device=weight.device)
+            drawn.uniform_(-bound, bound, generator=generator)
+            first = block * FILL_ROWS
+            low, high = max(row, first), min(stop, first + FILL_ROWS)
+            weight[low - row : high - row] = drawn[
+                low - first : high - first, column : column + weight.shape[1]
+            ].to(weight.dtype)
+
+
+def _block_seed(seed: int, name: str, block: int) -> int:
+    # 2**63 seeds in all: the table's name and its block are far apart in them.
+    return (zlib.crc32(name.encode()) << 31 ^ seed * 0x9E3779B1 ^ block * 0x85EBCA77) % 2**63
+
+
+def show_plan(plan: Plan) -> None:
+    """Print where the tables are and what share of each rank's memory they take."""
+    hardware = plan.hardware
+    per_rank = dict.fromkeys(range(hardware.ranks), 0)
+    rows = []
+    for placed in plan.tables:
+        for rank, size in placed.rank_bytes.items():
+            per_rank[rank] += size
+        ranks = sorted(placed.rank_bytes)
+        share = max(placed.rank_bytes.values()) / hardware.table_bytes
+        rows.append([
+            placed.name, f"{placed.rows:,} x {placed.width}", gigabytes(placed.bytes),
+            placed.sharding, placed.kernel, _ranges(ranks), f"{share:.1%}",
+        ])  # fmt: skip
+    fullest = max(per_rank.values()) / hardware.table_bytes
+    least = min(per_rank.values()) / hardware.table_bytes
+    table_of(
+        f"tables on {hardware.ranks} x {hardware.device} with {gigabytes(hardware.table_bytes)} "
+        f"for them each; filled {least:.1%} to {fullest:.1%}",
+        ["table", ">rows x width", ">weights", "sharding", "kernel", "ranks", ">of a rank"],
+        rows,
+    )
+
+
+def _ranges(ranks: list[int]) -> str:
+    """Write ranks as text: 0-3 when they follow each other."""
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"{ranks[0]}-{ranks[-1]}"
+    return ", ".join(map(str, ranks))
