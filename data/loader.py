@@ -136,7 +136,7 @@ class _Batches(Dataset[Batch]):
     def __getitem__(self, part: Part) -> Batch:
         epoch, low, high, size = part
         order = Shuffle(self.length, self.seed, epoch)
-        batch = self.builder.events(order(np.minimum(np.arange(low, low + size), high - 1)))
+        batch = self.builder.events(order(np.minimum(np.arange(low, low + size), max(high - 1, 0))))
         batch.item_B[high - low :] = -1
         batch.weight_B[high - low :] = 0
         return batch

@@ -31,16 +31,18 @@ class RetrievalModule(L.LightningModule):
         model: the towers; the strategy replaces it by its sharded form.
         config: of training.
         train_count_N: training events of each item, for the logQ correction.
+        steps: of the whole training, at most, for the learning rates' schedule. Lightning's own
+            estimate would load the loader's batches before its place is restored.
         seed: of what a step draws at random (dropout).
     """
 
     def __init__(
-        self, model: TwoTower, config: TrainConfig, train_count_N: Tensor, seed: int = 0
+        self, model: TwoTower, config: TrainConfig, train_count_N: Tensor, steps: int, seed: int
     ) -> None:
         super().__init__()
         self.model = model
         self.config = config
-        self.seed = seed
+        self.steps, self.seed = steps, seed
         self.pipeline: SparsePipeline | None = None
         self.latest: Latest | None = None
         frequency_N = train_count_N.double().clamp_min(1) / train_count_N.sum()
@@ -132,5 +134,4 @@ class RetrievalModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the tables' optimizers beside that of the dense parameters."""
-        steps = int(self.trainer.estimated_stepping_batches)
-        return Optimizers(self.model, self.config, steps)
+        return Optimizers(self.model, self.config, self.steps)

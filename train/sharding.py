@@ -27,8 +27,7 @@ from torchrec.distributed.types import CacheParams, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import DataType
 
 from twotower.data.schema import ID_KINDS
-from twotower.errors import UserError
-from twotower.show import table as table_of
+from twotower.errors import UserError, gigabytes
 from twotower.towers.two_tower import PREFIX, TwoTower
 from twotower.train.config import TrainConfig
 
@@ -158,7 +157,8 @@ def plan_tables(model: TwoTower, config: TrainConfig, hardware: Hardware) -> Pla
             local_world_size=hardware.local_ranks,
             compute_device=hardware.device,
             hbm_cap=hardware.device_bytes,
-            ddr_cap=hardware.host_bytes,
+            # The planner reserves of a GPU's memory alone.
+            ddr_cap=int(hardware.host_bytes * (1 - RESERVED)),
         ),
         batch_size=max(1, config.batch_size // hardware.ranks),
         storage_reservation=FixedPercentageStorageReservation(RESERVED),
@@ -279,14 +279,6 @@ def _does_not_fit(
     )
 
 
-def gigabytes(size: int) -> str:
-    """Return bytes as text in a unit that fits."""
-    value, unit = size / 1e9, "GB"
-    if value < 1:
-        value, unit = size / 1e6, "MB"
-    return f"{value:,.1f} {unit}"
-
-
 def shard(model: TwoTower, plan: Plan, device: torch.device, seed: int) -> Any:
     """Return the model under DistributedModelParallel, its tables filled."""
     for tensor in (*model.parameters(), *model.buffers()):
@@ -330,34 +322,3 @@ def _fill(value: Any, name: str, seed: int, bound: float) -> None:
 def _block_seed(seed: int, name: str, block: int) -> int:
     # 2**63 seeds in all: the table's name and its block are far apart in them.
     return (zlib.crc32(name.encode()) << 31 ^ seed * 0x9E3779B1 ^ block * 0x85EBCA77) % 2**63
-
-
-def show_plan(plan: Plan) -> None:
-    """Print where the tables are and what share of each rank's memory they take."""
-    hardware = plan.hardware
-    per_rank = dict.fromkeys(range(hardware.ranks), 0)
-    rows = []
-    for placed in plan.tables:
-        for rank, size in placed.rank_bytes.items():
-            per_rank[rank] += size
-        ranks = sorted(placed.rank_bytes)
-        share = max(placed.rank_bytes.values()) / hardware.table_bytes
-        rows.append([
-            placed.name, f"{placed.rows:,} x {placed.width}", gigabytes(placed.bytes),
-            placed.sharding, placed.kernel, _ranges(ranks), f"{share:.1%}",
-        ])  # fmt: skip
-    fullest = max(per_rank.values()) / hardware.table_bytes
-    least = min(per_rank.values()) / hardware.table_bytes
-    table_of(
-        f"tables on {hardware.ranks} x {hardware.device} with {gigabytes(hardware.table_bytes)} "
-        f"for them each; filled {least:.1%} to {fullest:.1%}",
-        ["table", ">rows x width", ">weights", "sharding", "kernel", "ranks", ">of a rank"],
-        rows,
-    )
-
-
-def _ranges(ranks: list[int]) -> str:
-    """Write ranks as text: 0-3 when they follow each other."""
-    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
-        return f"{ranks[0]}-{ranks[-1]}"
-    return ", ".join(map(str, ranks))

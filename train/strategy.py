@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from twotower.train.checkpoint import storage
-from twotower.train.checkpoint.state import flatten, unflatten
+from twotower.train.checkpoint.state import tensors_of
 from twotower.train.config import TrainConfig
 from twotower.train.optimizers import Optimizers
 from twotower.train.sharding import Plan, find_hardware, plan_tables, shard
@@ -126,8 +126,7 @@ class TorchRecStrategy(DDPStrategy):
         nested = {"model": self.lightning_module.model.state_dict()}
         for i, optimizer in enumerate(checkpoint.pop("optimizer_states", [])):
             nested[f"optimizer_{i}"] = optimizer
-        tensors, rest = flatten(nested)
-        state = {"rest": rest, "loop": checkpoint}
+        tensors, state = tensors_of(nested), {"loop": checkpoint}
         if self.config.checkpoint_async:
             self._saving = storage.save_async(path, tensors, state, group=self._saving_group)
             return
@@ -166,13 +165,11 @@ class TorchRecStrategy(DDPStrategy):
         nested: dict[str, Any] = {"model": module.model.state_dict()}
         for i, optimizer in enumerate(optimizers):
             nested[f"optimizer_{i}"] = optimizer.state_dict()
-        tensors, _ = flatten(nested)
-        state = storage.load(Path(checkpoint_path), tensors)
-        loaded = unflatten(tensors, state["rest"])
+        state = storage.load(Path(checkpoint_path), tensors_of(nested))
         # DMP's parameters are not named as its state is, so only its own loader fits.
-        module.model.load_state_dict(loaded["model"])
+        module.model.load_state_dict(nested["model"])
         for i, optimizer in enumerate(optimizers):
-            optimizer.load_state_dict(loaded[f"optimizer_{i}"])
+            optimizer.load_state_dict(nested[f"optimizer_{i}"])
         loop: dict[str, Any] = state["loop"]
         return loop
 

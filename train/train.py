@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,13 @@ from twotower.train.meters import Meters
 from twotower.train.module import RetrievalModule
 from twotower.train.pipeline import PipelinedLoader
 from twotower.train.plots import plot_curves, read_metrics
-from twotower.train.sharding import TABLE_TYPES, show_plan
+from twotower.train.sharding import TABLE_TYPES, Plan
 from twotower.train.strategy import TorchRecStrategy
 from twotower.train.summary import write_summary
 from twotower.train.tracking import wandb_logger
+
+# Of what gloo, NCCL and the store say when a peer is gone.
+LOST = r"connection (closed|reset|refused)|broken pipe|timed? ?out|remote process|peer|socket"
 
 
 def train(
@@ -60,6 +65,7 @@ def train(
     config: TrainConfig,
     evaluate: EvaluateConfig,
     tracking: TrackingConfig,
+    show: Callable[[Plan], None],
     place: Place | None = None,
 ) -> dict[str, Any]:
     """Train, or resume a killed run of the same inputs, and publish `directory`.
@@ -75,6 +81,7 @@ def train(
         config: of training.
         evaluate: how an epoch is judged.
         tracking: where the run is tracked.
+        show: is given the plan of the tables, on rank 0.
         place: of this process among those that train together; None where it trains alone.
 
     Returns:
@@ -121,15 +128,22 @@ def train(
         data, config.batch_size, seed, rank=place.rank, ranks=place.ranks, workers=workers,
         pin_memory=cuda,
     )  # fmt: skip
-    module = RetrievalModule(towers, config, torch.from_numpy(data.train_count.copy()), seed)
+    steps = config.max_epochs * -(-len(loader) // config.accumulate)
+    steps = min(steps, config.max_steps or steps)
+    counts = torch.from_numpy(data.train_count.copy())
+    module = RetrievalModule(towers, config, counts, steps, seed)
     if config.pipeline == "on" or (config.pipeline == "auto" and cuda):
         loader = PipelinedLoader(loader, module)
     wandb = wandb_logger(partial, tracking, name, job) if place.rank == 0 else None
     checkpoints = Checkpoints(folder, config, f"val/{evaluate.monitor}")
     events_a_step = data.section(0).stop / len(loader)
     meters = Meters(events_a_step, config.profile, partial / "trace")
-    callbacks = [validation, meters, checkpoints]
-    trainer = _trainer(partial, config, callbacks, checkpoints, wandb, len(loader), seed, place)
+    early = EarlyStopping(
+        checkpoints.monitor, mode="max", patience=config.patience, check_on_train_epoch_end=True
+    )
+    callbacks = [validation, meters, early, checkpoints]
+    strategy = TorchRecStrategy(config, seed, show)
+    trainer = _trainer(partial, config, callbacks, strategy, wandb, len(loader), place)
     with checkpoints.heeding_sigterm():
         _fit(trainer, module, loader, resume, checkpoints, place)
         if place.rank:
@@ -190,7 +204,7 @@ def _fit(
 
 def _lost_a_rank(error: RuntimeError, place: Place) -> bool:
     """Whether it is what gloo and NCCL raise when another process has gone."""
-    return place.ranks > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+    return place.ranks > 1 and re.search(LOST, str(error), re.IGNORECASE) is not None
 
 
 def _is_of(partial: Path, fingerprint: str) -> bool:
@@ -236,27 +250,23 @@ class _Environment(LightningEnvironment):
 
 
 def _trainer(
-    partial: Path, config: TrainConfig, callbacks: list[L.Callback], checkpoints: Checkpoints,
-    wandb: WandbLogger | None, steps_per_epoch: int, seed: int, place: Place,
+    partial: Path, config: TrainConfig, callbacks: list[L.Callback], strategy: TorchRecStrategy,
+    wandb: WandbLogger | None, steps_per_epoch: int, place: Place,
 ) -> L.Trainer:  # fmt: skip
     _quiet()
-    monitor = checkpoints.monitor
     loggers = [CSVLogger(partial, name="csv"), *([wandb] if wandb else [])]
-    early = EarlyStopping(
-        monitor, mode="max", patience=config.patience, check_on_train_epoch_end=True
-    )
     shown = [TrainingProgress(leave=False)] if place.rank == 0 else []
     return L.Trainer(
         accelerator="gpu" if config.accelerator == "cuda" else config.accelerator,
         devices=place.local_ranks,
         num_nodes=place.ranks // place.local_ranks,
         plugins=[_Environment(place)],
-        strategy=TorchRecStrategy(config, seed, show_plan),
+        strategy=strategy,
         precision="bf16-mixed" if config.precision == "bf16" else "32-true",
         max_epochs=config.max_epochs,
         max_steps=config.max_steps or -1,
         accumulate_grad_batches=config.accumulate,
-        callbacks=[*callbacks, early, *shown],
+        callbacks=[*callbacks, *shown],
         logger=loggers if place.rank == 0 else False,
         log_every_n_steps=min(10, steps_per_epoch),
         enable_model_summary=False,
@@ -275,6 +285,7 @@ def _quiet() -> None:
             warnings.filterwarnings("ignore", category=category, module=rf"{source}\..*")
     warnings.filterwarnings("ignore", message="Please use DTensor")  # TorchRec's state is older
     os.environ.setdefault("NCCL_DEBUG", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
 
 def _finish(

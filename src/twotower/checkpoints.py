@@ -56,16 +56,18 @@ def run(options: Any) -> int:
 def inspect(source: Path) -> int:
     """Print what a checkpoint holds; returns 2 when it is damaged."""
     from twotower.train.checkpoint.manifest import check_files, read_manifest, shape_text
+    from twotower.train.checkpoint.towers import MODEL
 
     manifest = read_manifest(source)
-    table(
-        f"{source}",
-        ["tensor", ">shape", "type", ">size", ">chunks"],
-        [
-            [name, shape_text(t.shape), t.type, f"{t.bytes / 1e6:,.2f} MB", len(t.chunks)]
-            for name, t in sorted(manifest.tensors.items())
-        ],
-    )
+    rows = []
+    for path, t in sorted(manifest.tensors.items()):
+        if path.startswith(MODEL):
+            name = path.removeprefix(MODEL)
+            states = [s.bytes for p, s in manifest.tensors.items() if f"/state/{name}/" in p]
+            size, beside = f"{t.bytes / 1e6:,.2f} MB", f"{sum(states) / 1e6:,.2f} MB"
+            rows.append([name, shape_text(t.shape), t.type, size, beside, len(t.chunks)])
+    columns = ["tensor", ">shape", "type", ">size", ">optimizer", ">chunks"]
+    table(f"{source}", columns, rows)
     loop = manifest.state.get("loop", {}) if isinstance(manifest.state, dict) else {}
     damage = "every file is as it was written"
     try:

@@ -14,6 +14,11 @@ class UserError(ValueError):
     """A mistake in the input, with its place and its remedy in the message."""
 
 
+def gigabytes(size: int) -> str:
+    """Return bytes as text, in GB or MB."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the closest of `known`, or the list of them.
 

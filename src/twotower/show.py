@@ -24,7 +24,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     """Print a table; columns whose name begins with '>' are right-aligned."""
     out = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
     for name in columns:
-        out.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left")
+        right = name.startswith(">")
+        out.add_column(
+            name.lstrip(">"), justify="right" if right else "left", overflow="fold",
+            no_wrap=right,
+        )  # fmt: skip
     for row in rows:
         out.add_row(*(value if isinstance(value, str) else f"{value}" for value in row))
     console.print(out)

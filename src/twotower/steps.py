@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -37,9 +36,9 @@ from twotower.files import (
     write_json,
 )
 from twotower.job import Job
+from twotower.launching import processes_of, show_plan, train_in_processes
 from twotower.show import console, facts, long_work, table
-from twotower.train.config import TrainConfig
-from twotower.train.launch import LAUNCHED, end_with_parent, find_place, launch
+from twotower.train.launch import LAUNCHED, end_with_parent, find_place
 from twotower.train.summary import check_training, is_tracked, read_summary
 
 if TYPE_CHECKING:
@@ -95,9 +94,9 @@ def train(job: Job) -> None:
     mark = _train_mark(job, data)
     if _mark_of(target / "train.json") == mark and _sound("train", check_training, target):
         return _unchanged("train", target)
-    processes = _processes(job.train)
+    processes = processes_of(job.train)
     if place is None and processes > 1:
-        _train_in_processes(job, processes)
+        train_in_processes(job, processes)
         summary = read_summary(target)
     else:
         from twotower.train.train import train as train_towers
@@ -105,7 +104,7 @@ def train(job: Job) -> None:
         summary = train_towers(
             data, target, job=asdict(job), fingerprint=mark, seed=job.seed, name=job.name,
             model=job.model, config=job.train, evaluate=job.evaluate, tracking=job.tracking,
-            place=place,
+            place=place, show=show_plan,
         )  # fmt: skip
         if LAUNCHED in os.environ or not summary:
             return  # the launcher, or rank 0, says what was done
@@ -115,28 +114,6 @@ def train(job: Job) -> None:
         summary["monitor"]: f"{summary['score']:.4f}", "seconds": f"{summary['seconds']:.0f}",
         "checkpoint": target / "checkpoint", "curves": target / "curves.png",
     })  # fmt: skip
-
-
-def _processes(config: TrainConfig) -> int:
-    """Return how many processes train where no launcher says it."""
-    if config.processes is not None or config.accelerator == "cpu":
-        return config.processes or 1
-    import torch
-
-    return max(1, torch.cuda.device_count())
-
-
-def _train_in_processes(job: Job, processes: int) -> None:
-    """Train in processes of this very command."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "job.json"
-        write_json(file, asdict(job))
-        code = launch(
-            ["train", f"--config={file}"], processes, restarts=job.train.elastic,
-            stop_within_s=job.train.stop_within_s,
-        )  # fmt: skip
-    if code:
-        raise SystemExit(code)
 
 
 # Of `train`: who trains, and what is written meanwhile. It changes the weights by rounding alone,

@@ -67,15 +67,19 @@ def test_ranks_share_an_epoch(data, batch_size, ranks, taken) -> None:
     shares = []
     for rank in range(ranks):
         loader = TrainLoader(data, batch_size, seed=3, rank=rank, ranks=ranks)
-        shares.append([b.item_B.tolist() for b in loader])
+        batches = list(loader)
+        for batch in batches:
+            assert batch.weight_B.tolist() == [float(item >= 0) for item in batch.item_B.tolist()]
+        shares.append([b.item_B.tolist() for b in batches])
         assert len(shares[-1]) == len(loader), "all ranks take the same number of steps"
-        assert max(map(len, shares[-1])) <= batch_size
+    for step in zip(*shares, strict=True):
+        assert len({len(batch) for batch in step}) == 1, "sharded look-ups need one size"
+        assert sum(item < 0 for batch in step for item in batch) < ranks, "fillers"
+    shares = [[[e for e in batch if e >= 0] for batch in share] for share in shares]
     events = [e for share in shares for batch in share for e in batch]
     assert sorted(events) == list(range(EVENTS)), "each event once"
-    for step in zip(*shares, strict=True):
-        sizes = [len(batch) for batch in step]
-        assert max(sizes) - min(sizes) <= 1
     whole = [sum(map(len, step)) for step in zip(*shares, strict=True)]
+    assert max(whole) <= batch_size
     assert max(whole) - min(whole) <= 1, "no small rest"
     # A run that goes on with one process takes what the others had left.
     before = [e for share in shares for batch in share[:taken] for e in batch]

@@ -69,7 +69,7 @@ def train(prepared: str, settings: list[dict[str, Any]]) -> None:
             PreparedDataset(Path(prepared)), Path(str(number)), job={}, fingerprint="test", seed=3,
             name="test", model=model, config=config,
             evaluate=EvaluateConfig(max_queries=100), tracking=TrackingConfig(wandb="off"),
-            place=place,
+            show=lambda plan: None, place=place,
         )  # fmt: skip
 
 
@@ -114,8 +114,53 @@ def negatives(out: str) -> None:
     dist.destroy_process_group()
 
 
+def predict(prepared: str, source: str, target: str, out: str) -> None:
+    """Load towers from a checkpoint, write the catalogue's vectors, and save them again."""
+    import torch
+    import torch.distributed as dist
+
+    from twotower.data.batches import BatchBuilder
+    from twotower.data.prepared import PreparedDataset
+    from twotower.towers.catalogue import catalogue_vectors
+    from twotower.towers.two_tower import TwoTower
+    from twotower.train.checkpoint import storage
+    from twotower.train.checkpoint.state import tensors_of
+    from twotower.train.checkpoint.towers import read_model_spec
+    from twotower.train.config import TrainConfig
+    from twotower.train.optimizers import fuse_table_optimizer
+    from twotower.train.sharding import find_hardware, plan_tables, shard
+
+    (port,) = json.loads(os.environ["PORTS"])
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks
+    )
+    cpu, config = torch.device("cpu"), TrainConfig()
+    model = TwoTower(**read_model_spec(Path(source).parent), table_device="meta")
+    fuse_table_optimizer(model, config)
+    plan = plan_tables(model, config, find_hardware(cpu, ranks, ranks))
+    sharded = shard(model, plan, cpu, seed=99)
+    nested = {
+        "model": sharded.state_dict(), "optimizer_0": sharded.fused_optimizer.state_dict()
+    }  # fmt: skip
+    state = storage.load(Path(source), tensors_of(nested))
+    sharded.load_state_dict(nested["model"])
+    sharded.fused_optimizer.load_state_dict(nested["optimizer_0"])
+    builder = BatchBuilder(PreparedDataset(Path(prepared)))
+    vectors = catalogue_vectors(sharded.module.eval().item_vectors, builder, cpu, 64)
+    nested = {
+        "model": sharded.state_dict(), "optimizer_0": sharded.fused_optimizer.state_dict()
+    }  # fmt: skip
+    storage.save(Path(target), tensors_of(nested), state)
+    if rank == 0:
+        torch.save(vectors, out)
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    {"train": train, "negatives": negatives}[sys.argv[1]](**json.loads(sys.argv[2]))
+    {"train": train, "negatives": negatives, "predict": predict}[sys.argv[1]](
+        **json.loads(sys.argv[2])
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     # gloo's threads may abort the interpreter's orderly exit.

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from twotower import __version__
 from twotower.errors import UserError
 from twotower.files import sha256_file
 from twotower.train.checkpoint.state import decode, encode
@@ -102,7 +102,7 @@ class Manifest:
 
 def versions() -> dict[str, str]:
     """Return the versions that a checkpoint is written with."""
-    return {"twotower": __version__, "torch": str(torch.__version__)}
+    return {"twotower": version("twotower"), "torch": str(torch.__version__)}
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

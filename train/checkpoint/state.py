@@ -11,47 +11,30 @@ from torch import Tensor
 
 SEPARATOR = "/"
 # Marks of what JSON has no form for; each is the only key of its object.
-AT, FLOAT, TUPLE, PAIRS, TENSOR = "__at__", "__float__", "__tuple__", "__pairs__", "__tensor__"
-MARKS = (AT, FLOAT, TUPLE, PAIRS, TENSOR)
+FLOAT, TUPLE, PAIRS, TENSOR = "__float__", "__tuple__", "__pairs__", "__tensor__"
+MARKS = (FLOAT, TUPLE, PAIRS, TENSOR)
 
 
-def flatten(nested: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Split nested state into its tensors and the rest.
+def tensors_of(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors in nested state, sharded or plain, by path: keys joined by '/'.
 
-    Returns:
-        Tensors, sharded or plain, by their path (keys joined by '/'); and the same structure with
-        the path in each tensor's place.
+    They are the same objects: to fill them is to fill the state. What is no tensor, such as
+    learning rates, follows from the configuration.
     """
     tensors: dict[str, Any] = {}
 
-    def walk(value: Any, path: str) -> Any:
-        if isinstance(value, Mapping):
-            return {key: walk(inner, _join(path, key)) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(walk(inner, _join(path, i)) for i, inner in enumerate(value))
-        if isinstance(value, Tensor) or hasattr(value, "local_shards"):
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, (Mapping, list, tuple)):
+            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for key, inner in pairs:
+                walk(inner, f"{path}{SEPARATOR}{key}" if path else str(key))
+        elif isinstance(value, Tensor) or hasattr(value, "local_shards"):
             if path in tensors:
                 raise TypeError(f"two tensors have the path {path}")
             tensors[path] = value
-            return {AT: path}
-        return value
 
-    return tensors, walk(nested, "")
-
-
-def unflatten(tensors: Mapping[str, Any], rest: Any) -> Any:
-    """Put tensors back to where `flatten` took them from."""
-    if isinstance(rest, dict):
-        if rest.keys() == {AT}:
-            return tensors[rest[AT]]
-        return {key: unflatten(tensors, value) for key, value in rest.items()}
-    if isinstance(rest, (list, tuple)):
-        return type(rest)(unflatten(tensors, value) for value in rest)
-    return rest
-
-
-def _join(path: str, key: Any) -> str:
-    return f"{path}{SEPARATOR}{key}" if path else str(key)
+    walk(nested, "")
+    return tensors
 
 
 def encode(value: Any) -> Any:
