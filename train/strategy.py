@@ -85,6 +85,10 @@ class TorchRecStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         """Destroy the process groups: with gloo, leaving it to the interpreter's exit aborts."""
+        module = self.lightning_module
+        if module is not None and not isinstance(module.model, DistributedModelParallel):
+            # Lightning moves what it leaves, and tables that were not made yet cannot be moved.
+            module.model = torch.nn.Module()
         super().teardown()
         if dist.is_initialized():
             dist.destroy_process_group()
