@@ -112,13 +112,14 @@ def training_rate(data: PreparedDataset, folder: Path, steps: int) -> float:
             times.append(time.perf_counter())
 
     rows = {table: info["rows"] for table, info in data.summary["tables"].items()}
-    towers = TwoTower(data.config, rows, ModelConfig())
-    module = RetrievalModule(towers, TrainConfig(), torch.from_numpy(data.train_count.copy()))
+    towers = TwoTower(data.config, rows, ModelConfig(), table_device="meta")
+    counts = torch.from_numpy(data.train_count.copy())
+    module = RetrievalModule(towers, TrainConfig(), counts, steps, seed=0)
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, strategy=TorchRecStrategy(process_group_backend=None),
-        max_steps=steps, callbacks=[Clock()], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        default_root_dir=folder,
+        accelerator="cpu", devices=1, max_steps=steps, callbacks=[Clock()], logger=False,
+        strategy=TorchRecStrategy(TrainConfig(), 0, lambda plan: None),
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, default_root_dir=folder,
     )  # fmt: skip
     trainer.fit(module, TrainLoader(data, BATCH, 0))
     return BATCH / median(np.diff(times))
