@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.train.ranks import run_on_ranks
@@ -304,6 +305,8 @@ def test_the_commands_inspect_reshard_and_consolidate(trained, twotower, tmp_pat
     plain, towers = load_file(tmp_path / "towers.safetensors"), load_towers(trained / "train")
     assert plain.keys() == towers.state_dict().keys()
     assert all(torch.equal(plain[name], value) for name, value in towers.state_dict().items())
+    with safe_open(tmp_path / "towers.safetensors", framework="pt") as file:
+        assert file.metadata()["model"] == (trained / "train" / "model.json").read_text()
     flip(three / "rank-00002.safetensors")
     done = twotower("checkpoint", "inspect", "three", cwd=tmp_path)
     assert done.returncode == 2

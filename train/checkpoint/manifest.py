@@ -7,9 +7,11 @@ rank-00000.safetensors     what rank 0 wrote
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -106,10 +108,30 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write checkpoint.json, which makes a checkpoint whole."""
-    content = {"format": FORMAT, **asdict(manifest), "state": encode(manifest.state)}
-    text = json.dumps(content, allow_nan=False)
-    (directory / NAME).write_text(text + "\n")
+    """Write checkpoint.json, which makes a checkpoint whole.
+
+    Raises:
+        OSError: naming the file.
+        TypeError: for state that JSON has no form for.
+    """
+    content = {"format": FORMAT, **asdict(replace(manifest, state=encode(manifest.state)))}
+    text = json.dumps({"sha256": _digest(content), **content}, allow_nan=False)
+    with naming(directory / NAME):
+        (directory / NAME).write_text(text + "\n")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Return what tells a manifest from one of which a byte has changed."""
+    return hashlib.sha256(json.dumps(content, allow_nan=False).encode()).hexdigest()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError in the block name the file: that of a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -121,11 +143,14 @@ def read_manifest(directory: Path) -> Manifest:
     file = directory / NAME
     try:
         content = json.loads(file.read_text())
+        digest = content.pop("sha256")
         if content["format"] != FORMAT:
             raise UserError(
                 f"{file}: is of format {content['format']}, this version reads {FORMAT}: use the "
                 "version of twotower that wrote it"
             )
+        if digest != _digest(content):
+            raise ValueError
         tensors = {
             path: StoredTensor(
                 shape=tuple(tensor["shape"]), type=tensor["type"],
@@ -137,19 +162,27 @@ def read_manifest(directory: Path) -> Manifest:
             )
             for path, tensor in content["tensors"].items()
         }  # fmt: skip
+        files = {
+            _plain(name): StoredFile(bytes=int(f["bytes"]), sha256=str(f["sha256"]))
+            for name, f in content["files"].items()
+        }
         for tensor in tensors.values():
             if not isinstance(tensor.dtype, torch.dtype):
                 raise TypeError
+            if any(chunk.file not in files for chunk in tensor.chunks):
+                raise KeyError
         return Manifest(
             ranks=int(content["ranks"]),
             tensors=tensors,
-            files={_plain(name): StoredFile(**f) for name, f in content["files"].items()},
+            files=files,
             state=decode(content["state"]),
             versions=dict(content["versions"]),
         )
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory}: holds no checkpoint: {NAME} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: damaged, or not a checkpoint's") from None
@@ -192,10 +225,15 @@ def check_files(directory: Path, manifest: Manifest, verified: Iterable[str]) ->
                 f"{stored.bytes:,}"
             )
     for name in verified:
-        if sha256_file(directory / name) != manifest.files[name].sha256:
+        file = directory / name
+        try:
+            digest = sha256_file(file)
+        except OSError as error:
             raise UserError(
-                f"{directory / name}: the checkpoint is damaged, its content is another"
-            )
+                f"{file}: the checkpoint is damaged, this file cannot be read: {error.strerror}"
+            ) from None
+        if digest != manifest.files[name].sha256:
+            raise UserError(f"{file}: the checkpoint is damaged, its content is another")
 
 
 def differences(manifest: Manifest, wanted: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from twotower.train.checkpoint.manifest import StoredFile, as_bytes
+from twotower.train.checkpoint.manifest import StoredFile, as_bytes, naming
 
 # Names of the format for torch's types.
 TYPES = {
@@ -47,10 +48,10 @@ class Entry:
 def write_safe_file(
     path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
 ) -> StoredFile:
-    """Write a safetensors file.
+    """Write a safetensors file, to the disk itself.
 
     Raises:
-        OSError: for instance when the disk is full.
+        OSError: naming the file, for instance when the disk is full.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -62,11 +63,14 @@ def write_safe_file(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         for piece in _pieces(text, entries):
             file.write(piece)
             digest.update(piece)
             size += len(piece)
+        # Here: on a shared file system another host cannot do it for this one.
+        file.flush()
+        os.fsync(file.fileno())
     if size != 8 + len(text) + end:
         raise ValueError(f"{path}: {size} bytes were written, {8 + len(text) + end} were announced")
     return StoredFile(bytes=size, sha256=digest.hexdigest())

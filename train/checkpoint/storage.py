@@ -8,6 +8,7 @@ the directory whole (`twotower.train.checkpoint.manifest`).
 
 from __future__ import annotations
 
+import copy
 import shutil
 import threading
 import warnings
@@ -22,7 +23,6 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -74,6 +74,7 @@ def save(
 
     Raises:
         OSError: on every rank, when any could not write; what was at `path` is as it was.
+        TypeError: on every rank, for state that JSON has no form for.
     """
     writer = _Writer(path, state, group)
     try:
@@ -84,6 +85,7 @@ def save(
     except CheckpointException as error:
         if writer.rank == 0:
             shutil.rmtree(writer.partial, ignore_errors=True)
+        _raise_others(error, OSError)
         raise OSError(f"{path}: {_reason(error)}") from None
 
 
@@ -95,13 +97,14 @@ def save_async(
     Args:
         path: as `save`.
         tensors: as `save`; they may change once this returns.
-        state: as `save`.
+        state: as `save`; it may change too.
         group: of all ranks, which nobody else uses until the future is done.
 
     Returns:
         A future that raises what `save` would.
     """
     copies = {name: _copy(value) for name, value in tensors.items()}
+    state = copy.deepcopy(state)
     future: Future[None] = Future()
 
     def run() -> None:
@@ -125,30 +128,25 @@ def load(path: Path, tensors: Mapping[str, Any]) -> Any:
     Raises:
         UserError: when it is damaged, or lacks one of the tensors in that shape.
     """
-    manifest = read_manifest(path)
-    if found := differences(manifest, dict(tensors)):
-        more = f" and {len(found) - MOST_DIFFERENCES} more" * (len(found) > MOST_DIFFERENCES)
-        raise UserError(
-            f"{path}: the checkpoint is of another model: {'; '.join(found[:MOST_DIFFERENCES])}"
-            f"{more}: use the settings that it was trained with, or train anew"
-        )
-    together = _together(None)
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    manifest = _check_shared(path, tensors)
     try:
-        _check_shared(path, manifest, rank, ranks)
         _quietly(
             dcp_load, dict(tensors), storage_reader=_Reader(path, manifest),
-            planner=DefaultLoadPlanner(), no_dist=not together,
+            planner=DefaultLoadPlanner(), no_dist=not _together(None),
         )  # fmt: skip
     except CheckpointException as error:
+        _raise_others(error, Exception)
         raise UserError(f"{path}: the checkpoint is damaged ({_reason(error)})") from None
     return manifest.state
 
 
-def _check_shared(path: Path, manifest: Manifest, rank: int, ranks: int) -> None:
-    """Let every rank check a part of the files, and all raise what one found."""
-    found: str | None = None
+def _check_shared(path: Path, tensors: Mapping[str, Any]) -> Manifest:
+    """Return the manifest; every rank checks a part of the files, and all raise what one found."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if _together(None) else (0, 1)
+    manifest, found = None, None
     try:
+        manifest = read_manifest(path)
+        _refuse_another(path, differences(manifest, dict(tensors)))
         check_files(path, manifest, sorted(manifest.files)[rank::ranks])
     except UserError as error:
         found = str(error)
@@ -156,8 +154,18 @@ def _check_shared(path: Path, manifest: Manifest, rank: int, ranks: int) -> None
         everyones: list[str | None] = [None] * ranks
         dist.all_gather_object(everyones, found)
         found = next((said for said in everyones if said), None)
-    if found:
+    if manifest is None or found:
         raise UserError(found)
+    return manifest
+
+
+def _refuse_another(path: Path, found: list[str]) -> None:
+    if found:
+        more = f" and {len(found) - MOST_DIFFERENCES} more" * (len(found) > MOST_DIFFERENCES)
+        raise UserError(
+            f"{path}: the checkpoint is of another model: {'; '.join(found[:MOST_DIFFERENCES])}"
+            f"{more}: use the settings that it was trained with, or train anew"
+        )
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -190,6 +198,13 @@ def _quietly(call: Any, *arguments: Any, **options: Any) -> None:
         call(*arguments, **options)
 
 
+def _raise_others(error: CheckpointException, kind: type[BaseException]) -> None:
+    """Raise what is of another kind, such as Ctrl-C: the planners wrap all that is raised."""
+    for failure, _ in error.failures.values():
+        if not isinstance(failure, kind):
+            raise failure from None
+
+
 def _reason(error: CheckpointException) -> str:
     failure = next(iter(error.failures.values()))[0]
     if isinstance(failure, OSError) and failure.strerror:
@@ -199,16 +214,10 @@ def _reason(error: CheckpointException) -> str:
 
 def _copy(value: Any) -> Any:
     """Return a copy in the host's memory."""
-    if not isinstance(value, ShardedTensor):
-        return value.detach().to("cpu", copy=True)
-    shards = [
-        Shard(tensor=shard.tensor.detach().to("cpu", copy=True), metadata=shard.metadata)
-        for shard in value.local_shards()
-    ]
-    # No collective, and the ranks keep their places.
-    return ShardedTensor._init_from_local_shards_and_global_metadata(
-        shards, sharded_tensor_metadata=value.metadata(), process_group=value._process_group
-    )
+    if isinstance(value, ShardedTensor):
+        # Its own: the shards' places name the device too, and must follow. No collective.
+        return value.to(torch.device("cpu"), copy=True)
+    return value.detach().to("cpu", copy=True)
 
 
 @dataclass(frozen=True)

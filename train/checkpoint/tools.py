@@ -27,7 +27,7 @@ from twotower.train.checkpoint.manifest import (
 )
 from twotower.train.checkpoint.safe_file import Entry, write_safe_file
 from twotower.train.checkpoint.storage import rank_file
-from twotower.train.checkpoint.towers import MODEL
+from twotower.train.checkpoint.towers import MODEL, MODEL_SPEC
 
 BLOCK_BYTES = 32 << 20
 
@@ -88,6 +88,7 @@ def reshard(source: Path, target: Path, ranks: int) -> Manifest:
 
     Raises:
         UserError: when the source is damaged, or the target exists.
+        OSError: naming the file, for instance when the disk is full.
     """
     if ranks < 1:
         raise UserError(f"--ranks must be >= 1, got {ranks}")
@@ -134,10 +135,13 @@ def _share(tensor: StoredTensor, rank: int, ranks: int) -> tuple[int, int]:
 def consolidate(source: Path, target: Path) -> StoredFile:
     """Write the towers' tensors, whole, into one safetensors file.
 
-    `safetensors.torch.load_file` gives a state dict that fits an unsharded `TwoTower`.
+    `safetensors.torch.load_file` gives a state dict that fits an unsharded `TwoTower`; the file's
+    metadata holds what that is built from, as `model`, where the source lies in a training
+    directory.
 
     Raises:
         UserError: when the source is damaged, or the target exists.
+        OSError: naming the file, for instance when the disk is full.
     """
     _refuse_existing(target)
     manifest = check(source)
@@ -151,11 +155,21 @@ def consolidate(source: Path, target: Path) -> StoredFile:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(target)
     try:
-        written = write_safe_file(partial, entries, {"versions": json.dumps(manifest.versions)})
+        written = write_safe_file(partial, entries, _about(source, manifest))
         partial.rename(target)
     finally:
         partial.unlink(missing_ok=True)
     return written
+
+
+def _about(source: Path, manifest: Manifest) -> dict[str, str]:
+    """Return a consolidated file's metadata."""
+    about = {"versions": json.dumps(manifest.versions)}
+    # `checkpoint/`, or one of `checkpoints/`.
+    for folder in (source.parent, source.parent.parent):
+        if (folder / MODEL_SPEC).is_file():
+            return {**about, "model": (folder / MODEL_SPEC).read_text()}
+    return about
 
 
 def _refuse_existing(target: Path) -> None:

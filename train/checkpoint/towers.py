@@ -23,13 +23,14 @@ from twotower.train.checkpoint.storage import load
 from twotower.train.summary import check_training
 
 MODEL = "model/"
+MODEL_SPEC = "model.json"
 
 
 def write_model_spec(directory: Path, data: PreparedDataset, model: ModelConfig) -> None:
     """Write `model.json`, from which the towers can be built without the dataset."""
     rows = {name: info["rows"] for name, info in data.summary["tables"].items()}
     spec = {"data": asdict(data.config), "table_rows": rows, "model": asdict(model)}
-    write_json(directory / "model.json", spec)
+    write_json(directory / MODEL_SPEC, spec)
 
 
 def read_model_spec(directory: Path) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def read_model_spec(directory: Path) -> dict[str, Any]:
         UserError: when nothing was trained there.
     """
     try:
-        spec = json.loads((directory / "model.json").read_text())
+        spec = json.loads((directory / MODEL_SPEC).read_text())
     except FileNotFoundError:
         raise UserError(f"{directory}: no trained model: run `twotower train` first") from None
     return {
