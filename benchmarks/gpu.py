@@ -2,12 +2,15 @@
 
     python benchmarks/gpu.py                         # at most 8 minutes on one H200
     python benchmarks/gpu.py --sweep                 # tile sizes instead, at most 8 minutes
+    python benchmarks/gpu.py --training              # training instead, at most 5 minutes
 
-Needs torch and triton alone (PYTHONPATH=src where the package is not installed). The hardware's
+Needs torch and triton alone (PYTHONPATH=src where the package is not installed); training, which
+gpu_training.py describes, needs TorchRec with FBGEMM's CUDA kernels too, and pyarrow. The machine's
 limits, a copy and a matmul, are measured in the same process. Each time is the median over many
 launches that go through several sets of random inputs, by CUDA events. Peak memory is what a work
-allocates above its inputs. One table is printed, and written to
-benchmarks/results/gpu-<device>.json. `--device cpu --small` only tries the script itself.
+allocates above its inputs. What is printed is also written to
+benchmarks/results/gpu-<device>.json, or sweep- or gpu_training-<device>.json. `--device cpu
+--small` only tries the script itself.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -345,10 +350,46 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"  {r['by']:44} {r['ms']:9.3f} ms {r['peak_mb']:10.1f} MB {ratio}", *more)
 
 
+def train(on: Device, limit: dict[str, float], small: bool) -> dict[str, Any]:
+    """Measure training, where the libraries for it are."""
+    missing = [n for n in ("fbgemm_gpu", "torchrec", "pyarrow", "tensordict") if not find_spec(n)]
+    if missing:
+        raise SystemExit(f"--training needs {', '.join(missing)}: install, or add to PYTHONPATH")
+    import fbgemm_gpu  # noqa: F401 (its operators)
+    from gpu_training import bench_training
+
+    operator = "fbgemm::asynchronous_complete_cumsum"
+    if on.cuda and not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA"):
+        raise SystemExit("--training needs FBGEMM's CUDA kernels; this build is for CPUs")
+    return bench_training(on.device, limit, small)
+
+
+def write(kind: str, device: str, result: dict[str, Any]) -> None:
+    """Write a result with its origin."""
+    packages = [n for n in ("torch", "triton", "fbgemm-gpu", "torchrec") if _version(n)]
+    result |= {
+        "versions": {"python": platform.python_version()} | {n: _version(n) for n in packages},
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True,
+                                 text=True, check=False).stdout.strip(),
+    }  # fmt: skip
+    file = ROOT / "benchmarks" / "results" / f"{kind}-{device.replace(' ', '-')}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(result, indent=2, default=str) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def main() -> None:
-    """Run the tests and every benchmark, or the sweep."""
+    """Run the tests and every benchmark of a kernel, or the sweep, or training."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sweep", action="store_true", help="time tile sizes instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--sweep", action="store_true", help="time tile sizes instead")
+    instead.add_argument("--training", action="store_true", help="time training instead")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes that try the script only")
     parser.add_argument("--repeat", type=int, default=20)
@@ -358,32 +399,28 @@ def main() -> None:
     torch.manual_seed(0)
     on = Device(torch.device(arguments.device), arguments.repeat)
     name = torch.cuda.get_device_name() if on.cuda else "cpu"
-    result: dict[str, Any] = {"device": name}
     limit = limits(on, arguments.small)
     print(f"{name}: copy {limit['copy_gb_s']:,.0f} GB/s, bf16 matmul "
           f"{limit['matmul_tflop_s']:,.0f} TFLOP/s")  # fmt: skip
-    if arguments.sweep:
-        rows = sweep(on, arguments.small)
+    result: dict[str, Any] = {"device": name, "limits": limit}
+    kind = "sweep" if arguments.sweep else "gpu_training" if arguments.training else "gpu"
+    if arguments.training:
+        result["training"] = train(on, limit, arguments.small)
+    elif arguments.sweep:
+        result["rows"] = sweep(on, arguments.small)
+        show(result["rows"])
     else:
         result["tests"] = run_tests() if on.cuda else "not run"
-        rows = [
+        result["rows"] = [
             row for bench in (bench_softmax, bench_top_k, bench_interactions)
             for row in bench(on, limit, arguments.small)
         ]  # fmt: skip
-    show(rows)
-    if arguments.small:
-        return
-    result |= {
-        "limits": limit, "rows": rows,
-        "versions": {"torch": torch.__version__, "triton": triton.__version__,
-                     "python": platform.python_version()},
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True,
-                                 text=True, check=False).stdout.strip(),
-    }  # fmt: skip
-    kind = "sweep" if arguments.sweep else "gpu"
-    file = ROOT / "benchmarks" / "results" / f"{kind}-{name.replace(' ', '-')}.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(result, indent=2, default=str) + "\n")
+        show(result["rows"])
+    if not arguments.small:
+        write(kind, name, result)
+    sys.stdout.flush()
+    if arguments.training:
+        os._exit(0)  # threads of the process group may abort an orderly exit
 
 
 if __name__ == "__main__":

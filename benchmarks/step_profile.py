@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import record_function
 
 PREFIX = "stage: "
@@ -60,12 +61,27 @@ def stages_ms(events: Iterable[Any], wall_ms: float, steps: int) -> dict[str, fl
     return {name: ms / steps for name, ms in spent.items()}
 
 
+def device_ms(events: Iterable[Any], wall_ms: float, steps: int) -> dict[str, float]:
+    """Return the milliseconds a step that a GPU's kernels and copies took, by their stage.
+
+    What no operation of a stage started, and the GPU's waiting, is "other"; work that overlaps
+    counts twice, and may make it negative. See `stages_ms` for the arguments.
+    """
+    spent = dict.fromkeys(STAGES, 0.0)
+    for event, name in staged(events):
+        spent[name] += event.self_device_time_total / 1000
+    spent["other"] = wall_ms - sum(ms for name, ms in spent.items() if name != "other")
+    return {name: ms / steps for name, ms in spent.items()}
+
+
 def staged(events: Iterable[Any]) -> list[tuple[Any, str]]:
     """Return every event with its stage."""
     of_sequence: dict[int, str] = {}
     found: list[tuple[Any, str]] = []
     # Children before their parents' next siblings, so forward operations before backward ones.
-    waiting = [(e, "other") for e in events if e.cpu_parent is None]
+    # Of a GPU's own events, which have no parent either, operations hold the times already.
+    host = [e for e in events if e.device_type == DeviceType.CPU]
+    waiting = [(e, "other") for e in host if e.cpu_parent is None]
     waiting.sort(key=lambda pair: -pair[0].time_range.start)
     while waiting:
         event, outer = waiting.pop()

@@ -6,11 +6,11 @@
 1M users x 200k items of width 64, a user id and an item id, layers 128-64, batches of 8,192, the
 softmax over the batch's items with logQ correction and accidental hits masked, on all cores. All
 three (`training_peers.py`) begin with the same weights, which the loss of one batch proves, and
-take the same batches from our loader. `twotower` trains as `twotower train` does, by Lightning and
-our strategy, meters and CSV included; its peers run plain loops. Within one process they take
-turns of a few steps, in every round; each figure is the median over the rounds. Rounds are
-profiled at the end (`step_profile.py`). The log's items follow a power law (`large_log.py`). The
-result is written to benchmarks/results/train_cpu.json.
+take the same batches from our loader. `twotower` trains as `twotower train` does, by Lightning, our
+strategy and a CSV log, but without the meters, which may take 1% of the time; its peers run plain
+loops. In one process they take turns of a few steps, in every round; each figure is the median
+over the rounds. A last round is profiled (`step_profile.py`). The log's items follow a power law
+(`large_log.py`). The result is written to benchmarks/results/train_cpu.json.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.towers.config import ModelConfig
 from twotower.towers.two_tower import PREFIX, TwoTower
 from twotower.train.config import TrainConfig
-from twotower.train.meters import SPLIT_EVERY_STEPS, Meters
 from twotower.train.module import RetrievalModule
 from twotower.train.strategy import TorchRecStrategy
 
@@ -56,8 +55,7 @@ SEED = 0
 GOAL = 3.0  # times as fast as plain torch
 MODEL = ModelConfig(dim=64, hidden=[128])
 OURS, PLAIN, TORCHREC = "twotower", "plain torch", "torchrec"
-# Before the first round; the meters profile one of them.
-WARM_UP = 12
+WARM_UP = 3  # steps before the first round
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Size:
         return WARM_UP + (self.rounds + 1) * self.steps
 
 
-FULL = Size(users=1_000_000, items=200_000, events=4_000_000, batch=8192, rounds=9, steps=4)
+FULL = Size(users=1_000_000, items=200_000, events=4_000_000, batch=8192, rounds=7, steps=3)
 SMALL = Size(users=2_000, items=1_000, events=40_000, batch=256, rounds=2, steps=2)
 
 
@@ -100,8 +98,7 @@ class Rounds(L.Callback):
         self.turn_s: dict[str, list[float]] = {name: [] for name in (OURS, PLAIN, TORCHREC)}
         self.profiles: dict[str, dict[str, float]] = {}
         self.losses: dict[str, float] = {}
-        self.step_s: list[float] = []
-        self.began = self.turn_began = 0.0
+        self.turn_began = 0.0
         self.profiler: profile | None = None
 
     def loader(self) -> TrainLoader:
@@ -132,7 +129,7 @@ class Rounds(L.Callback):
         for tower in (module.model.module.query, module.model.module.item):
             stage_of_module(tower, "towers")
         self.batches = {name: iter(self.loader()) for name in self.peers}
-        self.began = self.turn_began = time.perf_counter()
+        self.turn_began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any
@@ -140,21 +137,24 @@ class Rounds(L.Callback):
         """End our turn where it ends, and let the peers take theirs."""
         now = time.perf_counter()
         step, size = trainer.global_step, self.size
-        if step <= WARM_UP:
-            self.step_s.append(now - self.began)
-        turn = (step - WARM_UP) % size.steps == 0 and step >= WARM_UP
-        if turn:
-            steps = WARM_UP if step == WARM_UP else size.steps
-            self._take(OURS, now - self.turn_began, steps)
-            self.losses[OURS] = float(outputs["loss"])
-            for name in self.peers:
-                self._peers_turn(name, steps, profiled=step == size.all_steps)
-            # The last turn is the profiled one.
-            if step == size.all_steps - size.steps:
-                self.profiler = _profiler()
-                self.profiler.start()
-            self.turn_began = time.perf_counter()
-        self.began = time.perf_counter()
+        if step < WARM_UP or (step - WARM_UP) % size.steps:
+            return
+        steps = WARM_UP if step == WARM_UP else size.steps
+        self._take(OURS, now - self.turn_began, steps)
+        self.losses[OURS] = float(outputs["loss"])
+        for name in self.peers:
+            self._peers_turn(name, steps, profiled=step == size.all_steps)
+        self._say(step)
+        if step == size.all_steps - size.steps:  # the last turn begins
+            self.profiler = _profiler()
+            self.profiler.start()
+        self.turn_began = time.perf_counter()
+
+    def _say(self, step: int) -> None:
+        if self.profiles:
+            return
+        turns = ", ".join(f"{n} {1000 * t[-1]:.0f} ms" for n, t in self.turn_s.items())
+        print(f"step {step} of {self.size.all_steps}: {turns}", flush=True)
 
     def _peers_turn(self, name: str, steps: int, profiled: bool) -> None:
         peer, batches = self.peers[name], self.batches[name]
@@ -223,11 +223,10 @@ def run(folder: Path, size: Size) -> Rounds:
     counts = torch.from_numpy(data.train_count.copy())
     module = RetrievalModule(towers, config, counts, size.all_steps, SEED)
     rounds = Rounds(size, data, rows, config)
-    events_a_step = data.section(0).stop / len(loader)
     trainer = L.Trainer(
         accelerator="cpu", devices=1, strategy=TorchRecStrategy(config, SEED, lambda plan: None),
-        max_steps=size.all_steps, callbacks=[Meters(events_a_step, None, folder), rounds],
-        logger=CSVLogger(folder), log_every_n_steps=10, num_sanity_val_steps=0,
+        max_steps=size.all_steps, callbacks=[rounds], logger=CSVLogger(folder),
+        log_every_n_steps=10, num_sanity_val_steps=0,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, default_root_dir=folder,
     )  # fmt: skip
@@ -251,10 +250,6 @@ def report(rounds: Rounds) -> dict[str, Any]:
               f"{ratios[name]:6.2f}x {rounds.losses[name]:10.4f}   {split}")  # fmt: skip
     reached = "reached" if ratios[PLAIN] >= GOAL else "MISSED"
     print(f"{ratios[PLAIN]:.2f}x plain torch; goal {GOAL:g}x: {reached}")
-    others = [s for i, s in enumerate(rounds.step_s) if i not in (0, 5)]
-    split_s = rounds.step_s[5] - median(others)
-    share = split_s / (SPLIT_EVERY_STEPS * step_s[OURS])
-    print(f"the meters' profiled step takes {1000 * split_s:.0f} ms more: {share:.2%} of training")
     return {
         "batch_size": size.batch, "users": size.users, "items": size.items, "dim": MODEL.dim,
         "threads": torch.get_num_threads(), "rounds": size.rounds,
@@ -265,7 +260,6 @@ def report(rounds: Rounds) -> dict[str, Any]:
         "profiled_ms_a_step": {
             n: {s: round(ms, 1) for s, ms in split.items()} for n, split in rounds.profiles.items()
         },
-        "meters_split_ms": round(1000 * split_s, 1), "meters_split_share": round(share, 5),
     }  # fmt: skip
 
 

@@ -22,36 +22,67 @@ def read_metrics(directory: Path) -> Series:
     return series
 
 
-PARTS = ("data", "copy", "lookup", "dense", "communication", "other")
+# Of a step, from the bottom of the stack to its top, with a colour of its own each.
+PARTS = {
+    "data": "tab:brown", "copy": "tab:pink", "lookup": "tab:blue", "dense": "tab:orange",
+    "communication": "tab:red", "other": "tab:gray",
+}  # fmt: skip
 
 
 def plot_curves(series: Series, monitor: str, path: Path) -> None:
-    """Draw loss, validation, speed with the split of a step's time, and learning rates."""
+    """Draw loss, accuracy, validation, speed, a step's time by part, rates and gradient norm.
+
+    Args:
+        series: of a run, as `read_metrics` returns it; what is missing is left out.
+        monitor: validation metric, whose cut-off is shown.
+        path: of the PNG.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    (loss, validation), (speed, rates) = figure.subplots(2, 2)
-    _lines(loss, series, {"train/loss": "sampled softmax"}, "training")
-    _lines(loss.twinx(), series, {"train/accuracy": "in-batch accuracy"}, None, "tab:orange")
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    (loss, validation, rates), (speed, split, norm) = figure.subplots(2, 3)
+    _lines(loss, series, {"train/loss": "sampled softmax"}, "training", "tab:blue")
+    accuracy = {"train/accuracy": "in-batch accuracy"}
+    _lines(loss.twinx(), series, accuracy, None, "tab:orange")
     k = monitor.rsplit("@", 1)[1]
     names = {f"val/{metric}@{k}": f"{metric}@{k}" for metric in ("recall", "ndcg", "mrr")}
     _lines(validation, series, names, "validation, whole catalogue", marker="o")
-    _lines(speed, series, {"speed/examples_per_s": "examples a second"}, _split_text(series))
-    speed.set_ylim(bottom=0)
+    validation.set_ylim(bottom=0)
     _lines(rates, series, {"lr/tables": "tables", "lr/dense": "dense"}, "learning rates")
-    rates.set_yscale("log")
-    norm = {"train/grad_norm": "gradient norm, dense"}
-    _lines(rates.twinx(), series, norm, None, "tab:green")
+    # Logarithmic, but for the 0 that a schedule may end at.
+    rates.set_yscale("symlog", linthresh=1e-6)
+    _lines(speed, series, {"speed/examples_per_s": "examples a second"}, "speed", "tab:blue")
+    speed.set_ylim(bottom=0)
+    _stack(split, series)
+    _lines(norm, series, {"train/grad_norm": "norm, before clipping"}, "dense gradients")
+    norm.set_ylim(bottom=0)
     figure.savefig(path, dpi=110)
 
 
-def _split_text(series: Series) -> str:
-    """Return where the time of the profiled steps went, in the middle."""
-    spent = {part: list(series.get(f"step/{part}_ms", {}).values()) for part in PARTS}
-    middle = {part: sorted(ms)[len(ms) // 2] for part, ms in spent.items() if ms}
-    total = sum(middle.values()) or 1.0
-    shares = ", ".join(f"{part} {ms / total:.0%}" for part, ms in middle.items())
-    return f"speed\nof a step: {shares}" if "dense" in middle else "speed"
+def _stack(axis: Any, series: Series) -> None:
+    """Draw what the time of the profiled steps was spent on, with the shares of all of them."""
+    steps = sorted(series.get("step/other_ms", {}))
+    spent = {
+        part: [series[f"step/{part}_ms"].get(step, 0.0) for step in steps]
+        for part in PARTS
+        if f"step/{part}_ms" in series
+    }
+    total = sum(sum(ms) for ms in spent.values())
+    bottom = [0.0] * len(steps)
+    places = [str(step) for step in steps]
+    for part, ms in spent.items():
+        label = f"{part} {sum(ms) / total:.0%}" if total else part
+        axis.bar(places, ms, 0.8, bottom, label=label, color=PARTS[part])
+        bottom = [b + m for b, m in zip(bottom, ms, strict=True)]
+    axis.set_title("a profiled step by part", fontsize=10)
+    axis.set_xlabel("step")
+    axis.set_ylabel("ms")
+    axis.set_xticks(places[:: len(places) // 8 + 1])
+    axis.grid(axis="y", alpha=0.3)
+    if steps:
+        # Above the bars, which fill the panel.
+        axis.set_ylim(top=1.35 * max(bottom))
+        axis.legend(loc="upper center", fontsize=8, ncols=3)
 
 
 def _lines(
@@ -68,7 +99,7 @@ def _lines(
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     if len(names) == 1:
-        axis.set_ylabel(next(iter(names.values())), color=color or "tab:blue")
+        axis.set_ylabel(next(iter(names.values())), color=color or "black")
     else:
         axis.legend(loc="best", fontsize=9)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twotower.errors import gigabytes
-from twotower.files import write_json
+from twotower.files import partial_path, write_json
 from twotower.job import Job
 from twotower.show import table
 from twotower.train.config import TrainConfig
@@ -37,11 +38,19 @@ def train_in_processes(job: Job, processes: int) -> None:
         file = Path(folder) / "job.json"
         write_json(file, asdict(job))
         code = launch(
-            ["train", f"--config={file}"], processes, restarts=job.train.elastic,
-            stop_within_s=job.train.stop_within_s,
+            [sys.executable, "-m", "twotower", "train", f"--config={file}"], processes,
+            restarts=job.train.elastic, stop_within_s=job.train.stop_within_s,
+            resume_point=lambda: _resume_point(partial_path(job.path("train"))),
         )  # fmt: skip
     if code:
         raise SystemExit(code)
+
+
+def _resume_point(partial: Path) -> str:
+    """Say from where an unfinished training goes on; whether it is whole shows when it does."""
+    names = [path.name for path in (partial / "checkpoints").glob("step=*[0-9]")]
+    steps = [int(name.removeprefix("step=")) for name in names]
+    return f"step {max(steps)}" if steps else "its start, no step was saved"
 
 
 def show_plan(plan: Plan) -> None:

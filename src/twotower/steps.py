@@ -90,6 +90,7 @@ def train(job: Job) -> None:
     target = job.path("train")
     place = find_place()
     end_with_parent()
+    console.quiet = place is not None and place.rank > 0
     data = _prepared(job)
     mark = _train_mark(job, data)
     if _mark_of(target / "train.json") == mark and _sound("train", check_training, target):
