@@ -159,6 +159,11 @@ def _join(place: Place, cuda: bool) -> None:
         store = HashStore()  # of this process alone: no port
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1)
         return
+    if cuda and place.local_ranks > torch.cuda.device_count():
+        raise UserError(
+            f"{place.local_ranks} processes of this host see {torch.cuda.device_count()} CUDA "
+            "devices: start one a device, and let each see all of the host's"
+        )
     device = torch.device("cuda", place.local_rank) if cuda else None
     if device is not None:
         torch.cuda.set_device(device)
@@ -285,7 +290,7 @@ def _quiet() -> None:
             warnings.filterwarnings("ignore", category=category, module=rf"{source}\..*")
     warnings.filterwarnings("ignore", message="Please use DTensor")  # TorchRec's state is older
     os.environ.setdefault("NCCL_DEBUG", "ERROR")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def _finish(
