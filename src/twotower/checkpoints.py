@@ -55,8 +55,7 @@ def run(options: Any) -> int:
 
 def inspect(source: Path) -> int:
     """Print what a checkpoint holds; returns 2 when it is damaged."""
-    from twotower.train.checkpoint.manifest import check_files, read_manifest, shape_text
-    from twotower.train.checkpoint.towers import MODEL
+    from twotower.train.checkpoint.manifest import MODEL, check_files, read_manifest, shape_text
 
     manifest = read_manifest(source)
     rows = []

@@ -1,5 +1,6 @@
 """What is written by ranks that share tensors by columns, that fail, that die, or are stopped."""
 
+import hashlib
 import json
 import os
 import re
@@ -257,3 +258,31 @@ def test_a_command_on_a_full_disk_says_so(command, old) -> None:
     assert "File too large: check the path" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in old.parent.iterdir()] == [old.name]
+
+
+def test_tensors_of_the_towers_that_are_not_asked_for_are_named(tmp_path) -> None:
+    ones = torch.ones(2)
+    storage.save(tmp_path / "c", {"model/a": ones, "model/b": ones, "optimizer_0/a": ones}, {})
+    storage.load(tmp_path / "c", {"model/a": torch.zeros(2), "model/b": torch.zeros(2)})
+    with pytest.raises(UserError, match="is of another model: model/b is in it, not here"):
+        storage.load(tmp_path / "c", {"model/a": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("chunks", [[], [{"shape": [2]}], [{"offset": [1]}]])
+def test_a_manifest_whose_chunks_leave_something_out_is_refused(chunks, tmp_path) -> None:
+    storage.save(tmp_path / "c", {"a": torch.ones(4)}, {})
+    file = tmp_path / "c" / NAME
+    content = json.loads(file.read_text())
+    del content["sha256"]
+    tensor = content["tensors"]["a"]
+    tensor["chunks"] = [{**tensor["chunks"][0], **changed} for changed in chunks]
+    seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    file.write_text(json.dumps({"sha256": seal, **content}))
+    with pytest.raises(UserError, match="damaged, or not a checkpoint's"):
+        check(tmp_path / "c")
+
+
+def test_what_no_checkpoint_can_hold_is_not_taken_for_a_full_disk(tmp_path) -> None:
+    with pytest.raises(TypeError, match=r"cannot hold a@0, of torch.complex64"):
+        storage.save(tmp_path / "c", {"a": torch.ones(1, dtype=torch.complex64)}, {})
+    assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,8 @@ from twotower.train.checkpoint.state import decode, encode
 
 NAME = "checkpoint.json"
 FORMAT = 1
+# What the paths of the towers' tensors begin with.
+MODEL = "model/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +174,8 @@ def read_manifest(directory: Path) -> Manifest:
                 raise TypeError
             if any(chunk.file not in files for chunk in tensor.chunks):
                 raise KeyError
+            if not _is_covered(tensor):
+                raise ValueError
         return Manifest(
             ranks=int(content["ranks"]),
             tensors=tensors,
@@ -186,6 +191,16 @@ def read_manifest(directory: Path) -> Manifest:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: damaged, or not a checkpoint's") from None
+
+
+def _is_covered(tensor: StoredTensor) -> bool:
+    """Whether the chunks, which do not overlap, are within the tensor and leave nothing out."""
+    within = all(
+        offset >= 0 and offset + length <= whole
+        for chunk in tensor.chunks
+        for offset, length, whole in zip(chunk.offset, chunk.shape, tensor.shape, strict=True)
+    )
+    return within and sum(math.prod(c.shape) for c in tensor.chunks) == math.prod(tensor.shape)
 
 
 def _plain(name: str) -> str:
@@ -239,6 +254,7 @@ def check_files(directory: Path, manifest: Manifest, verified: Iterable[str]) ->
 def differences(manifest: Manifest, wanted: dict[str, Any]) -> list[str]:
     """Return how a checkpoint's tensors and those that it is to fill differ; none when they fit."""
     found = []
+    towers = any(path.startswith(MODEL) for path in wanted)
     for path in sorted(manifest.tensors.keys() | wanted.keys()):
         if path not in manifest.tensors:
             found.append(f"{path} is not in it")
@@ -246,6 +262,8 @@ def differences(manifest: Manifest, wanted: dict[str, Any]) -> list[str]:
             there, here = manifest.tensors[path].shape, tuple(wanted[path].size())
             if there != here:
                 found.append(f"{path} is {shape_text(there)} in it, {shape_text(here)} here")
+        elif towers and path.startswith(MODEL):
+            found.append(f"{path} is in it, not here")
     return found
 
 

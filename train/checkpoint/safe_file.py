@@ -52,10 +52,13 @@ def write_safe_file(
 
     Raises:
         OSError: naming the file, for instance when the disk is full.
+        TypeError: for a type of element that the format does not know.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for entry in entries:
+        if entry.dtype not in TYPES:
+            raise TypeError(f"a checkpoint cannot hold {entry.key}, of {entry.dtype}")
         start, end = end, end + torch.Size(entry.shape).numel() * entry.dtype.itemsize
         header[entry.key] = {
             "dtype": TYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end],

@@ -16,6 +16,7 @@ from torch import Tensor
 from twotower.errors import UserError
 from twotower.files import atomic_directory, partial_path
 from twotower.train.checkpoint.manifest import (
+    MODEL,
     NAME,
     Chunk,
     Manifest,
@@ -27,7 +28,7 @@ from twotower.train.checkpoint.manifest import (
 )
 from twotower.train.checkpoint.safe_file import Entry, write_safe_file
 from twotower.train.checkpoint.storage import rank_file
-from twotower.train.checkpoint.towers import MODEL, MODEL_SPEC
+from twotower.train.checkpoint.towers import MODEL_SPEC
 
 BLOCK_BYTES = 32 << 20
 

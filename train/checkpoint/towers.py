@@ -19,10 +19,10 @@ from twotower.errors import UserError
 from twotower.files import write_json
 from twotower.towers.config import ModelConfig
 from twotower.towers.two_tower import TwoTower
+from twotower.train.checkpoint.manifest import MODEL
 from twotower.train.checkpoint.storage import load
 from twotower.train.summary import check_training
 
-MODEL = "model/"
 MODEL_SPEC = "model.json"
 
 
