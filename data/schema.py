@@ -19,9 +19,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
 
-from twotower.errors import UserError, did_you_mean
+from twotower.errors import UserError, did_you_mean, one_of
 
 KINDS = ("id", "ids", "history", "number", "vector")
 ID_KINDS = ("id", "ids", "history")
@@ -188,9 +187,9 @@ class DataConfig:
                     raise UserError(f"data.{tower}: feature '{name}' stands twice: rename one")
         for tower, feature in self.features():
             _validate_feature(tower, feature)
-        _one_of("data.split.kind", self.split.kind, SPLITS)
-        _one_of("data.columns.timestamp_unit", self.columns.timestamp_unit, TIME_UNITS)
-        _one_of("data.on_bad_rows", self.on_bad_rows, ("error", "skip"))
+        one_of("data.split.kind", self.split.kind, SPLITS)
+        one_of("data.columns.timestamp_unit", self.columns.timestamp_unit, TIME_UNITS)
+        one_of("data.on_bad_rows", self.on_bad_rows, ("error", "skip"))
         if self.memory_gb < 0.5:
             raise UserError(f"data.memory_gb must be >= 0.5, got {self.memory_gb:g}")
         used = {f.table_name for _, f in self.features() if f.kind in ID_KINDS}
@@ -257,21 +256,14 @@ def parse_date(key: str, text: str) -> int:
     return int(moment.timestamp() * 1_000_000)
 
 
-def _one_of(key: str, value: str, known: Any) -> None:
-    if value not in known:
-        raise UserError(
-            f"{key} must be one of {', '.join(known)}, got '{value}'{did_you_mean(value, known)}"
-        )
-
-
 def _validate_feature(tower: str, feature: Feature) -> None:
     key = f"data.{tower}, feature '{feature.name}'"
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", feature.name):
         raise UserError(f"{key}: a name is letters, digits and '_': rename it, set `column`")
     if feature.name in RESERVED:
         raise UserError(f"{key}: every model has a tensor of this name: rename it, set `column`")
-    _one_of(f"{key}: kind", feature.kind, KINDS)
-    _one_of(f"{key}: pooling", feature.pooling, POOLINGS)
+    one_of(f"{key}: kind", feature.kind, KINDS)
+    one_of(f"{key}: pooling", feature.pooling, POOLINGS)
     if feature.kind == "history" and tower == "item":
         raise UserError(f"{key}: a history belongs to the query tower: move it to data.query")
     if feature.kind == "vector" and (feature.width is None or feature.width < 1):
@@ -280,7 +272,7 @@ def _validate_feature(tower: str, feature: Feature) -> None:
         raise UserError(f"{key}: length must be >= 1, got {feature.length}")
     sources = ("users", "interactions") if tower == "query" else ("items",)
     if feature.source is not None:
-        _one_of(f"{key}: source", feature.source, sources)
+        one_of(f"{key}: source", feature.source, sources)
     if feature.pattern is not None and re.compile(feature.pattern).groups != 1:
         raise UserError(f"{key}: pattern must have exactly one group, got '{feature.pattern}'")
 

@@ -89,11 +89,15 @@ class TwoTower(nn.Module):
         item_BD = self._run(self.item, "item", batch, bags, lists)
         return query_BD, item_BD, self.log_temperature.exp()
 
-    def table_names(self) -> list[str]:
-        """Return the names of the embedding tables as TorchRec knows them."""
+    def table_configs(self) -> dict[str, Any]:
+        """Return TorchRec's name of each embedding table -> its configuration."""
         bags = self.bags.embedding_bag_configs() if self.bags is not None else []
         lists = self.lists.embedding_configs() if self.lists is not None else []
-        return [table.name for table in (*bags, *lists)]
+        return {table.name: table for table in (*bags, *lists)}
+
+    def table_names(self) -> list[str]:
+        """Return the names of the embedding tables as TorchRec knows them."""
+        return list(self.table_configs())
 
     def table_parameters(self) -> list[nn.Parameter]:
         """Return the embedding tables' weights."""

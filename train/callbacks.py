@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
@@ -17,10 +17,9 @@ from lightning.pytorch.callbacks.progress import RichProgressBar
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
+from twotower.train.checkpoint.numbered import numbered, step_path
 from twotower.train.config import EvaluateConfig, TrainConfig
 from twotower.train.evaluation import evaluate_towers, judged_queries
-
-NAME = "step="
 
 
 class CatalogueValidation(L.Callback):
@@ -76,21 +75,13 @@ class Checkpoints(Checkpoint):
 
     def best(self) -> tuple[int, float] | None:
         """Return the step with the best metric and the metric, of the checkpoints there are."""
-        there = [step for step in self._steps() if str(step) in self.scores]
-        ranked = sorted(there, key=lambda step: (-self.scores[str(step)], step))
+        ranked = self._ranked()
         return (ranked[0], self.scores[str(ranked[0])]) if ranked else None
 
-    def last(self) -> str | None:
-        """Return the name of the last checkpoint."""
-        steps = self._steps()
-        return f"step {steps[-1]}" if steps else None
-
-    def path(self, step: int) -> Path:
-        """Return the checkpoint of a step."""
-        return self.folder / f"{NAME}{step}"
-
-    def _steps(self) -> list[int]:
-        return sorted(step_of(path) for path in self.folder.glob(f"{NAME}*[0-9]"))
+    def _ranked(self) -> list[int]:
+        """Return the steps that were judged and have a checkpoint, the best first."""
+        judged = [step for step in numbered(self.folder) if str(step) in self.scores]
+        return sorted(judged, key=lambda step: (-self.scores[str(step)], step))
 
     @contextmanager
     def heeding_sigterm(self) -> Iterator[None]:
@@ -118,8 +109,7 @@ class Checkpoints(Checkpoint):
         """Leave where every rank leaves."""
         strategy: Any = trainer.strategy
         if strategy.any_rank(self.told_to_stop):
-            strategy.finish_saving()
-            raise SystemExit(128 + signal.SIGTERM)
+            _leave(strategy)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stay stopped when a run was killed after its last epoch; Lightning forgets that."""
@@ -150,8 +140,7 @@ class Checkpoints(Checkpoint):
         ):
             self._save(trainer)
         if told:
-            strategy.finish_saving()
-            raise SystemExit(128 + signal.SIGTERM)
+            _leave(strategy)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save after an epoch."""
@@ -165,26 +154,23 @@ class Checkpoints(Checkpoint):
         self._leave_if_told(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.path(trainer.global_step))
+        trainer.save_checkpoint(step_path(self.folder, trainer.global_step))
         if trainer.is_global_zero:
             self._prune(trainer)
 
     def _prune(self, trainer: L.Trainer) -> None:
         """Remove what nothing asks to keep; the last whole one always stays."""
-        steps, every = self._steps(), self.config.keep_every_steps
-        best = sorted(
-            (s for s in steps if str(s) in self.scores),
-            key=lambda s: (-self.scores[str(s)], s),
-        )[: self.config.keep_best]
-        keep = {*steps[-1:], *best}
-        for step in steps:
+        checkpoints, every = numbered(self.folder), self.config.keep_every_steps
+        keep = {*list(checkpoints)[-1:], *self._ranked()[: self.config.keep_best]}
+        for step, path in checkpoints.items():
             if step not in keep and not (every and step % every == 0):
-                trainer.strategy.remove_checkpoint(self.path(step))
+                trainer.strategy.remove_checkpoint(path)
 
 
-def step_of(checkpoint: Path) -> int:
-    """Return the step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix(NAME))
+def _leave(strategy: Any) -> NoReturn:
+    """Leave once what is being saved is."""
+    strategy.finish_saving()
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _too_late() -> None:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from twotower.errors import UserError, did_you_mean
+from twotower.errors import UserError, one_of
 
 SHARDINGS = (
     "auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel",
@@ -41,12 +41,7 @@ class TableSharding:
             UserError: naming the key.
         """
         for name, known in (("sharding", SHARDINGS), ("kernel", KERNELS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(
-                    f"{key}.{name} must be one of {', '.join(known)}, got "
-                    f"'{value}'{did_you_mean(value, known)}"
-                )
+            one_of(f"{key}.{name}", getattr(self, name), known)
         if self.cache_fraction is not None and not 0 < self.cache_fraction <= 1:
             raise UserError(f"{key}.cache_fraction must be in (0, 1], got {self.cache_fraction}")
         if self.cache_fraction is not None and self.kernel != "fused_uvm_caching":
@@ -151,12 +146,7 @@ class TrainConfig:
             ("precision", PRECISIONS), ("table_precision", TABLE_PRECISIONS),
             ("schedule", SCHEDULES), ("sharding", SHARDINGS),
         ):  # fmt: skip
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(
-                    f"train.{name} must be one of {', '.join(known)}, got "
-                    f"'{value}'{did_you_mean(value, known)}"
-                )
+            one_of(f"train.{name}", getattr(self, name), known)
         if self.batch_size < 2 * (self.processes or 1):
             raise UserError(
                 f"train.batch_size must be >= 2 a process, got {self.batch_size} for "

@@ -7,7 +7,7 @@ has no kernel for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,13 +82,9 @@ class Optimizers(CombinedOptimizer):
 
     def make_states(self) -> None:
         """Make the states that the first step would, so that loading has tensors to fill in."""
-        for optimizer in self._steppers():
-            optimizer.init_state()
-
-    def _steppers(self) -> Iterator[KeyedOptimizerWrapper]:
         for _, optimizer in self.optimizers:
             if isinstance(optimizer, KeyedOptimizerWrapper):
-                yield optimizer
+                optimizer.init_state()
 
 
 def _dense_optimizer(parameters: Any, config: TrainConfig) -> torch.optim.Optimizer:

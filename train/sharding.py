@@ -136,7 +136,7 @@ def plan_tables(model: TwoTower, config: TrainConfig, hardware: Hardware) -> Pla
         UserError: naming the table that cannot be spread as the configuration says, or that fits
             nowhere, and how much is missing.
     """
-    tables = _table_configs(model)
+    tables = model.table_configs()
     for name in config.tables:
         if PREFIX + name not in tables:
             known = ", ".join(n.removeprefix(PREFIX) for n in tables)
@@ -182,12 +182,6 @@ def plan_tables(model: TwoTower, config: TrainConfig, hardware: Hardware) -> Pla
             kernel=option.compute_kernel, rank_bytes=rank_bytes,
         ))  # fmt: skip
     return Plan(sharding=sharding, tables=placed, hardware=hardware)
-
-
-def _table_configs(model: TwoTower) -> dict[str, Any]:
-    bags = model.bags.embedding_bag_configs() if model.bags is not None else []
-    lists = model.lists.embedding_configs() if model.lists is not None else []
-    return {table.name: table for table in (*bags, *lists)}
 
 
 def _constraints(

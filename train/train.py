@@ -36,6 +36,7 @@ from twotower.files import partial_path, publish, recover, write_json
 from twotower.towers.config import ModelConfig
 from twotower.towers.two_tower import TwoTower
 from twotower.train.callbacks import CatalogueValidation, Checkpoints, TrainingProgress
+from twotower.train.checkpoint.numbered import resume_text, step_path
 from twotower.train.checkpoint.storage import newest_whole
 from twotower.train.checkpoint.towers import write_model_spec
 from twotower.train.config import EvaluateConfig, TrackingConfig, TrainConfig
@@ -199,7 +200,7 @@ def _fit(
         if place.rank == 0 or stop.code == 1:
             print(
                 f"twotower train: {stopped}: give the same command to go on from "
-                f"{checkpoints.last() or 'its start, no step was saved'}",
+                f"{resume_text(checkpoints.folder)}",
                 file=sys.stderr,
             )
         # Lightning makes a 1 of Ctrl-C.
@@ -320,7 +321,9 @@ def _finish(
         wandb.experiment.finish()
     # The run stays one that can be resumed until it is published.
     shutil.rmtree(partial / "checkpoint", ignore_errors=True)
-    shutil.copytree(checkpoints.path(step), partial / "checkpoint", copy_function=_link)
+    shutil.copytree(
+        step_path(checkpoints.folder, step), partial / "checkpoint", copy_function=_link
+    )
     summary = write_summary(partial, summary)
     publish(partial, directory)
     if checkpoints.config.keep_best == 1 and checkpoints.config.keep_every_steps is None:

@@ -7,7 +7,7 @@ exits with code 2. Anything else is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class UserError(ValueError):
@@ -17,6 +17,18 @@ class UserError(ValueError):
 def gigabytes(size: int) -> str:
     """Return bytes as text, in GB or MB."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def one_of(key: str, value: str, known: Collection[str]) -> None:
+    """Refuse a value that is none of `known`.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if value not in known:
+        raise UserError(
+            f"{key} must be one of {', '.join(known)}, got '{value}'{did_you_mean(value, known)}"
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

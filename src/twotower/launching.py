@@ -12,6 +12,7 @@ from twotower.errors import gigabytes
 from twotower.files import partial_path, write_json
 from twotower.job import Job
 from twotower.show import table
+from twotower.train.checkpoint.numbered import resume_text
 from twotower.train.config import TrainConfig
 from twotower.train.launch import launch
 
@@ -40,17 +41,10 @@ def train_in_processes(job: Job, processes: int) -> None:
         code = launch(
             [sys.executable, "-m", "twotower", "train", f"--config={file}"], processes,
             restarts=job.train.elastic, stop_within_s=job.train.stop_within_s,
-            resume_point=lambda: _resume_point(partial_path(job.path("train"))),
+            resume_point=lambda: resume_text(partial_path(job.path("train")) / "checkpoints"),
         )  # fmt: skip
     if code:
         raise SystemExit(code)
-
-
-def _resume_point(partial: Path) -> str:
-    """Say from where an unfinished training goes on; whether it is whole shows when it does."""
-    names = [path.name for path in (partial / "checkpoints").glob("step=*[0-9]")]
-    steps = [int(name.removeprefix("step=")) for name in names]
-    return f"step {max(steps)}" if steps else "its start, no step was saved"
 
 
 def show_plan(plan: Plan) -> None:

@@ -73,6 +73,18 @@ def train(prepared: str, settings: list[dict[str, Any]]) -> None:
         )  # fmt: skip
 
 
+def meet() -> tuple[int, int]:
+    """Make the ranks' group and return this one's rank and their number."""
+    import torch.distributed as dist
+
+    (port,) = json.loads(os.environ["PORTS"])
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks
+    )
+    return rank, ranks
+
+
 def negatives(out: str) -> None:
     """Write this rank's loss and gradients of a batch that ranks share unequally."""
     import torch
@@ -82,11 +94,7 @@ def negatives(out: str) -> None:
     from twotower.train.module import FILLER_LOG_Q
     from twotower.train.negatives import gather_candidates, share_of_weight
 
-    (port,) = json.loads(os.environ["PORTS"])
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks
-    )
+    rank, ranks = meet()
     joined = torch.load(f"{out}/joined.pt")
     part = slice(rank * 4, min(rank * 4 + 4, 7))
     filler = 4 - (part.stop - part.start)
@@ -130,11 +138,7 @@ def predict(prepared: str, source: str, target: str, out: str) -> None:
     from twotower.train.optimizers import fuse_table_optimizer
     from twotower.train.sharding import find_hardware, plan_tables, shard
 
-    (port,) = json.loads(os.environ["PORTS"])
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks
-    )
+    rank, ranks = meet()
     cpu, config = torch.device("cpu"), TrainConfig()
     model = TwoTower(**read_model_spec(Path(source).parent), table_device="meta")
     fuse_table_optimizer(model, config)

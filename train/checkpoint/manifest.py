@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -45,6 +45,12 @@ class Chunk:
     shape: tuple[int, ...]
     file: str
     key: str
+
+
+def chunk_in(file: str, path: str, offset: Sequence[int], shape: Sequence[int]) -> Chunk:
+    """Return a block of the tensor at `path`, under a name that no other in its file has."""
+    key = f"{path}@{','.join(map(str, offset))}"
+    return Chunk(offset=tuple(offset), shape=tuple(shape), file=file, key=key)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,11 +46,13 @@ from twotower.train.checkpoint.manifest import (
     StoredTensor,
     check,
     check_files,
+    chunk_in,
     differences,
     read_manifest,
     versions,
     write_manifest,
 )
+from twotower.train.checkpoint.numbered import numbered
 from twotower.train.checkpoint.safe_file import Entry, write_safe_file
 
 MOST_DIFFERENCES = 4
@@ -175,14 +177,13 @@ def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
         It, or None; and each newer one that is damaged, with the reason.
     """
     damaged: dict[Path, str] = {}
-    numbered = {int(p.name[5:]): p for p in folder.glob("step=*") if p.name[5:].isdigit()}
-    for step in sorted(numbered, reverse=True):
+    for path in reversed(numbered(folder).values()):
         try:
-            check(numbered[step])
+            check(path)
         except UserError as error:
-            damaged[numbered[step]] = str(error)
+            damaged[path] = str(error)
         else:
-            return numbered[step], damaged
+            return path, damaged
     return None, damaged
 
 
@@ -258,11 +259,10 @@ class _Writer(StorageWriter):
             data = item.tensor_data
             if data is None:
                 raise TypeError(f"{item.index.fqn} is no tensor")
-            offset, shape = tuple(data.chunk.offsets), tuple(data.chunk.sizes)
-            key = f"{item.index.fqn}@{','.join(map(str, offset))}"
+            chunk = chunk_in(name, item.index.fqn, data.chunk.offsets, data.chunk.sizes)
             blocks = _on_host(planner, item)
-            entries.append(Entry(key, data.properties.dtype, shape, blocks))
-            chunks.append(Chunk(offset=offset, shape=shape, file=name, key=key))
+            entries.append(Entry(chunk.key, data.properties.dtype, chunk.shape, blocks))
+            chunks.append(chunk)
         written = write_safe_file(self.partial / name, entries) if entries else None
         results: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         results.set_result([

@@ -23,6 +23,7 @@ from twotower.train.checkpoint.manifest import (
     StoredFile,
     StoredTensor,
     check,
+    chunk_in,
     versions,
     write_manifest,
 )
@@ -106,12 +107,10 @@ def reshard(source: Path, target: Path, ranks: int) -> Manifest:
                     continue
                 shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
                 offset = (start, *(0 for _ in tensor.shape[1:])) if tensor.shape else ()
-                key = f"{name}@{','.join(map(str, offset))}"
+                chunk = chunk_in(rank_file(rank), name, offset, shape)
                 blocks = row_blocks(source, tensor, start, stop)
-                entries.append(Entry(key, tensor.dtype, shape, blocks))
-                chunks[name].append(
-                    Chunk(offset=offset, shape=shape, file=rank_file(rank), key=key)
-                )
+                entries.append(Entry(chunk.key, tensor.dtype, shape, blocks))
+                chunks[name].append(chunk)
             if entries:
                 files[rank_file(rank)] = write_safe_file(partial / rank_file(rank), entries)
         tensors = {
