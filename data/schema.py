@@ -19,8 +19,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
 
+from twotower.data.table import Table, one_of
 from twotower.errors import UserError, did_you_mean
 
 KINDS = ("id", "ids", "history", "number", "vector")
@@ -71,20 +71,6 @@ class Feature:
     def table_name(self) -> str:
         """The embedding table's name."""
         return self.table or self.name
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Size of an embedding table's vocabulary."""
-
-    min_count: int = 1
-    """Ids seen fewer times in training go to the out-of-vocabulary rows."""
-    max_size: int | None = None
-    """Most ids kept, the most frequent first; no limit by default."""
-    oov_rows: int = 4
-    """Rows that unseen ids are hashed to."""
-    pinned: list[int | str] = field(default_factory=list)
-    """Ids that get a row of their own, the first ones, however rare they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +134,7 @@ class DataConfig:
     item: list[Feature] = field(default_factory=list)
     """Features of the item tower: from items."""
     tables: dict[str, Table] = field(default_factory=dict)
-    """Vocabulary of an embedding table, where the defaults do not fit."""
+    """Which ids an embedding table has rows for, where the defaults do not fit."""
     display: list[str] = field(default_factory=list)
     """Columns of items shown beside an answer, for instance a title."""
     split: Split = field(default_factory=Split)
@@ -167,7 +153,7 @@ class DataConfig:
         return [f for f in self.query if f.kind == "history"]
 
     def table(self, name: str) -> Table:
-        """Return the vocabulary settings of embedding table `name`."""
+        """Return the settings of embedding table `name`."""
         return self.tables.get(name, Table())
 
     def validate(self) -> None:
@@ -188,9 +174,9 @@ class DataConfig:
                     raise UserError(f"data.{tower}: feature '{name}' stands twice: rename one")
         for tower, feature in self.features():
             _validate_feature(tower, feature)
-        _one_of("data.split.kind", self.split.kind, SPLITS)
-        _one_of("data.columns.timestamp_unit", self.columns.timestamp_unit, TIME_UNITS)
-        _one_of("data.on_bad_rows", self.on_bad_rows, ("error", "skip"))
+        one_of("data.split.kind", self.split.kind, SPLITS)
+        one_of("data.columns.timestamp_unit", self.columns.timestamp_unit, TIME_UNITS)
+        one_of("data.on_bad_rows", self.on_bad_rows, ("error", "skip"))
         if self.memory_gb < 0.5:
             raise UserError(f"data.memory_gb must be >= 0.5, got {self.memory_gb:g}")
         used = {f.table_name for _, f in self.features() if f.kind in ID_KINDS}
@@ -199,19 +185,7 @@ class DataConfig:
                 raise UserError(
                     f"data.tables.{name}: no feature uses this table{did_you_mean(name, used)}"
                 )
-            for key, value in (("oov_rows", table.oov_rows), ("min_count", table.min_count)):
-                if value < 1:
-                    raise UserError(f"data.tables.{name}.{key} must be >= 1, got {value}")
-            if table.max_size is not None and table.max_size < max(1, len(table.pinned)):
-                raise UserError(
-                    f"data.tables.{name}.max_size must be >= 1 and hold the pinned ids, "
-                    f"got {table.max_size}"
-                )
-            for pinned in table.pinned:
-                if table.pinned.count(pinned) > 1 or pinned == "":
-                    raise UserError(
-                        f"data.tables.{name}.pinned: '{pinned}' is empty or stands twice: remove it"
-                    )
+            table.validate(f"data.tables.{name}")
         self._validate_split()
         if len([f for f in self.histories() if f.column]) > 1:
             raise UserError("data.query: only one history may name a `column` of earlier items")
@@ -257,21 +231,14 @@ def parse_date(key: str, text: str) -> int:
     return int(moment.timestamp() * 1_000_000)
 
 
-def _one_of(key: str, value: str, known: Any) -> None:
-    if value not in known:
-        raise UserError(
-            f"{key} must be one of {', '.join(known)}, got '{value}'{did_you_mean(value, known)}"
-        )
-
-
 def _validate_feature(tower: str, feature: Feature) -> None:
     key = f"data.{tower}, feature '{feature.name}'"
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", feature.name):
         raise UserError(f"{key}: a name is letters, digits and '_': rename it, set `column`")
     if feature.name in RESERVED:
         raise UserError(f"{key}: every model has a tensor of this name: rename it, set `column`")
-    _one_of(f"{key}: kind", feature.kind, KINDS)
-    _one_of(f"{key}: pooling", feature.pooling, POOLINGS)
+    one_of(f"{key}: kind", feature.kind, KINDS)
+    one_of(f"{key}: pooling", feature.pooling, POOLINGS)
     if feature.kind == "history" and tower == "item":
         raise UserError(f"{key}: a history belongs to the query tower: move it to data.query")
     if feature.kind == "vector" and (feature.width is None or feature.width < 1):
@@ -280,7 +247,7 @@ def _validate_feature(tower: str, feature: Feature) -> None:
         raise UserError(f"{key}: length must be >= 1, got {feature.length}")
     sources = ("users", "interactions") if tower == "query" else ("items",)
     if feature.source is not None:
-        _one_of(f"{key}: source", feature.source, sources)
+        one_of(f"{key}: source", feature.source, sources)
     if feature.pattern is not None and re.compile(feature.pattern).groups != 1:
         raise UserError(f"{key}: pattern must have exactly one group, got '{feature.pattern}'")
 
