@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
@@ -59,6 +59,23 @@ class Batch(Pipelineable):
             {k: v.to(device, non_blocking=non_blocking) for k, v in self.dense.items()},
             self.item_B.to(device, non_blocking=non_blocking),
             self.weight_B.to(device, non_blocking=non_blocking),
+        )
+
+    def padded(self, size: int) -> Batch:
+        """Return the batch with fillers up to `size` rows: no ids, item -1, weight 0."""
+        more = size - len(self.item_B)
+        lengths = self.ids.lengths().view(len(self.ids.keys()), len(self.item_B))
+        ids = KeyedJaggedTensor(
+            keys=self.ids.keys(),
+            values=self.ids.values(),
+            lengths=nn.functional.pad(lengths, (0, more)).reshape(-1),
+            stride=size,
+        )
+        return Batch(
+            ids,
+            {k: nn.functional.pad(v, (0, 0, 0, more)) for k, v in self.dense.items()},
+            nn.functional.pad(self.item_B, (0, more), value=-1),
+            nn.functional.pad(self.weight_B, (0, more)),
         )
 
     def pin_memory(self) -> Batch:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.data.schema import ID_KINDS, DataConfig, Feature, TensorSpec
-from twotower.data.vocabulary import Vocabulary
+from twotower.data.vocabulary import DynamicIds, Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,14 @@ class Normaliser:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Raw features to rows and floats.
+    """Raw features to rows and floats; where a table's ids are dynamic, keys stand for rows.
 
     Attributes:
-        vocabularies: by embedding table.
+        vocabularies: by embedding table, a vocabulary or dynamic ids.
         normalisers: by `<tower>.<feature>`.
     """
 
-    vocabularies: Mapping[str, Vocabulary]
+    vocabularies: Mapping[str, Vocabulary | DynamicIds]
     normalisers: Mapping[str, Normaliser]
 
     def encode(self, tower: str, feature: Feature, raw: pa.Array) -> pa.Array:

@@ -5,7 +5,7 @@ parts of what is left of it, and ranks equal parts of a step, so that every even
 ranks take the same number of steps, and no batch is a small rest with few in-batch negatives.
 
 Sharded look-ups need batches of one size on all ranks. Where a step does not divide, the batches of
-some ranks end with a filler: an event again, with item -1 and weight 0, that no loss may count.
+some ranks end with a filler (`Batch.padded`), which looks up no ids and which no loss may count.
 
 Where an epoch stands is one number, the events taken so far. A run goes on at the exact next batch,
 with another number of workers too; with another number of ranks its steps hold the same events.
@@ -136,10 +136,8 @@ class _Batches(Dataset[Batch]):
     def __getitem__(self, part: Part) -> Batch:
         epoch, low, high, size = part
         order = Shuffle(self.length, self.seed, epoch)
-        batch = self.builder.events(order(np.minimum(np.arange(low, low + size), max(high - 1, 0))))
-        batch.item_B[high - low :] = -1
-        batch.weight_B[high - low :] = 0
-        return batch
+        batch = self.builder.events(order(np.arange(low, high)))
+        return batch.padded(size) if high - low < size else batch
 
 
 def _leave_signals(_: int) -> None:

@@ -23,8 +23,9 @@ from twotower.data.encode import Encoder, Normaliser
 from twotower.data.log.scan import SPLIT_NAMES
 from twotower.data.prepare.plan import FORMAT
 from twotower.data.prepare.spool import read_arrow
-from twotower.data.schema import Columns, DataConfig, Feature, Split, Table
-from twotower.data.vocabulary import Vocabulary
+from twotower.data.schema import Columns, DataConfig, Feature, Split
+from twotower.data.table import Table
+from twotower.data.vocabulary import DynamicIds, Vocabulary
 from twotower.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -155,7 +156,7 @@ class PreparedDataset:
         return range(start, start + counts[split])
 
     def context(self, feature: str) -> pa.Table:
-        """Return the values of a context feature: value, train_count and embedding row."""
+        """Return a context feature's values: value, train_count and embedding row or key."""
         return self._read(f"contexts/{feature}.arrow")
 
     @cached_property
@@ -174,7 +175,7 @@ class PreparedDataset:
         return array(self._read("timeline.arrow"), "item")
 
     def history_rows(self, table: str) -> Array:
-        """Return the timeline as rows of an embedding table that a history uses."""
+        """Return the timeline as rows, or keys, of an embedding table that a history uses."""
         if table not in self._history_rows:
             self._history_rows[table] = array(self._read(f"histories/{table}.arrow"), "row")
         return self._history_rows[table]
@@ -209,8 +210,11 @@ class PreparedDataset:
     @cached_property
     def encoder(self) -> Encoder:
         """Vocabularies and normalisers."""
-        vocabularies = {}
+        vocabularies: dict[str, Vocabulary | DynamicIds] = {}
         for name, info in self.summary["tables"].items():
+            if info.get("slots"):
+                vocabularies[name] = DynamicIds(info["dtype"], info["slots"])
+                continue
             table = self._read(f"tables/{name}.arrow")
             key, count = one_chunk(table["key"]), one_chunk(table["count"])
             vocabularies[name] = Vocabulary(key, count, info["oov_rows"])

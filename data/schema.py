@@ -20,6 +20,7 @@ import re
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
+from twotower.data.table import Table
 from twotower.errors import UserError, did_you_mean, one_of
 
 KINDS = ("id", "ids", "history", "number", "vector")
@@ -70,20 +71,6 @@ class Feature:
     def table_name(self) -> str:
         """The embedding table's name."""
         return self.table or self.name
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Size of an embedding table's vocabulary."""
-
-    min_count: int = 1
-    """Ids seen fewer times in training go to the out-of-vocabulary rows."""
-    max_size: int | None = None
-    """Most ids kept, the most frequent first; no limit by default."""
-    oov_rows: int = 4
-    """Rows that unseen ids are hashed to."""
-    pinned: list[int | str] = field(default_factory=list)
-    """Ids that get a row of their own, the first ones, however rare they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +134,7 @@ class DataConfig:
     item: list[Feature] = field(default_factory=list)
     """Features of the item tower: from items."""
     tables: dict[str, Table] = field(default_factory=dict)
-    """Vocabulary of an embedding table, where the defaults do not fit."""
+    """Which ids an embedding table has rows for, where the defaults do not fit."""
     display: list[str] = field(default_factory=list)
     """Columns of items shown beside an answer, for instance a title."""
     split: Split = field(default_factory=Split)
@@ -166,7 +153,7 @@ class DataConfig:
         return [f for f in self.query if f.kind == "history"]
 
     def table(self, name: str) -> Table:
-        """Return the vocabulary settings of embedding table `name`."""
+        """Return the settings of embedding table `name`."""
         return self.tables.get(name, Table())
 
     def validate(self) -> None:
@@ -198,19 +185,7 @@ class DataConfig:
                 raise UserError(
                     f"data.tables.{name}: no feature uses this table{did_you_mean(name, used)}"
                 )
-            for key, value in (("oov_rows", table.oov_rows), ("min_count", table.min_count)):
-                if value < 1:
-                    raise UserError(f"data.tables.{name}.{key} must be >= 1, got {value}")
-            if table.max_size is not None and table.max_size < max(1, len(table.pinned)):
-                raise UserError(
-                    f"data.tables.{name}.max_size must be >= 1 and hold the pinned ids, "
-                    f"got {table.max_size}"
-                )
-            for pinned in table.pinned:
-                if table.pinned.count(pinned) > 1 or pinned == "":
-                    raise UserError(
-                        f"data.tables.{name}.pinned: '{pinned}' is empty or stands twice: remove it"
-                    )
+            table.validate(f"data.tables.{name}")
         self._validate_split()
         if len([f for f in self.histories() if f.column]) > 1:
             raise UserError("data.query: only one history may name a `column` of earlier items")

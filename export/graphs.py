@@ -1,7 +1,7 @@
 """ONNX graphs of a tower: raw features in, vector out, in two halves joined into one file.
 
-The first half maps raw ids to table rows (vocabulary, or a hash for unseen ids) and normalises
-numbers; only ONNX Runtime can run it. The second half is the tower over padded rows: Gather, mask,
+The first half maps raw ids to table rows (`twotower.export.id_nodes`) and normalises numbers; only
+ONNX Runtime can run it. The second half is the tower over padded rows: Gather, mask,
 ReduceSum, Gemm, which TensorRT takes too (bags by offsets would export through Loop and Sequence).
 
 Shape legend: `B` batch, `L` entries of a list, `D` width, `N` items, `K` results.
@@ -21,8 +21,9 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from twotower.data.encode import Encoder
-from twotower.data.schema import ID_KINDS, PAD_INT64, PAD_STRING, Feature, TensorSpec
-from twotower.data.vocabulary import Vocabulary
+from twotower.data.schema import ID_KINDS, Feature, TensorSpec
+from twotower.data.vocabulary import DynamicIds
+from twotower.export.id_nodes import constant, row_nodes, slot_nodes
 from twotower.towers.tower import Tower
 from twotower.towers.two_tower import TwoTower
 
@@ -36,7 +37,6 @@ OPSETS = [
 ELEMENT = {
     "string": TensorProto.STRING, "int64": TensorProto.INT64, "float32": TensorProto.FLOAT,
 }  # fmt: skip
-UNSEEN = -2
 # Protobuf refuses messages of 2 GB; larger weights go to a file beside the graph.
 EXTERNAL_BYTES = 1 << 30
 
@@ -101,13 +101,12 @@ def tower_graph(model: TwoTower, side: str, specs: list[TensorSpec]) -> Any:
     return graph
 
 
-def encoding_graph(
-    encoder: Encoder, side: str, specs: list[TensorSpec], features: list[Feature]
-) -> Any:
+def encoding_graph(encoder: Encoder, model: TwoTower, side: str, specs: list[TensorSpec]) -> Any:
     """Return the first half: raw features to `<feature>:encoded`.
 
     No feature's name holds a colon, so names made with one meet none.
     """
+    features = [f for t, f in model.data.features() if t == side]
     nodes: list[Any] = []
     initializers: list[Any] = []
     inputs, outputs = [], []
@@ -121,11 +120,15 @@ def encoding_graph(
         outputs.append(helper.make_tensor_value_info(out, kind, ["batch", entries]))
         if spec.kind in ID_KINDS:
             vocabulary = encoder.vocabularies[feature.table_name]
-            nodes += _lookup_nodes(spec, vocabulary, out, initializers)
+            if isinstance(vocabulary, DynamicIds):
+                slots = model.dynamic_slots(feature.table_name)
+                nodes += slot_nodes(spec, slots, out, initializers)
+            else:
+                nodes += row_nodes(spec, vocabulary, out, initializers)
         elif spec.kind == "number":
             norm = encoder.normalisers[f"{side}.{spec.name}"]
             mean, std = (
-                _constant(f"{spec.name}:{n}", np.array([v], np.float32), initializers)
+                constant(f"{spec.name}:{n}", np.array([v], np.float32), initializers)
                 for n, v in (("mean", norm.mean), ("std", norm.std))
             )
             nodes.append(helper.make_node("Sub", [spec.name, mean], [f"{spec.name}:centred"]))
@@ -136,47 +139,9 @@ def encoding_graph(
     return helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
 
 
-def _lookup_nodes(
-    spec: TensorSpec, vocabulary: Vocabulary, out: str, initializers: list[Any]
-) -> list[Any]:
-    """Return nodes for: padding -> -1, a known id -> its row, an unseen one -> hash mod rows."""
-    name = spec.name
-    rows = [-1, *range(vocabulary.oov_rows, vocabulary.rows)]
-    keys = vocabulary.keys.to_pylist()
-    if spec.dtype == "string":
-        known = {"keys_strings": [PAD_STRING, *keys]}
-    else:
-        known = {"keys_int64s": [PAD_INT64, *keys]}
-    unseen = _constant(f"{name}:unseen", np.array(UNSEEN, np.int64), initializers)
-    oov = _constant(f"{name}:oov_rows", np.array(vocabulary.oov_rows, np.int64), initializers)
-    return [
-        helper.make_node(
-            "LabelEncoder", [name], [f"{name}:known"], domain="ai.onnx.ml",
-            values_int64s=rows, default_int64=UNSEEN, **known,
-        ),
-        helper.make_node(
-            "MurmurHash3", [name], [f"{name}:hash"], domain="com.microsoft", seed=0, positive=1
-        ),
-        helper.make_node(
-            "Cast", [f"{name}:hash"], [f"{name}:hash64"], to=TensorProto.INT64
-        ),
-        helper.make_node("Mod", [f"{name}:hash64", oov], [f"{name}:fallback"]),
-        helper.make_node("Equal", [f"{name}:known", unseen], [f"{name}:is_unseen"]),
-        helper.make_node(
-            "Where", [f"{name}:is_unseen", f"{name}:fallback", f"{name}:known"], [out]
-        ),
-    ]  # fmt: skip
-
-
-def _constant(name: str, value: np.ndarray[Any, Any], initializers: list[Any]) -> str:
-    initializers.append(onnx.numpy_helper.from_array(value, name))
-    return name
-
-
 def raw_graph(encoder: Encoder, model: TwoTower, side: str, specs: list[TensorSpec]) -> Any:
     """Return the whole graph: raw features to `vector` (B, D)."""
-    features = [f for t, f in model.data.features() if t == side]
-    first = encoding_graph(encoder, side, specs, features)
+    first = encoding_graph(encoder, model, side, specs)
     second = tower_graph(model, side, specs)
     # Names of the two halves may not meet, but for the ones that join them.
     second = onnx.compose.add_prefix(second, "tower/", rename_inputs=True, rename_outputs=True)

@@ -1,7 +1,8 @@
 """Two towers over TorchRec tables that they may share.
 
 Tables whose features are all pooled by a sum or mean live in an EmbeddingBagCollection; a table
-that a feature needs entry by entry (attention) lives in an EmbeddingCollection. The collections
+that a feature needs entry by entry (attention) lives in an EmbeddingCollection. Tables with dynamic
+ids have a collection of either kind to themselves (`twotower.towers.dynamic_tables`). Collections
 span both towers, so a table shared by `history` and the item's id exists once.
 
 Shape legend: `B` batch, `L` entries of a list, `D` embedding width.
@@ -26,10 +27,13 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from twotower.data.batches import Batch
 from twotower.data.schema import ID_KINDS, DataConfig, Feature
 from twotower.towers.config import ModelConfig
+from twotower.towers.dynamic import DynamicSlots
+from twotower.towers.dynamic_tables import DynamicBags, DynamicLists, plain_tables
 from twotower.towers.tower import Tower
 
 # torch refuses modules named like its own attributes, `type` for instance.
 PREFIX = "table_"
+COLLECTIONS = ("bags", "lists", "dynamic_bags", "dynamic_lists")
 
 
 class TwoTower(nn.Module):
@@ -58,7 +62,7 @@ class TwoTower(nn.Module):
         self.data = data
         id_features = [(t, f) for t, f in data.features() if f.kind in ID_KINDS]
         listed = {f.table_name for _, f in id_features if f.pooling == "attention"}
-        bags, lists = [], []
+        tables: dict[str, list[Any]] = {kind: [] for kind in COLLECTIONS}
         for name, rows in table_rows.items():
             keys = [f"{t}.{f.name}" for t, f in id_features if f.table_name == name]
             # A vector of unit length, whatever the table's size, keeps small tables comparable.
@@ -68,15 +72,23 @@ class TwoTower(nn.Module):
                 "feature_names": keys, "weight_init_min": -bound, "weight_init_max": bound,
                 "data_type": table_type,
             }  # fmt: skip
+            dynamic = "dynamic_" if data.table(name).slots is not None else ""
             if name in listed:
-                lists.append(EmbeddingConfig(**common))
+                tables[f"{dynamic}lists"].append(EmbeddingConfig(**common))
             else:
-                bags.append(EmbeddingBagConfig(**common, pooling=PoolingType.SUM))
+                bag = EmbeddingBagConfig(**common, pooling=PoolingType.SUM)
+                tables[f"{dynamic}bags"].append(bag)
         device = torch.device(table_device)
+        bags, lists = tables["bags"], tables["lists"]
         self.bags = EmbeddingBagCollection(tables=bags, device=device) if bags else None
         self.lists = EmbeddingCollection(tables=lists, device=device) if lists else None
-        self.bag_keys = [k for t in bags for k in t.feature_names]
-        self.list_keys = [k for t in lists for k in t.feature_names]
+        settings = {PREFIX + name: data.table(name) for name in table_rows}
+        bags, lists = tables["dynamic_bags"], tables["dynamic_lists"]
+        self.dynamic_bags = DynamicBags(bags, settings, device) if bags else None
+        self.dynamic_lists = DynamicLists(lists, settings, device) if lists else None
+        self.collection_of = {
+            k: kind for kind in tables for t in tables[kind] for k in t.feature_names
+        }
         self.query = Tower(data.query, config)
         self.item = Tower(data.item, config)
         log_temperature = torch.tensor(config.temperature).log()
@@ -84,16 +96,24 @@ class TwoTower(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the query vectors (B, D), the item vectors (B, D) and the temperature."""
-        bags, lists = self._look_up(batch)
-        query_BD = self._run(self.query, "query", batch, bags, lists)
-        item_BD = self._run(self.item, "item", batch, bags, lists)
+        found = self._look_up(batch)
+        query_BD = self._run(self.query, "query", batch, found)
+        item_BD = self._run(self.item, "item", batch, found)
         return query_BD, item_BD, self.log_temperature.exp()
 
+    def collections(self) -> dict[str, Any]:
+        """Return the collections of tables that there are, of `COLLECTIONS`."""
+        found = {kind: getattr(self, kind) for kind in COLLECTIONS}
+        return {kind: module for kind, module in found.items() if module is not None}
+
     def table_configs(self) -> dict[str, Any]:
-        """Return TorchRec's name of each embedding table -> its configuration."""
-        bags = self.bags.embedding_bag_configs() if self.bags is not None else []
-        lists = self.lists.embedding_configs() if self.lists is not None else []
-        return {table.name: table for table in (*bags, *lists)}
+        """Return TorchRec's name of each table -> its configuration, when they are not sharded."""
+        found: list[Any] = []
+        for kind, module in self.collections().items():
+            tables = plain_tables(module)
+            bags = kind.endswith("bags")
+            found += tables.embedding_bag_configs() if bags else tables.embedding_configs()
+        return {table.name: table for table in found}
 
     def table_names(self) -> list[str]:
         """Return the names of the embedding tables as TorchRec knows them."""
@@ -101,44 +121,53 @@ class TwoTower(nn.Module):
 
     def table_parameters(self) -> list[nn.Parameter]:
         """Return the embedding tables' weights."""
-        found = [m.parameters() for m in (self.bags, self.lists) if m is not None]
-        return [parameter for parameters in found for parameter in parameters]
+        return [p for module in self.collections().values() for p in module.parameters()]
 
     def table_weight(self, name: str) -> nn.Parameter:
         """Return the weights (rows, D) of the schema's table `name`, when it is not sharded."""
-        for tables in (
-            self.bags.embedding_bags if self.bags is not None else {},
-            self.lists.embeddings if self.lists is not None else {},
-        ):
-            if PREFIX + name in tables:
-                weight: nn.Parameter = tables[PREFIX + name].weight
+        for kind, module in self.collections().items():
+            tables = plain_tables(module)
+            modules = tables.embedding_bags if kind.endswith("bags") else tables.embeddings
+            if PREFIX + name in modules:
+                weight: nn.Parameter = modules[PREFIX + name].weight
                 return weight
+        raise KeyError(name)
+
+    def dynamic_slots(self, name: str) -> DynamicSlots:
+        """Return which keys the rows of the schema's table `name` have, when it is not sharded."""
+        for module in (self.dynamic_bags, self.dynamic_lists):
+            if module is not None and PREFIX + name in (found := module.slots()):
+                slots: DynamicSlots = found[PREFIX + name]
+                return slots
         raise KeyError(name)
 
     def query_vectors(self, batch: Batch) -> Tensor:
         """Return the query vectors (B, D)."""
-        return self._run(self.query, "query", batch, *self._look_up(batch))
+        return self._run(self.query, "query", batch, self._look_up(batch))
 
     def item_vectors(self, batch: Batch) -> Tensor:
         """Return the item vectors (B, D)."""
-        return self._run(self.item, "item", batch, *self._look_up(batch))
+        return self._run(self.item, "item", batch, self._look_up(batch))
 
-    def _look_up(self, batch: Batch) -> tuple[Any, Any]:
-        bags = self.bags(batch.ids) if self.bags is not None else None
-        lists = self.lists(batch.ids) if self.lists is not None else None
-        return bags, lists
+    def _look_up(self, batch: Batch) -> dict[str, Any]:
+        """Return what each collection holds for the batch."""
+        found = {kind: module(batch.ids) for kind, module in self.collections().items()}
+        # Those of dynamic ids return a pair, whose second is nothing.
+        return {k: v[0] if k.startswith("dynamic_") else v for k, v in found.items()}
 
-    def _run(self, tower: Tower, side: str, batch: Batch, bags: Any, lists: Any) -> Tensor:
+    def _run(self, tower: Tower, side: str, batch: Batch, found: dict[str, Any]) -> Tensor:
         inputs: dict[str, Tensor] = {}
         for f in tower.features:
             key = f"{side}.{f.name}"
             if key in batch.dense:
                 inputs[f.name] = batch.dense[key]
-            elif key in self.bag_keys:
+                continue
+            kind = self.collection_of[key]
+            if kind.endswith("bags"):
                 length_B = batch.ids[key].lengths()
-                inputs[f.name] = tower.pool_sum(f, bags[key], length_B)
+                inputs[f.name] = tower.pool_sum(f, found[kind][key], length_B)
             else:
-                inputs[f.name] = tower.pool(f, *_padded(lists[key], f))
+                inputs[f.name] = tower.pool(f, *_padded(found[kind][key], f))
         vector_BD: Tensor = tower(inputs)
         return vector_BD
 

@@ -93,9 +93,7 @@ class PipelinedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         if self.module.pipeline is None:
-            towers = self.module.model.module
-            tables = {"bags": towers.bags, "lists": towers.lists}
-            look_ups = LookUps({name: m for name, m in tables.items() if m is not None})
+            look_ups = LookUps(self.module.model.module.collections())
             self.module.pipeline = SparsePipeline(look_ups, self.module.model, self.module.device)
         places: deque[dict[str, int]] = deque()
 

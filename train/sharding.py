@@ -24,12 +24,14 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import CacheParams, ShardingPlan, ShardingType
-from torchrec.modules.embedding_configs import DataType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 
 from twotower.data.schema import ID_KINDS
+from twotower.data.table import LEAST_PART, MOST_PARTS, Table
 from twotower.errors import UserError, gigabytes
+from twotower.towers.dynamic_tables import dynamic_sharders
 from twotower.towers.two_tower import PREFIX, TwoTower
-from twotower.train.config import TrainConfig
+from twotower.train.config import TableSharding, TrainConfig
 
 TABLE_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
 # Of a rank's memory, what is left to activations, dense parameters, batches and the system.
@@ -123,7 +125,8 @@ class _BagSharder(EmbeddingBagCollectionSharder):
 
 def sharders() -> list[Any]:
     """Return what shards each kind of collection that towers are made of."""
-    return [_BagSharder(), EmbeddingCollectionSharder()]
+    bags, lists = _BagSharder(), EmbeddingCollectionSharder()
+    return [bags, lists, *dynamic_sharders(bags, lists)]
 
 
 def plan_tables(model: TwoTower, config: TrainConfig, hardware: Hardware) -> Plan:
@@ -187,10 +190,15 @@ def plan_tables(model: TwoTower, config: TrainConfig, hardware: Hardware) -> Pla
 def _constraints(
     model: TwoTower, name: str, table: Any, config: TrainConfig, hardware: Hardware
 ) -> ParameterConstraints:
-    key = f"train.tables.{name.removeprefix(PREFIX)}"
-    wanted = config.table(name.removeprefix(PREFIX))
-    is_list = model.lists is not None and name in model.lists.embeddings
-    if is_list and wanted.sharding in ("data_parallel", "table_row_wise"):
+    short = name.removeprefix(PREFIX)
+    key, wanted = f"train.tables.{short}", config.table(short)
+    is_dynamic = model.data.table(short).slots is not None
+    if is_dynamic:
+        _check_dynamic(key, model.data.table(short), wanted, hardware)
+    if not isinstance(table, EmbeddingBagConfig) and wanted.sharding in (
+        "data_parallel",
+        "table_row_wise",
+    ):
         raise UserError(
             f"{key}: a table that is pooled by attention cannot be sharded {wanted.sharding} by "
             "TorchRec: shard it row_wise or table_wise, or pool by mean"
@@ -212,13 +220,18 @@ def _constraints(
         types = [ShardingType.TABLE_WISE.value]
         if table.num_embeddings >= hardware.ranks:
             types.append(ShardingType.ROW_WISE.value)
+    if is_dynamic:
+        types = [ShardingType.ROW_WISE.value]
     kernels = [wanted.kernel]
     if wanted.sharding == "data_parallel":
         kernels = [EmbeddingComputeKernel.DENSE.value]
     elif wanted.kernel == "auto":
         kernels = [EmbeddingComputeKernel.FUSED.value]
         if hardware.device == "cuda":
-            kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
+            in_host = EmbeddingComputeKernel.FUSED_UVM_CACHING
+            if is_dynamic:
+                in_host = EmbeddingComputeKernel.FUSED_UVM
+            kernels.append(in_host.value)
     cached = wanted.cache_fraction is not None
     return ParameterConstraints(
         sharding_types=types,
@@ -227,6 +240,30 @@ def _constraints(
         cache_params=CacheParams(load_factor=wanted.cache_fraction) if cached else None,
         stochastic_rounding=config.table_precision != "fp32",
     )
+
+
+def _check_dynamic(key: str, ids: Table, wanted: TableSharding, hardware: Hardware) -> None:
+    """Refuse what a table with dynamic ids cannot be."""
+    if wanted.sharding not in ("auto", "row_wise"):
+        raise UserError(
+            f"{key}.sharding: a table with dynamic ids is sharded row_wise, got {wanted.sharding}: "
+            "set it to row_wise"
+        )
+    if wanted.kernel == "fused_uvm_caching":
+        raise UserError(
+            f"{key}.kernel: rows of a table with dynamic ids change hands, which a cache of them "
+            "would miss: set it to fused or fused_uvm, or leave it at auto"
+        )
+    if ids.parts % hardware.ranks:
+        more = ""
+        if MOST_PARTS % hardware.ranks == 0:
+            table, least = key.removeprefix("train."), hardware.ranks * LEAST_PART
+            more = f", or let data.{table}.slots be a multiple of {least:,}"
+        raise UserError(
+            f"{key}: the {ids.slots:,} slots of its dynamic ids are cut into {ids.parts} parts, "
+            f"which {hardware.ranks} ranks cannot share equally: train on as many ranks as divide "
+            f"{ids.parts}{more}"
+        )
 
 
 def _pooling_factors(model: TwoTower, table: Any) -> list[float]:

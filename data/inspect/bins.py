@@ -17,6 +17,7 @@ from twotower.data.inspect.psi import Array, explained_by_chance, stability_term
 from twotower.data.inspect.sides import F32, Sides, double
 from twotower.data.log.sources import is_own_id
 from twotower.data.schema import Feature
+from twotower.data.vocabulary import Vocabulary
 
 TOP = 20
 DECILES = 10
@@ -28,8 +29,8 @@ def compare_feature(sides: Sides, tower: str, feature: Feature) -> dict[str, Any
     Returns:
         `kind`; `psi`; `chance`: the index that chance alone passes once in 1,000 times; `largest`:
         the bin that moved most, with its share `was` and `now`; of ids `unseen`, `was` and `now`:
-        the share of values that their table's vocabulary lacks. The user's and the item's own id
-        have `unseen` alone.
+        the share of values that their table's vocabulary, or without one training, lacks. The
+        user's and the item's own id have `unseen` alone.
     """
     out: dict[str, Any] = {"kind": feature.kind}
     if feature.kind == "vector":
@@ -63,7 +64,12 @@ def _moved(
 def _id_bins(sides: Sides, f: Feature) -> tuple[list[str], Array, Array, dict[str, float]]:
     """Return the bins' names, both sides' counts, and the unseen shares."""
     connection = sides.connection
-    keys = sides.data.encoder.vocabularies[f.table_name].keys
+    vocabulary = sides.data.encoder.vocabularies[f.table_name]
+    if isinstance(vocabulary, Vocabulary):
+        keys = vocabulary.keys
+    else:  # any id may have a row; what training saw is known
+        known = connection.sql("SELECT v FROM was WHERE v IS NOT NULL")
+        keys = known.fetch_arrow_table()["v"]
     connection.register("vocabulary", pa.table({"key": keys}))
     connection.execute(
         "CREATE OR REPLACE TABLE top AS SELECT v, row_number() OVER (ORDER BY n DESC, v) - 1 AS "

@@ -19,7 +19,7 @@ from twotower.data.prepare.spool import Spool, read_arrow
 from twotower.data.prepare.vocabularies import PIECE, Seen
 from twotower.data.prepared import array
 from twotower.data.schema import DataConfig, Feature
-from twotower.data.vocabulary import Vocabulary, murmur3
+from twotower.data.vocabulary import DynamicIds, Vocabulary, murmur3
 from twotower.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -29,7 +29,7 @@ def write_contexts(
     connection: Any, config: DataConfig, types: IdTypes, seen: dict[str, Seen], directory: Path,
     scratch: Path,
 ) -> None:  # fmt: skip
-    """Write contexts/<feature>.arrow: each value, its training count and its embedding row."""
+    """Write contexts/<feature>.arrow: each value, its training count, its embedding row or key."""
     directory.mkdir(parents=True)
     for f in context_ids(config):
         spool = Spool(scratch / "context")
@@ -38,22 +38,49 @@ def write_contexts(
             "value": pa.array([], kind), "train_count": pa.array([], pa.int64()),
             "feature": pa.array([], pa.int64()),
         })  # fmt: skip
+        row, join = _row_of(config, f, "v.id", "t")
         query = (
-            f"SELECT v.id AS value, t.rowid AS row FROM {quoted('values_' + f.name)} v LEFT JOIN "
-            f"{quoted('vocabulary_' + f.table_name)} t ON t.key = v.id ORDER BY v.rowid"
+            f"SELECT v.id AS value, {row} AS row FROM {quoted('values_' + f.name)} v {join} "
+            "ORDER BY v.rowid"
         )
         count, done = seen[f"values_{f.name}"].count, 0
         for batch in arrow_batches(connection, query):
             value = batch.column("value")
-            rows = _rows(value, batch.column("row"), config.table(f.table_name).oov_rows)
+            rows = _rows(config, f, value, batch.column("row"))
             part = count[done : done + len(rows)]
             spool.append({"value": value, "train_count": part, "feature": rows})
             done += len(rows)
         spool.finish(directory / f"{f.name}.arrow")
 
 
-def _rows(raw: pa.Array, known: pa.Array, oov_rows: int) -> Array:
-    """Return embedding rows of raw ids: hashed where the vocabulary lacks them, -1 for null."""
+def _row_of(config: DataConfig, f: Feature, raw: str, alias: str) -> tuple[str, str]:
+    """Return the column of a raw id's row in its vocabulary, and the join that it needs."""
+    if config.table(f.table_name).slots is not None:
+        return "NULL::BIGINT", ""
+    table = quoted("vocabulary_" + f.table_name)
+    return f"{alias}.rowid", f"LEFT JOIN {table} {alias} ON {alias}.key = {raw}"
+
+
+def _dynamic(config: DataConfig, f: Feature, raw: pa.Array) -> DynamicIds | None:
+    """Return a table's dynamic ids, None where it has a vocabulary."""
+    slots = config.table(f.table_name).slots
+    if slots is None:
+        return None
+    return DynamicIds("int64" if pa.types.is_int64(raw.type) else "string", slots)
+
+
+def _rows(config: DataConfig, f: Feature, raw: pa.Array, known: pa.Array) -> Array:
+    """Return the embedding row, or key, of raw ids, -1 for null.
+
+    Args:
+        config: the schema.
+        f: whose ids they are.
+        raw: ids.
+        known: their rows in the vocabulary, null where it lacks them; those are hashed.
+    """
+    if (dynamic := _dynamic(config, f, raw)) is not None:
+        return dynamic.lookup(raw)
+    oov_rows = config.table(f.table_name).oov_rows
     rows = np.asarray(pc.fill_null(known, -1).to_numpy(zero_copy_only=False), np.int64)
     rows = np.where(rows >= 0, rows + oov_rows, rows)
     unseen = (rows < 0) & np.asarray(raw.is_valid().to_numpy(zero_copy_only=False))
@@ -63,14 +90,15 @@ def _rows(raw: pa.Array, known: pa.Array, oov_rows: int) -> Array:
 
 
 def write_histories(config: DataConfig, directory: Path, scratch: Path) -> None:
-    """Write histories/<table>.arrow: the timeline in rows of the table, ready to be gathered."""
+    """Write histories/<table>.arrow: the timeline in the table's rows or keys, to be gathered."""
     (directory / "histories").mkdir()
     line = read_arrow(directory / "timeline.arrow")["item"]
     items = read_arrow(directory / "items.arrow")
     for f in {f.table_name: f for f in config.histories()}.values():
-        row_of = array(items, f"history.{f.name}").astype(np.int32)
+        keys = config.table(f.table_name).slots is not None
+        row_of = array(items, f"history.{f.name}").astype(np.int64 if keys else np.int32)
         spool = Spool(scratch / "histories")
-        spool.append({"row": np.empty(0, np.int32)})
+        spool.append({"row": row_of[:0]})
         for start in range(0, len(line), PIECE):
             spool.append({"row": row_of[np.asarray(line.slice(start, PIECE))]})
         spool.finish(directory / "histories" / f"{f.table_name}.arrow")
@@ -127,21 +155,20 @@ class EntityWriter:
         for i, f in enumerate(self.features):
             raw = self._raw(f)
             if f.kind == "id":
-                joins.append(self._vocabulary(i, f, raw))
-                columns.append(f"t{i}.rowid AS row{i}")
+                row, join = _row_of(self.config, f, raw, f"t{i}")
+                joins.append(join)
+                columns.append(f"{row} AS row{i}")
             if f.kind == "ids":
                 raw = f"coalesce({raw}, [])"
             columns.append(f"{raw} AS raw{i}")
         if self.side == "items":
             for i, f in enumerate(self.config.histories()):
-                joins.append(self._vocabulary(f"h{i}", f, "e.id"))
-                columns.append(f"th{i}.rowid AS rowh{i}")
+                row, join = _row_of(self.config, f, "e.id", f"th{i}")
+                joins.append(join)
+                columns.append(f"{row} AS rowh{i}")
             for i, name in enumerate(self.config.display):
                 columns.append(f"l.{quoted('d.' + name)} AS display{i}")
         return f"SELECT {', '.join(columns)} FROM {self.side} e {' '.join(joins)} ORDER BY e.rowid"
-
-    def _vocabulary(self, i: int | str, f: Feature, raw: str) -> str:
-        return f"LEFT JOIN {quoted('vocabulary_' + f.table_name)} t{i} ON t{i}.key = {raw}"
 
     def _append(self, batch: pa.RecordBatch, done: int) -> None:
         columns: dict[str, Any] = {"id": batch.column("id")}
@@ -156,21 +183,21 @@ class EntityWriter:
                 raw = _zeros_for_null(raw, f.width or 0)
             columns[f"raw.{f.name}"] = columns[f"feature.{f.name}"] = raw
             if f.kind == "id":
-                oov = self.config.table(f.table_name).oov_rows
-                columns[f"feature.{f.name}"] = _rows(raw, batch.column(f"row{i}"), oov)
+                columns[f"feature.{f.name}"] = _rows(self.config, f, raw, batch.column(f"row{i}"))
             elif f.kind == "ids":
                 rows = self._lookup(f, raw.flatten())
                 columns[f"feature.{f.name}"] = with_values(raw, rows)
         if self.side == "items":
             for i, f in enumerate(self.config.histories()):
-                oov = self.config.table(f.table_name).oov_rows
                 known = batch.column(f"rowh{i}")
-                columns[f"history.{f.name}"] = _rows(batch.column("id"), known, oov)
+                columns[f"history.{f.name}"] = _rows(self.config, f, batch.column("id"), known)
             for i, name in enumerate(self.config.display):
                 columns[f"display.{name}"] = batch.column(f"display{i}")
         self.spool.append(columns)
 
     def _lookup(self, f: Feature, ids: pa.Array) -> Array:
+        if (dynamic := _dynamic(self.config, f, ids)) is not None:
+            return dynamic.lookup(ids)
         if f.table_name not in self.vocabularies:
             query = f"SELECT key FROM {quoted('vocabulary_' + f.table_name)} ORDER BY rowid"
             # A cursor: the stream of rows stays open beside it.

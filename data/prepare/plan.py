@@ -19,7 +19,7 @@ from twotower.files import fingerprint
 if TYPE_CHECKING:
     from twotower.data.prepared import PreparedDataset
 
-FORMAT = 2
+FORMAT = 3
 LOG = "data.interactions"
 
 

@@ -10,8 +10,10 @@
       users.arrow         raw id, start of the timeline, features raw and encoded
       items.arrow         the catalogue, ascending by raw id: training count, features, display
       contexts/<f>.arrow  the values of a context feature, which events name by number
-      tables/<name>.arrow the vocabulary of an embedding table
+      tables/<name>.arrow the vocabulary of an embedding table that has one
       histories/<t>.arrow the timeline in rows of embedding table t, which batches are cut from
+
+Where a table's ids are dynamic, their keys (`twotower.data.vocabulary`) stand for rows throughout.
 
 Vocabularies, item frequencies and normalisers come from the training period alone. The work is
 done within `data.memory_gb` by an engine that spills to disk; what is appended later leaves the

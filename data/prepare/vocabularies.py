@@ -22,6 +22,7 @@ from twotower.data.log.sources import is_own_id
 from twotower.data.prepare.entities import context_ids, count_rows
 from twotower.data.prepare.spool import Spool
 from twotower.data.schema import ID_KINDS, DataConfig, Feature
+from twotower.data.vocabulary import Vocabulary
 from twotower.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,14 +93,14 @@ def build_vocabularies(
     connection: Any, config: DataConfig, types: IdTypes, events: pa.Table, train: int,
     previous: PreparedDataset | None,
 ) -> None:  # fmt: skip
-    """Make the table `vocabulary_<table>` (key, count) of each embedding table, in row order.
+    """Make the table `vocabulary_<table>` (key, count) of each that has one, in row order.
 
     Raises:
         UserError: for a pinned id that is no id of its table.
     """
     by_table: dict[str, list[tuple[str, Feature]]] = {}
     for tower, f in config.features():
-        if f.kind in ID_KINDS:
+        if f.kind in ID_KINDS and config.table(f.table_name).slots is None:
             by_table.setdefault(f.table_name, []).append((tower, f))
     for name, features in by_table.items():
         settings = config.table(name)
@@ -227,7 +228,9 @@ def _fix(
 ) -> None:
     """Fill `fixed` with the keys whose rows are given: pinned ids, or those of the old dataset."""
     if previous is not None:
-        keys = previous.encoder.vocabularies[name].keys
+        before = previous.encoder.vocabularies[name]
+        assert isinstance(before, Vocabulary)  # of the same schema
+        keys = before.keys
     else:
         pinned = config.table(name).pinned
         try:
@@ -247,15 +250,18 @@ def _fix(
 def write_vocabularies(
     connection: Any, config: DataConfig, types: IdTypes, directory: Path, scratch: Path
 ) -> dict[str, dict[str, Any]]:
-    """Write tables/<name>.arrow; returns what prepared.json says of each."""
+    """Write tables/<name>.arrow; returns what prepared.json says of each table."""
     directory.mkdir(parents=True)
     out: dict[str, dict[str, Any]] = {}
     for f in (f for _, f in config.features() if f.kind in ID_KINDS):
         name = f.table_name
         if name in out:
             continue
+        dtype, slots = types.dtype(f"table {name}"), config.table(name).slots
+        if slots is not None:
+            out[name] = {"rows": slots, "slots": slots, "dtype": dtype}
+            continue
         spool = Spool(scratch / "vocabulary")
-        dtype = types.dtype(f"table {name}")
         kind = pa.int64() if dtype == "int64" else pa.string()
         spool.append({"key": pa.array([], kind), "count": pa.array([], pa.int64())})
         query = f"SELECT key, count FROM {quoted('vocabulary_' + name)} ORDER BY rowid"

@@ -255,3 +255,25 @@ def test_times_are_split_as_if_sorted() -> None:
         for place in (0, 17, 500, 999):
             found = kth_time(lambda time=time: iter(np.array_split(time, 7)), place)
             assert found == ordered[place]
+
+
+def test_days_appended_leave_the_keys_and_the_size_of_dynamic_ids(tmp_path) -> None:
+    tables = {name: Table(slots=100) for name in ("item_id", "user_id", "words", "device", "tags")}
+    folder, config = set_up(tmp_path, tables=tables)
+    days = [day | {"user_id": [f"new {d}.{i % 5}" for i in range(20)]}
+            for d, day in enumerate(DAYS)]  # fmt: skip
+    steps = day_by_day(folder, config, days)
+    assert_same_bytes(steps[-1].path, prepared(config, folder / "at_once", None).path)
+    for step in steps:
+        assert all(step.summary["tables"][name]["rows"] == 100 for name in tables)
+    users, items = set(), set()
+    for step in steps:
+        known = step.users["id"].to_pylist(), step.items["id"].to_pylist()
+        keys = [t[f"feature.{n}"].to_pylist() for t, n in (
+            (step.users, "user_id"), (step.items, "item_id"),
+        )]  # fmt: skip
+        pairs = [set(zip(ids, of, strict=True)) for ids, of in zip(known, keys, strict=True)]
+        assert users <= pairs[0], "no user's key changes"
+        assert items <= pairs[1], "no item's key changes"
+        users, items = pairs
+    assert len(steps[0].users) < len(steps[1].users) < len(steps[2].users)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +39,21 @@ def test_a_batch_holds_the_lists_of_its_events(data) -> None:
         np.testing.assert_array_equal(
             batch.dense["item.text"][place].numpy(), items["feature.text"][item].as_py()
         )
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_fillers_have_no_ids_and_no_weight(data, rows) -> None:
+    batch = BatchBuilder(data).events(np.arange(rows))
+    padded = batch.padded(5)
+    lists = {key: padded.ids[key].to_dense() for key in id_keys(data.config)}
+    for key in id_keys(data.config):
+        whole = batch.ids[key].to_dense() if rows else []
+        assert [v.tolist() for v in lists[key]] == [v.tolist() for v in whole] + [[]] * (5 - rows)
+    assert padded.item_B.tolist() == [*batch.item_B.tolist(), *[-1] * (5 - rows)]
+    assert padded.weight_B.tolist() == [*batch.weight_B.tolist(), *[0.0] * (5 - rows)]
+    for key, values in batch.dense.items():
+        assert padded.dense[key].shape == (5, values.shape[1])
+        assert torch.equal(padded.dense[key][:rows], values)
 
 
 @given(st.data())

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from twotower.data.inspect.psi import explained_by_chance, stability_terms
 from twotower.data.prepare.prepare import prepare
 from twotower.data.prepared import PreparedDataset
 from twotower.data.schema import Feature
+from twotower.data.table import Table
 
 COUNTS = st.lists(st.integers(0, 500), min_size=2, max_size=12)
 
@@ -138,6 +140,25 @@ def test_the_index_is_that_of_a_plain_recount(trained, tmp_path: Path) -> None:
         counts.append([*np.bincount(binned, minlength=len(edges) + 1), values.count(None)])
     expected = stability_terms(*map(np.array, counts)).sum()
     assert features["age"]["psi"] == pytest.approx(expected)
+
+
+def test_of_dynamic_ids_those_are_unseen_that_training_did_not_see(trained, tmp_path) -> None:
+    base, dataset = trained
+    tables = {"device": Table(slots=20)}
+    config = replace(schema(base, DRIFT_QUERY, DRIFT_ITEM), tables=tables)
+    (tmp_path / "prepared").mkdir()
+    prepare(config, tmp_path / "prepared")
+    log = new_days(7, 3000)
+    log["device"] = ["new" if e % 5 == 0 else d for e, d in enumerate(log["device"])]
+    found = [
+        drift((base, data), tmp_path / str(i), log, **more)
+        for i, (data, more) in enumerate((
+            (dataset, {}), (PreparedDataset(tmp_path / "prepared"), {"tables": tables}),
+        ))
+    ]  # fmt: skip
+    ours, dynamic = ({f["name"]: f for f in side["features"]} for side in found)
+    assert dynamic["device"]["unseen"]["now"] > 0.1
+    assert dynamic == ours
 
 
 def test_unseen_ids_volume_and_missing_tables_are_told(trained, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from twotower.data.schema import Columns, Feature, Split, Table
+from twotower.data.schema import Columns, Feature, Split
+from twotower.data.table import Table
 from twotower.errors import UserError
 
 from ..conftest import EVENTS, HISTORY, ITEM

@@ -1,0 +1,110 @@
+"""ONNX nodes from raw ids to rows of an embedding table: by a vocabulary, or by dynamic slots.
+
+Padding becomes -1. No feature's name holds a colon, so names made with one meet none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from twotower.data.schema import PAD_INT64, PAD_STRING, TensorSpec
+from twotower.data.vocabulary import HALF, KEY_SEEDS, Vocabulary
+from twotower.towers.dynamic import DynamicSlots
+
+# No id is known by these; a label encoder needs a value for what it lacks, and at least one key.
+UNSEEN = -2
+NO_KEY = -1
+
+
+def row_nodes(
+    spec: TensorSpec, vocabulary: Vocabulary, out: str, initializers: list[Any]
+) -> list[Any]:
+    """Return nodes for: padding -> -1, a known id -> its row, an unseen one -> hash mod rows."""
+    name = spec.name
+    rows = [-1, *range(vocabulary.oov_rows, vocabulary.rows)]
+    keys = vocabulary.keys.to_pylist()
+    if spec.dtype == "string":
+        known = {"keys_strings": [PAD_STRING, *keys]}
+    else:
+        known = {"keys_int64s": [PAD_INT64, *keys]}
+    oov = constant(f"{name}:oov_rows", np.array(vocabulary.oov_rows, np.int64), initializers)
+    return [
+        helper.make_node(
+            "LabelEncoder", [name], [f"{name}:known"], domain="ai.onnx.ml",
+            values_int64s=rows, default_int64=UNSEEN, **known,
+        ),
+        *_hash_nodes(name, 0, f"{name}:hash64"),
+        helper.make_node("Mod", [f"{name}:hash64", oov], [f"{name}:fallback"]),
+        *_or_nodes(name, f"{name}:known", f"{name}:fallback", out, initializers),
+    ]  # fmt: skip
+
+
+def slot_nodes(
+    spec: TensorSpec, slots: DynamicSlots, out: str, initializers: list[Any]
+) -> list[Any]:
+    """Return nodes for: padding -> -1, an id with a slot -> it, another -> that of its part."""
+    name = spec.name
+
+    def number(word: str, value: int) -> str:
+        return constant(f"{name}:{word}", np.array(value, np.int64), initializers)
+
+    half, shift = number("half", HALF), number("shift", 2 * HALF)
+    part_keys, part_slots = number("part_keys", slots.part_keys), slots.part_slots
+    keys, rows = (tensor.tolist() for tensor in slots.assigned())
+    text = spec.dtype == "string"
+    pad = np.array(PAD_STRING if text else PAD_INT64, object if text else np.int64)
+    padding = constant(f"{name}:pad", pad, initializers)
+    missing = number("missing", -1)
+    return [
+        *_hash_nodes(name, KEY_SEEDS[0], f"{name}:high"),
+        *_hash_nodes(name, KEY_SEEDS[1], f"{name}:low"),
+        helper.make_node("Mod", [f"{name}:high", half], [f"{name}:high31"]),
+        helper.make_node("Mod", [f"{name}:low", half], [f"{name}:low31"]),
+        helper.make_node("Mul", [f"{name}:high31", shift], [f"{name}:high_part"]),
+        helper.make_node("Mul", [f"{name}:low31", number("two", 2)], [f"{name}:low_part"]),
+        helper.make_node("Add", [f"{name}:high_part", f"{name}:low_part"], [f"{name}:key"]),
+        helper.make_node(
+            "LabelEncoder", [f"{name}:key"], [f"{name}:known"], domain="ai.onnx.ml",
+            keys_int64s=[NO_KEY, *keys], values_int64s=[NO_KEY, *rows], default_int64=UNSEEN,
+        ),
+        # The last slot of the key's part.
+        helper.make_node("Div", [f"{name}:key", part_keys], [f"{name}:part"]),
+        helper.make_node(
+            "Mul", [f"{name}:part", number("part_slots", part_slots)], [f"{name}:first"]
+        ),
+        helper.make_node(
+            "Add", [f"{name}:first", number("last", part_slots - 1)], [f"{name}:fallback"]
+        ),
+        *_or_nodes(name, f"{name}:known", f"{name}:fallback", f"{name}:row", initializers),
+        helper.make_node("Equal", [name, padding], [f"{name}:is_pad"]),
+        helper.make_node("Where", [f"{name}:is_pad", missing, f"{name}:row"], [out]),
+    ]  # fmt: skip
+
+
+def _hash_nodes(name: str, seed: int, out: str) -> list[Any]:
+    hashed = f"{out}:u32"
+    return [
+        helper.make_node(
+            "MurmurHash3", [name], [hashed], domain="com.microsoft", seed=seed, positive=1
+        ),
+        helper.make_node("Cast", [hashed], [out], to=TensorProto.INT64),
+    ]
+
+
+def _or_nodes(name: str, known: str, fallback: str, out: str, initializers: list[Any]) -> list[Any]:
+    """Return nodes that choose `known` where it is no UNSEEN."""
+    unseen = constant(f"{name}:unseen", np.array(UNSEEN, np.int64), initializers)
+    return [
+        helper.make_node("Equal", [known, unseen], [f"{name}:is_unseen"]),
+        helper.make_node("Where", [f"{name}:is_unseen", fallback, known], [out]),
+    ]
+
+
+def constant(name: str, value: np.ndarray[Any, Any], initializers: list[Any]) -> str:
+    """Add an initializer and return its name."""
+    initializers.append(onnx.numpy_helper.from_array(value, name))
+    return name

@@ -1,0 +1,79 @@
+"""A bundle of towers whose tables have dynamic ids, made in a few seconds."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from twotower.data.batches import BatchBuilder
+from twotower.data.prepared import PreparedDataset
+from twotower.data.schema import Feature
+from twotower.data.table import Table
+from twotower.export.bundle import Bundle
+from twotower.export.config import ExportConfig
+from twotower.export.export import export
+from twotower.towers.config import ModelConfig
+from twotower.towers.two_tower import TwoTower
+from twotower.train.checkpoint import storage
+from twotower.train.checkpoint.towers import MODEL, write_model_spec
+from twotower.train.summary import write_summary
+
+USERS, ITEMS, EVENTS = 60, 40, 600
+
+
+def dynamic_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]:
+    """Export towers whose tables hold some ids of a log and lack others.
+
+    Users are integers and items strings; user ids stand alone and in a bag, items alone, pooled by
+    a sum and by attention, in tables of one part, and of two.
+    """
+    rng = np.random.default_rng(0)
+    events = {
+        "user_id": rng.integers(0, USERS, EVENTS).tolist(),
+        "item_id": [f"item {i}" for i in rng.integers(0, ITEMS, EVENTS)],
+        "timestamp": list(range(EVENTS)),
+    }
+    users = {
+        "user_id": list(range(USERS)),
+        "friends": [rng.integers(0, USERS, i % 4).tolist() for i in range(USERS)],
+        "city": [["x", "y", None][i % 3] for i in range(USERS)],
+    }
+    items = {
+        "item_id": [f"item {i}" for i in range(ITEMS)],
+        "tags": [[f"tag {i % 7}", f"tag {i % 5}"] for i in range(ITEMS)],
+    }
+    history = Feature(name="history", kind="history", table="item_id", length=5)
+    data = make(
+        events, users=users, items=items,
+        query=[
+            Feature(name="user_id", kind="id"),
+            Feature(name="friends", kind="ids", table="user_id", pooling="sum", length=4),
+            Feature(name="city", kind="id"), history,
+            Feature(name="liked", kind="history", table="item_id", length=3, pooling="attention"),
+        ],
+        item=[Feature(name="item_id", kind="id"), Feature(name="tags", kind="ids", length=2)],
+        tables={
+            "user_id": Table(slots=200), "item_id": Table(slots=30), "tags": Table(slots=6),
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = ModelConfig(dim=8, hidden=[16])
+    model = TwoTower(data.config, {n: t["rows"] for n, t in data.summary["tables"].items()}, config)
+    builder = BatchBuilder(data)
+    with torch.no_grad():
+        for start in range(0, 120, 40):
+            model(builder.events(np.arange(start, start + 40)))
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.eval()
+    train = folder / "train"
+    train.mkdir()
+    write_model_spec(train, data, config)
+    state = {MODEL + name: value for name, value in model.state_dict().items()}
+    storage.save(train / "checkpoint", state, {})
+    write_summary(train, {"fingerprint": "of a test"})
+    bundle = export(
+        data, train, folder / "bundles", config=ExportConfig(), job={}, name="dynamic",
+        fingerprint="of a test", metrics={}, seed=0, progress=lambda _: None,
+    )  # fmt: skip
+    return data, model, bundle
