@@ -85,6 +85,9 @@ class RetrievalModule(L.LightningModule):
         """Return this rank's share of the loss of the step's batch."""
         with record_function(RANGE + "towers"):
             query_BD, item_BD, temperature = self.model(batch)
+        if self.config.precision == "bf16":
+            # Autocast leaves the vectors in fp32, in which no fused op would be fast.
+            query_BD, item_BD = query_BD.bfloat16(), item_BD.bfloat16()
         candidate_ND, id_N, offset, share = item_BD, batch.item_B, 0, None
         if self.trainer.world_size > 1:
             candidate_ND, id_N, offset = gather_candidates(item_BD, batch.item_B)

@@ -26,15 +26,16 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> Tensor:
         ranks, rank = dist.get_world_size(), dist.get_rank()
-        grad_ND = grad_ND.contiguous()
-        mine_BD = grad_ND.new_empty(grad_ND.shape[0] // ranks, grad_ND.shape[1])
+        kind = grad_ND.dtype
+        # Of many ranks' gradients in bf16, a sum in bf16 would lose the small ones.
+        sum_ND = grad_ND.to(torch.promote_types(kind, torch.float32), copy=True).contiguous()
+        mine_BD = sum_ND.new_empty(sum_ND.shape[0] // ranks, sum_ND.shape[1])
         if dist.get_backend() == "nccl":
-            dist.reduce_scatter_tensor(mine_BD, grad_ND)
+            dist.reduce_scatter_tensor(mine_BD, sum_ND)
         else:  # gloo has no reduce-scatter that is faster
-            grad_ND = grad_ND.clone()
-            dist.all_reduce(grad_ND)
-            mine_BD = grad_ND.chunk(ranks)[rank]
-        return mine_BD
+            dist.all_reduce(sum_ND)
+            mine_BD = sum_ND.chunk(ranks)[rank]
+        return mine_BD.to(kind)
 
 
 def _all_rows(rows: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +111,17 @@ def train(
     partial = partial_path(directory)
     folder = partial / "checkpoints"
     cuda = config.accelerator != "cpu" and torch.cuda.is_available()
-    _join(place, cuda)
-    if place.rank == 0:
-        recover(directory)
-        if not _is_of(partial, fingerprint):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write_model_spec(partial, data, model)
-            inputs = {"fingerprint": fingerprint, "job": job, "seed": seed}
-            write_json(partial / "inputs.json", inputs)
-    resume = _agree(_resume_point(folder) if place.rank == 0 else None)
+    with _meeting(place):
+        _join(place, cuda)
+        if place.rank == 0:
+            recover(directory)
+            if not _is_of(partial, fingerprint):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                write_model_spec(partial, data, model)
+                inputs = {"fingerprint": fingerprint, "job": job, "seed": seed}
+                write_json(partial / "inputs.json", inputs)
+        resume = _agree(_resume_point(folder) if place.rank == 0 else None)
     L.seed_everything(seed, verbose=False)
     rows = {table: info["rows"] for table, info in data.summary["tables"].items()}
     kind = TABLE_TYPES[config.table_precision]
@@ -152,6 +154,22 @@ def train(
         return _finish(
             trainer, checkpoints, partial, directory, fingerprint, resume, started, wandb
         )
+
+
+@contextmanager
+def _meeting(place: Place) -> Iterator[None]:
+    """End this process where another does not come, or goes, before all train."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _lost_a_rank(error, place):
+            raise
+        print(
+            f"twotower train: rank {place.rank} met no group of {place.ranks} ranks: another was "
+            f"lost, or did not come ({str(error).splitlines()[0]}): give the same command again",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
 
 
 def _join(place: Place, cuda: bool) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -134,6 +135,28 @@ def test_a_stopped_training_saves_and_goes_on_where_it_was(
     done = twotower("train", *arguments(demo_log, "run"), cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert_same_weights(unbroken, cwd / "run" / "train")
+
+
+def test_a_rank_that_is_lost_while_all_meet_is_said_in_one_line(demo_log, cwd) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0",
+    }  # fmt: skip
+    comes_and_goes = (
+        "import os, torch.distributed as d; d.init_process_group('gloo', rank=1, world_size=2, "
+        f"init_method='tcp://127.0.0.1:{port}'); os._exit(0)"
+    )
+    with subprocess.Popen([sys.executable, "-c", comes_and_goes]):
+        done = subprocess.run(
+            [sys.executable, "-m", "twotower", "train", *arguments(demo_log, "run")],
+            cwd=cwd, env=environment, capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert re.search(r"^twotower train: rank 0 met no group of 2 ranks: .* the same command again$",
+                     done.stderr, re.MULTILINE), done.stderr  # fmt: skip
+    assert "Traceback" not in done.stderr
 
 
 def test_a_mistake_is_one_line_and_no_restart(demo_log, twotower, cwd) -> None:

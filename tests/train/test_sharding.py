@@ -90,6 +90,40 @@ def test_schedule_clipping_and_pipeline_are_the_same_on_two_ranks(prepared, tmp_
             torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0, msg=other)
 
 
+def test_precisions_accumulation_and_compilation_on_two_ranks(prepared, tmp_path) -> None:
+    common = {**COMMON, "max_steps": 20}
+    variants = {
+        "plain": common, "accumulate": {**common, "accumulate": 3},
+        "compile": {**common, "compile": True}, "bf16": {**common, "precision": "bf16"},
+        "fp16": {**common, "table_precision": "fp16"},
+    }  # fmt: skip
+    got: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for ranks in (1, 2):
+        cwd = tmp_path / str(ranks)
+        cwd.mkdir()
+        settings = list(variants.values())
+        run_on_ranks(ranks, "train", {"prepared": str(prepared), "settings": settings}, cwd)
+        for number, name in enumerate(variants):
+            got[ranks, name] = weights(cwd / str(number))
+
+    def apart(one: tuple[int, str], other: tuple[int, str], part: str = "") -> float:
+        return max(
+            (value.float() - got[other][name].float()).abs().max().item()
+            for name, value in got[one].items()
+            if part in name
+        )
+
+    for name in ("plain", "accumulate"):
+        assert apart((1, name), (2, name)) < 1e-5, name
+    assert apart((1, "plain"), (1, "accumulate")) > 1e-3
+    assert apart((2, "plain"), (2, "compile")) < 1e-5
+    # A value of 1 has steps of 2**-8 in bf16 and of 2**-10 in fp16. What is rounded otherwise on
+    # another number of ranks is no more than what the precision itself changes.
+    for name, step in (("bf16", 2**-8), ("fp16", 2**-10)):
+        assert 1e-5 < apart((1, "plain"), (1, name)) < 4 * step, name
+        assert 1e-6 < apart((1, name), (2, name)) < 4 * step, name
+
+
 def test_loss_and_gradients_of_two_ranks_are_those_of_the_joined_batch(tmp_path) -> None:
     random = torch.Generator().manual_seed(0)
     joined = {
