@@ -96,7 +96,9 @@ def batches(size: Size, pin: bool) -> list[Batch]:
             "query.history": (draw(rng, size.items, b * size.history), one * size.history),
             "item.item_id": (item, one),
         }
-        batch = make_batch(schema(size), bags, {}, item)
+        batch = make_batch(
+            schema(size), bags, {}, b, item, np.arange(b), np.ones(b, np.float32)
+        )  # fmt: skip
         made.append(batch.pin_memory() if pin else batch)
     return made
 
@@ -160,7 +162,7 @@ class Training:
             with stage("loss"):
                 loss = sampled_softmax(
                     query_BD.bfloat16(), item_BD.bfloat16(), temperature,
-                    log_q_N=self.log_q_N[batch.item_B], candidate_id_N=batch.item_B,
+                    log_q_N=self.log_q_N[batch.item_N], candidate_id_N=batch.item_N,
                     weight_B=batch.weight_B,
                 )  # fmt: skip
             loss.backward()

@@ -84,8 +84,8 @@ class Peer:
         """Return the loss of a batch."""
         query_BD, item_BD, temperature = self.model(batch)
         with stage("loss"):
-            log_q_B = self.log_q_N[batch.item_B]
-            return naive_loss(query_BD, item_BD, temperature, log_q_B, batch.item_B)
+            log_q_B = self.log_q_N[batch.item_N]
+            return naive_loss(query_BD, item_BD, temperature, log_q_B, batch.item_N)
 
     def step(self, batch: Batch) -> float:
         """Learn from a batch and return its loss."""

@@ -1,14 +1,15 @@
 """Batches: rows of a prepared dataset as one KeyedJaggedTensor and dense columns.
 
 Features of both towers share one KeyedJaggedTensor, with keys `query.<name>` and `item.<name>`, so
-that tables shared by the towers are looked up once. A batch that holds one side only has empty
-bags for the other.
+that tables shared by the towers are looked up once. Queries are its first rows, and so are items:
+where there are more of the one than of the other, the other's bags are empty.
 
-Shape legend: `B` batch.
+Shape legend: `B` queries, `N` items.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
@@ -33,7 +34,9 @@ from twotower.data.prepared import (
 from twotower.data.schema import ID_KINDS, DataConfig, Feature
 
 I64 = npt.NDArray[np.int64]
-Bag = tuple[npt.NDArray[Any], I64]
+Array = npt.NDArray[Any]
+Bag = tuple[Array, I64]
+NO_BAG: Bag = (np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 @dataclass
@@ -41,56 +44,40 @@ class Batch(Pipelineable):
     """What a step reads.
 
     Attributes:
-        ids: every id feature of both towers; stride B.
-        dense: `<tower>.<name>` -> (B, width) float32, for numbers and vectors.
-        item_B: catalogue row of the positive item.
-        weight_B: sample weight.
+        ids: every id feature of both towers; stride max(B, N).
+        dense: `<tower>.<name>` -> (B or N, width) float32, for numbers and vectors.
+        item_N: catalogue row of each item, -1 for a filler, which has no ids.
+        positive_B: which of the items is a query's positive.
+        weight_B: sample weight, 0 of a filler.
     """
 
     ids: KeyedJaggedTensor
     dense: dict[str, Tensor]
-    item_B: Tensor
+    item_N: Tensor
+    positive_B: Tensor
     weight_B: Tensor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Return the batch on another device."""
-        return Batch(
-            self.ids.to(device, non_blocking),
-            {k: v.to(device, non_blocking=non_blocking) for k, v in self.dense.items()},
-            self.item_B.to(device, non_blocking=non_blocking),
-            self.weight_B.to(device, non_blocking=non_blocking),
-        )
-
-    def padded(self, size: int) -> Batch:
-        """Return the batch with fillers up to `size` rows: no ids, item -1, weight 0."""
-        more = size - len(self.item_B)
-        lengths = self.ids.lengths().view(len(self.ids.keys()), len(self.item_B))
-        ids = KeyedJaggedTensor(
-            keys=self.ids.keys(),
-            values=self.ids.values(),
-            lengths=nn.functional.pad(lengths, (0, more)).reshape(-1),
-            stride=size,
-        )
-        return Batch(
-            ids,
-            {k: nn.functional.pad(v, (0, 0, 0, more)) for k, v in self.dense.items()},
-            nn.functional.pad(self.item_B, (0, more), value=-1),
-            nn.functional.pad(self.weight_B, (0, more)),
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Return the batch in pinned memory, for asynchronous copies to a GPU."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Any], Any]) -> Batch:
         return Batch(
-            self.ids.pin_memory(),
-            {k: v.pin_memory() for k, v in self.dense.items()},
-            self.item_B.pin_memory(),
-            self.weight_B.pin_memory(),
+            change(self.ids),
+            {key: change(value) for key, value in self.dense.items()},
+            change(self.item_N),
+            change(self.positive_B),
+            change(self.weight_B),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until `stream` is done with it."""
         self.ids.record_stream(stream)
-        for value in (*self.dense.values(), self.item_B, self.weight_B):
+        for value in (*self.dense.values(), self.item_N, self.positive_B, self.weight_B):
             value.record_stream(stream)
 
 
@@ -106,7 +93,7 @@ class BatchBuilder:
         self.data = data
         self.config = data.config
         self._ids: dict[str, Column] = {}
-        self._dense: dict[str, npt.NDArray[Any]] = {}
+        self._dense: dict[str, Array] = {}
         self._code_rows: dict[str, npt.NDArray[np.int64]] = {}
         self._normalisers: dict[str, Normaliser] = {}
         for tower, f in self.config.features():
@@ -133,32 +120,47 @@ class BatchBuilder:
             if f.kind == "number":
                 self._normalisers[key] = self.data.encoder.normalisers[key]
 
-    def events(self, rows: I64) -> Batch:
-        """Return both towers' features of the events at `rows` (B,)."""
-        c = self.data.event_columns
+    def events(
+        self, rows: I64, size: int | None = None, *, extra: I64 | None = None, own: bool = True
+    ) -> Batch:
+        """Return both towers' features of events.
+
+        Args:
+            rows: of the events.
+            size: queries of the batch; those behind the events are fillers.
+            extra: further catalogue rows, -1 for fillers, behind the events' own.
+            own: whether the events' items are items of the batch. Where they are not, `positive_B`
+                holds their catalogue rows.
+        """
+        c, fillers = self.data.event_columns, (size or len(rows)) - len(rows)
         user, item = c["user"][rows].astype(np.int64), c["item"][rows].astype(np.int64)
+        weight = c["weight"][rows] if "weight" in c else np.ones(len(rows), np.float32)
         bags, columns = self._query(user, rows, c["history_to"][rows])
-        item_bags, item_columns = self._item(item)
-        weight = c["weight"][rows] if "weight" in c else None
-        return self._batch(bags | item_bags, columns | item_columns, item, weight)
+        columns = {key: _behind(value, fillers) for key, value in columns.items()}
+        items = [_behind(item, fillers, -1)] if own else []
+        items += [extra] if extra is not None else []
+        positive = np.arange(len(rows) + fillers) if own else _behind(item, fillers)
+        return self._batch(
+            bags, columns, np.concatenate(items), positive, _behind(weight, fillers)
+        )  # fmt: skip
 
     def queries(self, rows: I64) -> Batch:
         """Return the query tower's features of the events at `rows` (B,)."""
         c = self.data.event_columns
         user = c["user"][rows].astype(np.int64)
         bags, columns = self._query(user, rows, c["history_to"][rows])
-        return self._batch(bags, columns, c["item"][rows].astype(np.int64))
+        ones = np.ones(len(rows), np.float32)
+        return make_batch(self.config, bags, columns, len(rows), weight=ones)
 
     def items(self, rows: I64) -> Batch:
-        """Return the item tower's features of the catalogue's `rows` (B,)."""
-        bags, columns = self._item(rows)
-        return self._batch(bags, columns, rows)
+        """Return the item tower's features of the catalogue's `rows` (N,)."""
+        return self._batch({}, {}, rows)
 
     def _query(
         self, user: I64, event: I64, history_to: I64
-    ) -> tuple[dict[str, Bag], dict[str, npt.NDArray[Any]]]:
+    ) -> tuple[dict[str, Bag], dict[str, Array]]:
         bags: dict[str, Bag] = {}
-        columns: dict[str, npt.NDArray[Any]] = {}
+        columns: dict[str, Array] = {}
         for f in self.config.query:
             key = f"query.{f.name}"
             if f.kind == "history":
@@ -177,61 +179,84 @@ class BatchBuilder:
                 columns[key] = values if norm is None else norm.apply(values)
         return bags, columns
 
-    def _item(self, rows: I64) -> tuple[dict[str, Bag], dict[str, npt.NDArray[Any]]]:
-        keys = [f"item.{f.name}" for f in self.config.item]
-        bags = {k: self._ids[k].take(rows) for k in keys if k in self._ids}
-        return bags, {k: self._dense[k][rows] for k in keys if k in self._dense}
-
     def _batch(
-        self,
-        bags: dict[str, Bag],
-        columns: dict[str, npt.NDArray[Any]],
-        item: I64,
-        weight: npt.NDArray[np.float32] | None = None,
-    ) -> Batch:
-        return make_batch(self.config, bags, columns, item, weight)
+        self, bags: dict[str, Bag], columns: dict[str, Array], item: I64,
+        positive: I64 | None = None, weight: Array | None = None,
+    ) -> Batch:  # fmt: skip
+        """Return a batch of what queries look up, and of items."""
+        place = np.flatnonzero(item >= 0)
+        for key in (f"item.{f.name}" for f in self.config.item):
+            if key in self._ids:
+                values, lengths = self._ids[key].take(item[place])
+                bags[key] = (values, _spread(lengths, place, len(item)))
+            else:
+                columns[key] = _spread(self._dense[key][item[place]], place, len(item))
+        rows = max(len(item), 0 if weight is None else len(weight))
+        return make_batch(self.config, bags, columns, rows, item, positive, weight)
+
+
+def _behind(values: Array, more: int, value: int = 0) -> Array:
+    """Return the rows and `more` rows of a value behind them."""
+    if not more:
+        return values
+    return np.concatenate([values, np.full((more, *values.shape[1:]), value, values.dtype)])
+
+
+def _spread(values: Array, place: I64, rows: int) -> Array:
+    """Return rows of zeros, of which those at `place` are the values."""
+    if len(values) == rows:
+        return values
+    out = np.zeros((rows, *values.shape[1:]), values.dtype)
+    out[place] = values
+    return out
 
 
 def make_batch(
     config: DataConfig,
     bags: dict[str, Bag],
-    columns: dict[str, npt.NDArray[Any]],
-    item: I64,
-    weight: npt.NDArray[np.float32] | None = None,
+    columns: dict[str, Array],
+    rows: int,
+    item: I64 | None = None,
+    positive: I64 | None = None,
+    weight: Array | None = None,
 ) -> Batch:
-    """Assemble a batch; id features that `bags` lacks get empty bags.
+    """Assemble a batch.
 
     Args:
         config: names the keys and their order.
-        bags: key -> (values, lengths (B,)).
-        columns: key -> (B, width) float32.
-        item: catalogue rows (B,).
-        weight: sample weights (B,), 1 by default.
+        bags: key -> (values, lengths) of the first rows; all that lack here are empty.
+        columns: key -> (rows of its tower, width) float32.
+        rows: of the batch.
+        item: catalogue rows (N,), of no items by default.
+        positive: places among them (B,), of no queries by default.
+        weight: sample weights (B,).
     """
-    size = len(item)
-    nothing: Bag = (np.empty(0, np.int64), np.zeros(size, np.int64))
-    keys = id_keys(config)
-    parts = [bags.get(key, nothing) for key in keys]
+    parts = [bags.get(key, NO_BAG) for key in id_keys(config)]
     ids = KeyedJaggedTensor(
-        keys=keys,
+        keys=id_keys(config),
         values=torch.from_numpy(np.concatenate([v for v, _ in parts], dtype=np.int64)),
-        lengths=torch.from_numpy(np.concatenate([n for _, n in parts], dtype=np.int64)),
-        stride=size,
+        lengths=torch.from_numpy(
+            np.concatenate([_behind(n, rows - len(n)) for _, n in parts], dtype=np.int64)
+        ),
+        stride=rows,
     )
     tensors = {
         # A view of a mapped file is read-only, which torch does not know.
         k: torch.from_numpy(np.require(v, np.float32, ["C", "W"]))
         for k, v in columns.items()
     }
-    ones = np.ones(size, np.float32) if weight is None else weight
-    item_B = torch.from_numpy(np.ascontiguousarray(item))
-    return Batch(ids, tensors, item_B, torch.from_numpy(ones))
+    numbers = (
+        torch.from_numpy(np.ascontiguousarray(v if v is not None else NO_BAG[0]))
+        for v in (item, positive)
+    )
+    weights = np.ones(0, np.float32) if weight is None else weight
+    return Batch(ids, tensors, *numbers, torch.from_numpy(weights))
 
 
 def encoded_batch(config: DataConfig, tower: str, columns: dict[str, pa.Array]) -> Batch:
     """Return a batch of rows that `Encoder.encode_rows` encoded, for one tower."""
     bags: dict[str, Bag] = {}
-    floats: dict[str, npt.NDArray[Any]] = {}
+    floats: dict[str, Array] = {}
     size = 0
     for t, f in config.features():
         if t != tower:
@@ -241,4 +266,4 @@ def encoded_batch(config: DataConfig, tower: str, columns: dict[str, pa.Array]) 
             bags[f"{t}.{f.name}"] = id_column(column).take(np.arange(size))
         else:
             floats[f"{t}.{f.name}"] = dense(column)
-    return make_batch(config, bags, floats, np.zeros(size, np.int64))
+    return make_batch(config, bags, floats, size)

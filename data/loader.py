@@ -5,7 +5,7 @@ parts of what is left of it, and ranks equal parts of a step, so that every even
 ranks take the same number of steps, and no batch is a small rest with few in-batch negatives.
 
 Sharded look-ups need batches of one size on all ranks. Where a step does not divide, the batches of
-some ranks end with a filler (`Batch.padded`), which looks up no ids and which no loss may count.
+some ranks end with a filler, which looks up no ids and which no loss may count.
 
 Where an epoch stands is one number, the events taken so far. A run goes on at the exact next batch,
 with another number of workers too; with another number of ranks its steps hold the same events.
@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,8 +28,38 @@ from twotower.data.prepared import PreparedDataset
 from twotower.data.shuffle import Shuffle
 from twotower.errors import UserError
 
-# Epoch, the places of its order from the first to before the last, and the batch's size.
-Part = tuple[int, int, int, int]
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's part of a step.
+
+    Attributes:
+        epoch: of the step.
+        step: first place of the step in the epoch's order.
+        low, high: first place of the part and the one after its last.
+        size: queries of the part's batch.
+    """
+
+    epoch: int
+    step: int
+    low: int
+    high: int
+    size: int
+
+
+@dataclass(frozen=True)
+class ExtraItems:
+    """Items of a step beside the events' own, of which ranks hold equal parts.
+
+    Attributes:
+        uniform: number of items drawn evenly from the catalogue.
+        catalogue: whether all items of the catalogue stand for the events' own.
+    """
+
+    uniform: int = 0
+    catalogue: bool = False
 
 
 class TrainLoader:
@@ -42,6 +74,7 @@ class TrainLoader:
         ranks: number of processes that share an epoch.
         workers: processes that build batches ahead; 0 builds them here when they are asked for.
         pin_memory: whether to hand out pinned memory, for asynchronous copies to a GPU.
+        extra: items beside the events' own.
 
     Raises:
         UserError: when there are fewer training events than ranks.
@@ -49,7 +82,7 @@ class TrainLoader:
 
     def __init__(
         self, data: PreparedDataset, batch_size: int, seed: int, *, rank: int = 0, ranks: int = 1,
-        workers: int = 0, pin_memory: bool = False,
+        workers: int = 0, pin_memory: bool = False, extra: ExtraItems = ExtraItems(),
     ) -> None:  # fmt: skip
         self.length = data.section(0).stop
         if self.length < ranks:
@@ -57,7 +90,8 @@ class TrainLoader:
                 f"{data.path}: {self.length} training events do not suffice for {ranks} processes: "
                 "train on fewer"
             )
-        self.batches = _Batches(BatchBuilder(data), self.length, seed)
+        builder = BatchBuilder(data)
+        self.batches = _Batches(builder, self.length, seed, extra, rank, ranks)
         self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
         self.workers, self.pin_memory = workers, pin_memory
         self.epoch = 0
@@ -109,14 +143,12 @@ class TrainLoader:
         """Return this rank's part of every step that is left."""
         rank, ranks = self.rank, self.ranks
         return [
-            (
-                self.epoch,
-                low + size * rank // ranks,
-                low + size * (rank + 1) // ranks,
-                -(-size // ranks),
+            Part(
+                epoch=self.epoch, step=low, low=low + size * rank // ranks,
+                high=low + size * (rank + 1) // ranks, size=-(-size // ranks),
             )
             for low, size in self._steps()
-        ]
+        ]  # fmt: skip
 
     def state_dict(self) -> dict[str, int]:
         """Return how much of which epoch was taken."""
@@ -130,14 +162,33 @@ class TrainLoader:
 class _Batches(Dataset[Batch]):
     """Any part of any epoch as a batch; what a worker process holds."""
 
-    def __init__(self, builder: BatchBuilder, length: int, seed: int) -> None:
+    def __init__(
+        self, builder: BatchBuilder, length: int, seed: int, extra: ExtraItems, rank: int,
+        ranks: int,
+    ) -> None:  # fmt: skip
         self.builder, self.length, self.seed = builder, length, seed
+        self.extra, self.rank, self.ranks = extra, rank, ranks
 
     def __getitem__(self, part: Part) -> Batch:
-        epoch, low, high, size = part
-        order = Shuffle(self.length, self.seed, epoch)
-        batch = self.builder.events(order(np.arange(low, high)))
-        return batch.padded(size) if high - low < size else batch
+        order = Shuffle(self.length, self.seed, part.epoch)
+        rows = order(np.arange(part.low, part.high))
+        own = not self.extra.catalogue
+        return self.builder.events(rows, part.size, extra=self._items(part), own=own)
+
+    def _items(self, part: Part) -> I64 | None:
+        """Return this rank's part of the step's further items, with fillers where it is short."""
+        items, number = len(self.builder.data.items), self.extra.uniform
+        if self.extra.catalogue:
+            rows = np.arange(items)
+        elif number:
+            # Of the step: any number of ranks draws the same.
+            random = np.random.default_rng([self.seed % 2**64, part.epoch, part.step])
+            rows = random.integers(0, items, number)
+        else:
+            return None
+        length = -(-len(rows) // self.ranks)
+        mine = rows[self.rank * length : (self.rank + 1) * length]
+        return np.concatenate([mine, np.full(length - len(mine), -1)])
 
 
 def _leave_signals(_: int) -> None:

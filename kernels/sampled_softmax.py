@@ -3,11 +3,16 @@
     loss = sum_i w_i (lse_i - (1 - e) x_ip(i) - e mean_j x_ij) / sum_i w_i
     x_ij = <q_i, c_j> / temperature - logQ_j,   lse_i = logsumexp_j(x_ij)
 
-Candidate p(i) = positive_offset + i is query i's positive; every other candidate is a negative,
-except an accidental hit: one with the positive's id. Subtracting the log of the probability with
-which a candidate was sampled makes the expected gradient that of the full softmax (Bengio and
-Senecal 2008; Yi et al. 2019, "Sampling-bias-corrected neural modeling"). e is label smoothing over
-the candidates that are no hits (Szegedy et al. 2016).
+Candidate p(i) is query i's positive; every other candidate is a negative, except an accidental hit:
+one with the positive's id. Subtracting the log of the probability with which a candidate was
+sampled makes the expected gradient that of the full softmax (Bengio and Senecal 2008; Yi et al.
+2019, "Sampling-bias-corrected neural modeling"). e is label smoothing over the candidates that are
+no hits (Szegedy et al. 2016).
+
+A positive is there whatever is sampled. `uncorrected`, its own term has no logQ, and the others'
+must be the log of how often they are expected among the candidates, not up to a constant
+(Khrylchenko et al. 2025, "Correcting the LogQ correction"). `outside`, it has no part in the sum
+that it is compared with, as in bilateral softmax (Wu et al. 2024, "BSL").
 
 Blocks of the logits are computed, used and forgotten, as flash attention does (Dao et al. 2022).
 
@@ -44,6 +49,9 @@ from twotower.kernels.launch import (
     upcast,
 )
 
+# What becomes of a positive's own term in the sum; the kernels know it by its number.
+POSITIVES = ("corrected", "uncorrected", "outside")
+OUTSIDE = POSITIVES.index("outside")
 # Rows of logits that fit: measured on 2 cores at B = N = 8,192, where 8 to 32 MB were equally fast
 # (benchmarks/kernels_cpu.py --sweep).
 BLOCK_BYTES = 16 << 20
@@ -57,24 +65,38 @@ def sampled_softmax_reference(
     log_q_N: Tensor | None = None,
     candidate_id_N: Tensor | None = None,
     weight_B: Tensor | None = None,
-    positive_offset: int = 0,
+    positive_B: Tensor | None = None,
+    positive: str = "corrected",
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Return the loss by its formula, in the inputs' precision; it holds the B x N logits."""
     rows = torch.arange(query_BD.shape[0], device=query_BD.device)
-    positive_B = rows + positive_offset
+    positive_B = rows if positive_B is None else positive_B
     logits_BN = query_BD @ candidate_ND.T / temperature
+    plain_B = logits_BN[rows, positive_B]
     if log_q_N is not None:
         logits_BN = logits_BN - log_q_N
+        if positive != "corrected":
+            logits_BN = logits_BN.index_put((rows, positive_B), plain_B.to(logits_BN.dtype))
     hit_BN = torch.zeros_like(logits_BN, dtype=torch.bool)
     if candidate_id_N is not None:
         hit_BN = candidate_id_N[positive_B, None] == candidate_id_N[None, :]
         hit_BN[rows, positive_B] = False
+    if positive == "outside":
+        hit_BN[rows, positive_B] = True
+        lse_B = logits_BN.masked_fill(hit_BN, float("-inf")).logsumexp(1)
+        # Where no negative is left, nothing is compared with.
+        loss_B = torch.where(hit_BN.all(1), 0, lse_B) - plain_B
+        return _weighted_mean(loss_B, weight_B)
     log_p_BN = F.log_softmax(logits_BN.masked_fill(hit_BN, float("-inf")), dim=1)
     loss_B = -log_p_BN[rows, positive_B]
     if label_smoothing:
         mean_B = log_p_BN.masked_fill(hit_BN, 0).sum(1) / (~hit_BN).sum(1)
         loss_B = (1 - label_smoothing) * loss_B - label_smoothing * mean_B
+    return _weighted_mean(loss_B, weight_B)
+
+
+def _weighted_mean(loss_B: Tensor, weight_B: Tensor | None) -> Tensor:
     if weight_B is None:
         return loss_B.mean()
     return (loss_B * weight_B).sum() / weight_B.sum().clamp_min(1e-12)
@@ -82,16 +104,18 @@ def sampled_softmax_reference(
 
 @triton.jit
 def _tile(
-    a, b, a_row, b_row, a_bias, b_bias, a_id, b_id, scale,
-    A_ROWS, B_ROWS, offset, QUERIES_ARE_A: tl.constexpr, HAS_ID: tl.constexpr,
+    a, b, a_row, b_row, bias, query_at, a_id, b_id, scale,
+    A_ROWS, B_ROWS, QUERIES_ARE_A: tl.constexpr, HAS_ID: tl.constexpr, UNCORRECTED: tl.constexpr,
 ):  # fmt: skip
     """Return a block of logits, which of them are positives and which count."""
     x = tl.dot(a, tl.trans(b), input_precision="tf32x3") * scale
-    x = x - a_bias[:, None] - b_bias[None, :]
     if QUERIES_ARE_A:
-        positive = (a_row[:, None] + offset) == b_row[None, :]
+        positive = query_at[:, None] == b_row[None, :]
+        bias = bias[None, :]
     else:
-        positive = a_row[:, None] == (b_row[None, :] + offset)
+        positive = a_row[:, None] == query_at[None, :]
+        bias = bias[:, None]
+    x = x - (tl.where(positive, 0.0, bias) if UNCORRECTED else bias)
     counts = (a_row < A_ROWS)[:, None] & (b_row < B_ROWS)[None, :]
     if HAS_ID:
         counts = counts & (positive | (a_id[:, None] != b_id[None, :]))
@@ -125,20 +149,21 @@ def _corrections(
 
 
 @triton.jit
-def _positive_ids(candidate_id, row, B, offset, BLOCK: tl.constexpr, HAS_ID: tl.constexpr):
-    """Return the ids of queries' positives, zeros where there are none."""
+def _positives(at, candidate_id, row, B, BLOCK: tl.constexpr, HAS_ID: tl.constexpr):
+    """Return the candidates that are queries' positives, and their ids, zeros without ids."""
+    place = tl.load(at + row, mask=row < B, other=0)
     ids = tl.zeros([BLOCK], tl.int64)
     if HAS_ID:
-        ids = tl.load(candidate_id + row + offset, mask=row < B, other=0)
-    return ids
+        ids = tl.load(candidate_id + place, mask=row < B, other=0)
+    return place, ids
 
 
 @triton.jit
 def _forward_kernel(
-    query, candidate, scale_pointer, log_q, candidate_id, lse, positive, total, count,
-    B, N, D, offset, split_size,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_LOG_Q: tl.constexpr, HAS_ID: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
+    query, candidate, scale_pointer, log_q, candidate_id, at, lse, positive, total, count,
+    B, N, D, split_size,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LOG_Q: tl.constexpr,
+    HAS_ID: tl.constexpr, POSITIVE: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of a block of queries over one split of the candidates."""
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -146,7 +171,7 @@ def _forward_kernel(
     scale = tl.load(scale_pointer)
     q = _load(query, row, B, D, BLOCK_D, UPCAST)
     nothing = tl.zeros([BLOCK_B], tl.float32)
-    own_id = _positive_ids(candidate_id, row, B, offset, BLOCK_B, HAS_ID)
+    own_at, own_id = _positives(at, candidate_id, row, B, BLOCK_B, HAS_ID)
     highest = tl.full([BLOCK_B], -float("inf"), tl.float32)
     mass, at_positive = nothing, nothing
     summed, counted = nothing, nothing
@@ -156,12 +181,14 @@ def _forward_kernel(
         c = _load(candidate, column, N, D, BLOCK_D, UPCAST)
         bias, ids = _corrections(log_q, candidate_id, column, N, BLOCK_N, HAS_LOG_Q, HAS_ID)
         x, is_positive, counts = _tile(
-            q, c, row, column, nothing, bias, own_id, ids, scale, B, N, offset, True, HAS_ID
+            q, c, row, column, bias, own_at, own_id, ids, scale, B, N, True, HAS_ID, POSITIVE != 0
         )
         at_positive += tl.sum(tl.where(is_positive & counts, x, 0.0), 1)
         if SMOOTH:
             summed += tl.sum(tl.where(counts, x, 0.0), 1)
             counted += tl.sum(counts.to(tl.float32), 1)
+        if POSITIVE == 2:
+            counts = counts & (is_positive == 0)
         x = tl.where(counts, x, -float("inf"))
         new = tl.maximum(highest, tl.max(x, 1))
         # Nothing has counted yet where both are -inf, whose difference is no number.
@@ -177,28 +204,38 @@ def _forward_kernel(
 
 
 @triton.jit
-def _slope(x, is_positive, counts, lse, uniform, positive_share):
+def _slope(
+    x, is_positive, counts, lse, uniform, positive_share,
+    POSITIVE: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
     """Return the derivative of a query's loss by its logits."""
-    p = tl.exp(x - lse) - tl.where(is_positive, positive_share, 0.0) - uniform
+    p = tl.exp(x - lse)
+    if POSITIVE == 2:
+        p = tl.where(is_positive, -1.0, p)
+    elif SMOOTH:
+        p = p - tl.where(is_positive, positive_share, 0.0) - uniform
+    else:
+        p = tl.where(is_positive, p - 1.0, p)
     return tl.where(counts, p, 0.0)
 
 
 @triton.jit
 def _query_gradient_kernel(
-    query, candidate, scale_pointer, log_q, candidate_id, weight, lse, uniform, out, dot,
-    B, N, D, offset, positive_share, split_size,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_LOG_Q: tl.constexpr, HAS_ID: tl.constexpr, UPCAST: tl.constexpr,
+    query, candidate, scale_pointer, log_q, candidate_id, at, weight, lse, uniform, out, dot,
+    B, N, D, positive_share, split_size,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LOG_Q: tl.constexpr,
+    HAS_ID: tl.constexpr, POSITIVE: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sum slope x candidate over one split of the candidates, for a block of queries."""
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     split = tl.program_id(1)
     scale = tl.load(scale_pointer)
     q = _load(query, row, B, D, BLOCK_D, UPCAST)
-    nothing = tl.zeros([BLOCK_B], tl.float32)
-    own_id = _positive_ids(candidate_id, row, B, offset, BLOCK_B, HAS_ID)
+    own_at, own_id = _positives(at, candidate_id, row, B, BLOCK_B, HAS_ID)
     lse_row = tl.load(lse + row, mask=row < B, other=0.0)
-    uniform_row = tl.load(uniform + row, mask=row < B, other=0.0)
+    uniform_row = lse_row
+    if SMOOTH:
+        uniform_row = tl.load(uniform + row, mask=row < B, other=0.0)
     sums = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     first = split * split_size
     for start in range(first, tl.minimum(first + split_size, N), BLOCK_N):
@@ -206,9 +243,12 @@ def _query_gradient_kernel(
         c = _load(candidate, column, N, D, BLOCK_D, UPCAST)
         bias, ids = _corrections(log_q, candidate_id, column, N, BLOCK_N, HAS_LOG_Q, HAS_ID)
         x, is_positive, counts = _tile(
-            q, c, row, column, nothing, bias, own_id, ids, scale, B, N, offset, True, HAS_ID
+            q, c, row, column, bias, own_at, own_id, ids, scale, B, N, True, HAS_ID, POSITIVE == 1
         )
-        p = _slope(x, is_positive, counts, lse_row[:, None], uniform_row[:, None], positive_share)
+        p = _slope(
+            x, is_positive, counts, lse_row[:, None], uniform_row[:, None], positive_share,
+            POSITIVE, SMOOTH,
+        )  # fmt: skip
         sums = tl.dot(p.to(c.dtype), c, sums, input_precision="tf32x3")
     # The weight comes last, in fp32: slopes alone fill the range of bf16 best.
     sums = sums * tl.load(weight + row, mask=row < B, other=0.0)[:, None]
@@ -222,10 +262,10 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _candidate_gradient_kernel(
-    query, candidate, scale_pointer, log_q, candidate_id, weight, lse, uniform, out,
-    B, N, D, offset, positive_share, split_size,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_LOG_Q: tl.constexpr, HAS_ID: tl.constexpr, UPCAST: tl.constexpr,
+    query, candidate, scale_pointer, log_q, candidate_id, at, weight, lse, uniform, out,
+    B, N, D, positive_share, split_size,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LOG_Q: tl.constexpr,
+    HAS_ID: tl.constexpr, POSITIVE: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sum slope x query over one split of the queries, for a block of candidates."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -238,15 +278,20 @@ def _candidate_gradient_kernel(
     for start in range(first, tl.minimum(first + split_size, B), BLOCK_B):
         column = start + tl.arange(0, BLOCK_B)
         q = _load(query, column, B, D, BLOCK_D, UPCAST)
-        ids = _positive_ids(candidate_id, column, B, offset, BLOCK_B, HAS_ID)
-        nothing = tl.zeros([BLOCK_B], tl.float32)
+        query_at, ids = _positives(at, candidate_id, column, B, BLOCK_B, HAS_ID)
         lse_row = tl.load(lse + column, mask=column < B, other=0.0)
-        uniform_row = tl.load(uniform + column, mask=column < B, other=0.0)
+        uniform_row = lse_row
+        if SMOOTH:
+            uniform_row = tl.load(uniform + column, mask=column < B, other=0.0)
         w = tl.load(weight + column, mask=column < B, other=0.0)
         x, is_positive, counts = _tile(
-            c, q, row, column, bias, nothing, own_id, ids, scale, N, B, offset, False, HAS_ID
-        )
-        p = _slope(x, is_positive, counts, lse_row[None, :], uniform_row[None, :], positive_share)
+            c, q, row, column, bias, query_at, own_id, ids, scale, N, B, False, HAS_ID,
+            POSITIVE == 1,
+        )  # fmt: skip
+        p = _slope(
+            x, is_positive, counts, lse_row[None, :], uniform_row[None, :], positive_share,
+            POSITIVE, SMOOTH,
+        )  # fmt: skip
         sums = tl.dot((p * w[None, :]).to(q.dtype), q, sums, input_precision="tf32x3")
     column_d = tl.arange(0, BLOCK_D)
     place = split.to(tl.int64) * N + row
@@ -284,24 +329,27 @@ def backward_blocks(width: int, dtype: torch.dtype) -> Blocks:
 
 def triton_forward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, offset: int, smoothing: float,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor, positive: int, smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the loss, each query's lse (B,) and its smoothing share of a candidate (B,)."""
     (b, d), n = query.shape, candidate.shape[0]
     tiles = forward_blocks(d, query.dtype)
     programs = triton.cdiv(b, tiles.rows)
     splits = splits_for(programs, n, tiles.columns)
-    lse, positive, total, count = query.new_empty(4, splits, b, dtype=torch.float32)
+    lse, own, total, count = query.new_empty(4, splits, b, dtype=torch.float32)
     _forward_kernel[(programs, splits)](
-        query, candidate, scale, pointer(log_q, scale), pointer(candidate_id, scale),
-        lse, positive, total, count, b, n, d, offset, _split_size(n, splits, tiles.columns),
+        query, candidate, scale, pointer(log_q, scale), pointer(candidate_id, scale), at.int(),
+        lse, own, total, count, b, n, d, _split_size(n, splits, tiles.columns),
         BLOCK_B=tiles.rows, BLOCK_N=tiles.columns, BLOCK_D=power_of_two(d),
-        HAS_LOG_Q=log_q is not None, HAS_ID=candidate_id is not None, SMOOTH=smoothing > 0,
-        UPCAST=upcast(query.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
+        HAS_LOG_Q=log_q is not None, HAS_ID=candidate_id is not None, POSITIVE=positive,
+        SMOOTH=smoothing > 0, UPCAST=upcast(query.dtype), num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )  # fmt: skip
-    lse, positive = lse.logsumexp(0), positive.sum(0)
+    lse, own = lse.logsumexp(0), own.sum(0)
+    # Outside, a query may have no negative left: nothing is compared with.
+    lse = lse.masked_fill(lse == -float("inf"), 0)
     uniform = torch.zeros_like(lse)
-    loss = lse - (1 - smoothing) * positive
+    loss = lse - (1 - smoothing) * own
     if smoothing > 0:
         uniform = smoothing / count.sum(0)
         loss = loss - uniform * total.sum(0)
@@ -310,17 +358,18 @@ def triton_forward(
 
 def triton_backward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, lse: Tensor, uniform: Tensor, offset: int,
-    smoothing: float,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor, lse: Tensor, uniform: Tensor,
+    positive: int, smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of queries (B, D), candidates (N, D) and the scale."""
     (b, d), n = query.shape, candidate.shape[0]
     tiles = backward_blocks(d, query.dtype)
     shared = (query, candidate, scale, pointer(log_q, scale), pointer(candidate_id, scale),
-              weight, lse, uniform)  # fmt: skip
+              at.int(), weight, lse, uniform)  # fmt: skip
     options = {
         "BLOCK_D": power_of_two(d), "HAS_LOG_Q": log_q is not None,
-        "HAS_ID": candidate_id is not None, "UPCAST": upcast(query.dtype),
+        "HAS_ID": candidate_id is not None, "POSITIVE": positive, "SMOOTH": smoothing > 0,
+        "UPCAST": upcast(query.dtype),
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
     programs = triton.cdiv(b, tiles.rows)
@@ -328,7 +377,7 @@ def triton_backward(
     of_query = query.new_empty(splits, b, d, dtype=torch.float32)
     dot = query.new_empty(splits, b, dtype=torch.float32)
     _query_gradient_kernel[(programs, splits)](
-        *shared, of_query, dot, b, n, d, offset, 1 - smoothing,
+        *shared, of_query, dot, b, n, d, 1 - smoothing,
         _split_size(n, splits, tiles.columns),
         BLOCK_B=tiles.rows, BLOCK_N=tiles.columns, **options,
     )  # fmt: skip
@@ -336,7 +385,7 @@ def triton_backward(
     splits = splits_for(programs, b, tiles.columns)
     of_candidate = candidate.new_empty(splits, n, d, dtype=torch.float32)
     _candidate_gradient_kernel[(programs, splits)](
-        *shared, of_candidate, b, n, d, offset, 1 - smoothing,
+        *shared, of_candidate, b, n, d, 1 - smoothing,
         _split_size(b, splits, tiles.columns),
         BLOCK_B=tiles.columns, BLOCK_N=tiles.rows, **options,
     )  # fmt: skip
@@ -356,7 +405,7 @@ def _summed(parts: Tensor) -> Tensor:
 
 def cpu_forward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, offset: int, smoothing: float,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor, positive: int, smoothing: float,
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the loss and, if asked for, the gradients of queries, candidates and the scale."""
@@ -365,6 +414,9 @@ def cpu_forward(
     if not 0 < by < float("inf"):
         # Reading it would make a GPU wait: there, the loss is NaN.
         raise ValueError(f"temperature must be > 0 and finite, got {1 / by if by else by}")
+    low, high = (int(bound) for bound in at.aminmax())
+    if low < 0 or high >= len(candidates):
+        raise ValueError(f"positive_B must be rows < {len(candidates)}, got {low} to {high}")
     transposed = candidates.T.contiguous()
     bias = -log_q.to(wide) if log_q is not None else candidates.new_zeros(())
     n = candidates.shape[0]
@@ -374,21 +426,30 @@ def cpu_forward(
     block = max(16, BLOCK_BYTES // (n * queries.element_size()))
     for start in range(0, len(queries), block):
         rows = slice(start, min(start + block, len(queries)))
-        place = torch.arange(rows.stop - rows.start)
-        positive = place + start + offset
+        place, own = torch.arange(rows.stop - rows.start), at[rows]
         x = torch.addmm(bias, queries[rows], transposed, alpha=by)
-        at_positive, hit = x[place, positive], None
+        if positive and log_q is not None:
+            x[place, own] -= bias[own]
+        at_positive, hit = x[place, own], None
         uniform = x.new_full((len(x),), smoothing / n)
         if candidate_id is not None:
-            hit = candidate_id[positive, None] == candidate_id[None, :]
-            hit[place, positive] = False
+            hit = candidate_id[own, None] == candidate_id[None, :]
+            hit[place, own] = positive == OUTSIDE
             x.masked_fill_(hit, float("-inf"))
+        elif positive == OUTSIDE:
+            x[place, own] = float("-inf")
         if smoothing > 0:
             if hit is not None:
                 uniform = smoothing / (n - hit.sum(1)).to(wide)
             total = (x if hit is None else x.masked_fill(hit, 0)).sum(1)
         highest = x.amax(1)
+        if positive == OUTSIDE:
+            # A query may have no negative left: nothing is compared with.
+            none = highest == float("-inf")
+            highest.masked_fill_(none, 0)
         mass = x.sub_(highest[:, None]).exp_().sum(1)
+        if positive == OUTSIDE:
+            mass.masked_fill_(none, 1)
         loss_rows = highest + mass.log() - (1 - smoothing) * at_positive
         if smoothing > 0:
             loss_rows -= uniform * total
@@ -398,7 +459,7 @@ def cpu_forward(
             continue
         # From here on x is the slope of the loss by its logits.
         x.mul_((w / mass)[:, None])
-        x[place, positive] -= (1 - smoothing) * w
+        x[place, own] -= (1 - smoothing) * w
         if smoothing > 0:
             x.sub_((uniform * w)[:, None])
             if hit is not None:
@@ -417,11 +478,11 @@ Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 @torch.library.custom_op("twotower::sampled_softmax", mutates_args=())
 def _forward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, offset: int, smoothing: float,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor, positive: int, smoothing: float,
     with_gradients: bool,
 ) -> Forward:  # fmt: skip
     """Return loss, lse, uniform and, on a CPU, the three gradients; the rest is empty."""
-    inputs = (query, candidate, scale, log_q, candidate_id, weight, offset, smoothing)
+    inputs = (query, candidate, scale, log_q, candidate_id, weight, at, positive, smoothing)
     none = query.new_empty(0)
     with torch.autocast(query.device.type, enabled=False):
         if runs_triton(query.device):
@@ -434,7 +495,7 @@ def _forward(
 @_forward.register_fake
 def _forward_fake(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, offset: int, smoothing: float,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor, positive: int, smoothing: float,
     with_gradients: bool,
 ) -> Forward:  # fmt: skip
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -454,35 +515,36 @@ def _forward_fake(
 @torch.library.custom_op("twotower::sampled_softmax_backward", mutates_args=())
 def _backward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, lse: Tensor, uniform: Tensor, offset: int,
-    smoothing: float,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor, lse: Tensor, uniform: Tensor,
+    positive: int, smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the logits again and return the three gradients."""
     with torch.autocast(query.device.type, enabled=False):
         return triton_backward(
-            query, candidate, scale, log_q, candidate_id, weight, lse, uniform, offset, smoothing
-        )
+            query, candidate, scale, log_q, candidate_id, weight, at, lse, uniform, positive,
+            smoothing,
+        )  # fmt: skip
 
 
 @_backward.register_fake
 def _backward_fake(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, lse: Tensor, uniform: Tensor, offset: int,
-    smoothing: float,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor, lse: Tensor, uniform: Tensor,
+    positive: int, smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(query), torch.empty_like(candidate), lse.new_empty(())
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
-    query, candidate, scale, log_q, candidate_id, weight, offset, smoothing, _ = inputs
+    query, candidate, scale, log_q, candidate_id, weight, at, positive, smoothing, _ = inputs
     _, lse, uniform, *gradients = output
-    ctx.offset, ctx.smoothing = offset, smoothing
+    ctx.positive, ctx.smoothing = positive, smoothing
     ctx.ready = not runs_triton(query.device)
     if ctx.ready:
         ctx.save_for_backward(*gradients, scale)
     else:
         ctx.save_for_backward(
-            query, candidate, scale, log_q, candidate_id, weight, lse, uniform
+            query, candidate, scale, log_q, candidate_id, weight, at, lse, uniform
         )  # fmt: skip
 
 
@@ -491,12 +553,12 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, .
         *gradients, scale = ctx.saved_tensors
         of_query, of_candidate, of_scale = (g * grad.to(g.dtype) for g in gradients)
     else:
-        *tensors, weight, lse, uniform = ctx.saved_tensors
+        *tensors, weight, at, lse, uniform = ctx.saved_tensors
         scale = tensors[2]
         of_query, of_candidate, of_scale = _backward(
-            *tensors, weight * grad, lse, uniform, ctx.offset, ctx.smoothing
+            *tensors, weight * grad, at, lse, uniform, ctx.positive, ctx.smoothing
         )
-    return of_query, of_candidate, of_scale.to(scale.dtype), *[None] * 6
+    return of_query, of_candidate, of_scale.to(scale.dtype), *[None] * 7
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -510,7 +572,8 @@ def sampled_softmax(
     log_q_N: Tensor | None = None,
     candidate_id_N: Tensor | None = None,
     weight_B: Tensor | None = None,
-    positive_offset: int = 0,
+    positive_B: Tensor | None = None,
+    positive: str = "corrected",
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Return the weighted mean loss, a scalar.
@@ -522,20 +585,24 @@ def sampled_softmax(
         query_BD: query vectors, fp32 or bf16; fp64 on a CPU.
         candidate_ND: positives of the queries and any other candidates, of the same type.
         temperature: scalar > 0; its gradient is computed too.
-        log_q_N: log of each candidate's sampling probability, up to a constant.
+        log_q_N: log of each candidate's sampling probability, up to a constant where the positive
+            is corrected; else of how often it is expected among the candidates.
         candidate_id_N: int64; candidates of equal id are accidental hits of each other.
         weight_B: sample weights, 1 by default; they get no gradient.
-        positive_offset: candidate row of the first query's positive.
+        positive_B: int64 candidate row of each query's positive; 0 to B - 1 by default.
+        positive: corrected, uncorrected or outside: its own term in the sum, see above.
         label_smoothing: share of the target that is spread over all candidates that count.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
     _validate(
-        query_BD, candidate_ND, temperature, log_q_N, candidate_id_N, weight_B, positive_offset,
-        label_smoothing,
+        query_BD, candidate_ND, temperature, log_q_N, candidate_id_N, weight_B, positive_B,
+        positive, label_smoothing,
     )  # fmt: skip
     b = query_BD.shape[0]
+    if positive_B is None:
+        positive_B = torch.arange(b, device=query_BD.device)
     if weight_B is None:
         weight_B = query_BD.new_full((b,), 1 / b, dtype=torch.float32)
     else:
@@ -552,7 +619,8 @@ def sampled_softmax(
         log_q_N.detach().to(wide).contiguous() if log_q_N is not None else None,
         candidate_id_N.contiguous() if candidate_id_N is not None else None,
         weight_B,
-        positive_offset,
+        positive_B.contiguous(),
+        POSITIVES.index(positive),
         label_smoothing,
         with_gradients,
     )[0]
@@ -566,7 +634,8 @@ def _validate(
     log_q_N: Tensor | None,
     candidate_id_N: Tensor | None,
     weight_B: Tensor | None,
-    positive_offset: int,
+    positive_B: Tensor | None,
+    positive: str,
     label_smoothing: float,
 ) -> None:
     check_matrices("query", query_BD, "candidate", candidate_ND)
@@ -581,22 +650,26 @@ def _validate(
         )
     if temperature.numel() != 1:
         raise ValueError(f"temperature must be a scalar, got shape {tuple(temperature.shape)}")
-    if positive_offset < 0 or positive_offset + b > n:
-        raise ValueError(
-            f"positive_offset + queries must be <= candidates ({n}), got {positive_offset} + {b}"
-        )
+    if positive_B is None and b > n:
+        raise ValueError(f"without positive_B, queries ({b}) must be <= candidates ({n})")
+    if positive not in POSITIVES:
+        raise ValueError(f"positive must be one of {', '.join(POSITIVES)}, got '{positive}'")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if label_smoothing and positive == "outside":
+        raise ValueError("label_smoothing must be 0 where the positive is outside")
     for name, value, size in (
-        ("log_q", log_q_N, n), ("candidate_id", candidate_id_N, n), ("weight", weight_B, b)
+        ("log_q", log_q_N, n), ("candidate_id", candidate_id_N, n), ("weight", weight_B, b),
+        ("positive_B", positive_B, b),
     ):  # fmt: skip
         if value is not None and value.shape != (size,):
             raise ValueError(f"{name} must have shape ({size},), got {tuple(value.shape)}")
-    if candidate_id_N is not None and candidate_id_N.dtype != torch.int64:
-        raise ValueError(f"candidate_id must be int64, got {candidate_id_N.dtype}")
+    for name, value in (("candidate_id", candidate_id_N), ("positive_B", positive_B)):
+        if value is not None and value.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64, got {value.dtype}")
     others = {
         "candidate": candidate_ND, "temperature": temperature, "log_q": log_q_N,
-        "candidate_id": candidate_id_N, "weight": weight_B,
+        "candidate_id": candidate_id_N, "weight": weight_B, "positive_B": positive_B,
     }  # fmt: skip
     for name, value in others.items():
         if value is not None and value.device != query_BD.device:

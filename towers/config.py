@@ -27,6 +27,8 @@ class ModelConfig:
     """Share of the inputs of each tower's layers dropped in training."""
     residual: bool = True
     """Add the pooled embeddings to the last layer, which helps where the log is small."""
+    item_bias: bool = False
+    """Leave the last coordinate of an item's vector to its popularity; a query's is 1 there."""
     temperature: float = 0.1
     """The softmax divides inner products by it."""
     learn_temperature: bool = False
@@ -41,6 +43,8 @@ class ModelConfig:
         for name, width in (("dim", self.dim), *(("hidden", h) for h in self.hidden)):
             if width < 1:
                 raise UserError(f"model.{name} must be >= 1, got {width}")
+        if self.item_bias and self.dim < 2:
+            raise UserError("model.dim must be >= 2 where model.item_bias takes a coordinate of it")
         if self.interaction not in INTERACTIONS:
             raise UserError(
                 f"model.interaction must be one of {', '.join(INTERACTIONS)}, got "

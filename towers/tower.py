@@ -43,11 +43,15 @@ class Tower(nn.Module):
     Args:
         features: of this tower.
         config: of the model.
+        is_item: whether its vectors are those of items.
     """
 
-    def __init__(self, features: Sequence[Feature], config: ModelConfig) -> None:
+    def __init__(
+        self, features: Sequence[Feature], config: ModelConfig, *, is_item: bool = False
+    ) -> None:
         super().__init__()
         self.features = list(features)
+        self.is_item, self.item_bias = is_item, config.item_bias
         self.residual = config.residual
         self.pools = nn.ModuleDict({
             f"pool_{f.name}": AttentionPool(config.dim, f.length)
@@ -89,7 +93,7 @@ class Tower(nn.Module):
         return sum_BD / length_B.clamp_min(1).unsqueeze(-1).to(sum_BD.dtype)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return (B, D) vectors of unit length.
+        """Return (B, D) vectors of unit length, but for the coordinate of the item's bias.
 
         Args:
             inputs: feature name -> (B, D) pooled embedding, or (B, W) numbers.
@@ -102,4 +106,9 @@ class Tower(nn.Module):
             for f in self.features:
                 if f.kind in ID_KINDS:
                     vector_BD = vector_BD + inputs[f.name]
-        return F.normalize(vector_BD, dim=-1)
+        if not self.item_bias:
+            return F.normalize(vector_BD, dim=-1)
+        bias_B1 = vector_BD[:, -1:]
+        if not self.is_item:
+            bias_B1 = torch.ones_like(bias_B1)
+        return torch.cat([F.normalize(vector_BD[:, :-1], dim=-1), bias_B1], dim=-1)

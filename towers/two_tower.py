@@ -5,7 +5,7 @@ that a feature needs entry by entry (attention) lives in an EmbeddingCollection.
 ids have a collection of either kind to themselves (`twotower.towers.dynamic_tables`). Collections
 span both towers, so a table shared by `history` and the item's id exists once.
 
-Shape legend: `B` batch, `L` entries of a list, `D` embedding width.
+Shape legend: `B` queries, `N` items, `L` entries of a list, `D` embedding width.
 """
 
 from __future__ import annotations
@@ -89,17 +89,18 @@ class TwoTower(nn.Module):
         self.collection_of = {
             k: kind for kind in tables for t in tables[kind] for k in t.feature_names
         }
+        self.dim = config.dim
         self.query = Tower(data.query, config)
-        self.item = Tower(data.item, config)
+        self.item = Tower(data.item, config, is_item=True)
         log_temperature = torch.tensor(config.temperature).log()
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=config.learn_temperature)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the query vectors (B, D), the item vectors (B, D) and the temperature."""
+        """Return the query vectors (B, D), the item vectors (N, D) and the temperature."""
         found = self._look_up(batch)
-        query_BD = self._run(self.query, "query", batch, found)
-        item_BD = self._run(self.item, "item", batch, found)
-        return query_BD, item_BD, self.log_temperature.exp()
+        query_BD = self._run(self.query, "query", batch, found, len(batch.weight_B))
+        item_ND = self._run(self.item, "item", batch, found, len(batch.item_N))
+        return query_BD, item_ND, self.log_temperature.exp()
 
     def collections(self) -> dict[str, Any]:
         """Return the collections of tables that there are, of `COLLECTIONS`."""
@@ -155,7 +156,10 @@ class TwoTower(nn.Module):
         # Those of dynamic ids return a pair, whose second is nothing.
         return {k: v[0] if k.startswith("dynamic_") else v for k, v in found.items()}
 
-    def _run(self, tower: Tower, side: str, batch: Batch, found: dict[str, Any]) -> Tensor:
+    def _run(
+        self, tower: Tower, side: str, batch: Batch, found: dict[str, Any], rows: int | None = None
+    ) -> Tensor:
+        """Return the vectors of a tower's first rows, of all by default."""
         inputs: dict[str, Tensor] = {}
         for f in tower.features:
             key = f"{side}.{f.name}"
@@ -164,10 +168,11 @@ class TwoTower(nn.Module):
                 continue
             kind = self.collection_of[key]
             if kind.endswith("bags"):
-                length_B = batch.ids[key].lengths()
-                inputs[f.name] = tower.pool_sum(f, found[kind][key], length_B)
+                length_B = batch.ids[key].lengths()[:rows]
+                inputs[f.name] = tower.pool_sum(f, found[kind][key][:rows], length_B)
             else:
-                inputs[f.name] = tower.pool(f, *_padded(found[kind][key], f))
+                entry_BLD, mask_BL = _padded(found[kind][key], f)
+                inputs[f.name] = tower.pool(f, entry_BLD[:rows], mask_BL[:rows])
         vector_BD: Tensor = tower(inputs)
         return vector_BD
 

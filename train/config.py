@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from twotower.errors import UserError, one_of
+from twotower.train.negatives_config import NegativesConfig
 
 SHARDINGS = (
     "auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel",
@@ -57,7 +58,7 @@ class TrainConfig:
     """How the towers are trained."""
 
     batch_size: int = 1024
-    """Events a step, over all ranks; all but one of its items are a query's negatives."""
+    """Events a step, over all ranks."""
     max_epochs: int = 20
     """Passes over the training events, at most."""
     max_steps: int | None = None
@@ -82,8 +83,12 @@ class TrainConfig:
     """Largest norm of the dense parameters' gradients; tables are updated before it is known."""
     accumulate: int = 1
     """Steps whose gradients one update of the dense parameters adds; tables learn at every step."""
-    log_q: bool = True
-    """Correct for popular items being sampled as negatives more often."""
+    negatives: NegativesConfig = field(default_factory=NegativesConfig)
+    """What a query's positive is compared with."""
+    log_q: float = 1.0
+    """Exponent of the correction for popular items being sampled more often: 1 full, 0 none."""
+    correct_positive: bool = True
+    """Correct the positive's own term too, though it is there whatever is sampled."""
     precision: str = "fp32"
     """Of the towers' arithmetic: fp32 or bf16."""
     table_precision: str = "fp32"
@@ -140,6 +145,14 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"train.{name} must be > 0, got {value}")
+        if not 0 <= self.log_q <= 2:
+            raise UserError(f"train.log_q must be an exponent from 0 to 2, got {self.log_q:g}")
+        self.negatives.validate()
+        if self.negatives.in_batch == 0 and self.correct_positive:
+            raise UserError(
+                "train.correct_positive must be false where train.negatives.in_batch is 0: a "
+                "positive is then no sampled candidate"
+            )
         for name, known in (
             ("accelerator", ("auto", "cpu", "cuda")), ("pipeline", PIPELINES),
             ("table_optimizer", TABLE_OPTIMIZERS), ("dense_optimizer", DENSE_OPTIMIZERS),

@@ -33,6 +33,7 @@ from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from twotower.train.negatives import Candidates
 from twotower.train.step_split import split_step
 
 # Names of ranges in a trace begin so; those of whole steps go on with this and their number.
@@ -52,11 +53,10 @@ class Latest:
     """What a logged step scored; see `twotower.kernels.sampled_softmax` for the shapes."""
 
     query_BD: Tensor
-    candidate_ND: Tensor
-    id_N: Tensor
-    log_q_N: Tensor
+    candidates: Candidates
+    positive_B: Tensor
     temperature: Tensor
-    positive_offset: int
+    corrected: bool
 
 
 @torch.no_grad()
@@ -66,13 +66,14 @@ def in_batch_accuracy(latest: Latest) -> Tensor:
     Fillers, whose item is -1, are neither.
     """
     query_BD = latest.query_BD[:ACCURACY_QUERIES].float()
-    row_B = torch.arange(len(query_BD), device=query_BD.device)
-    positive_B = row_B + latest.positive_offset
-    logits_BN = query_BD @ latest.candidate_ND.float().T / latest.temperature - latest.log_q_N
-    same_BN = latest.id_N[positive_B, None] == latest.id_N[None, :]
-    best_B = logits_BN.masked_fill(same_BN, -torch.inf).amax(1)
-    real_B = latest.id_N[positive_B] >= 0
-    right_B = real_B & (logits_BN[row_B, positive_B] > best_B)
+    found, positive_B = latest.candidates, latest.positive_B[:ACCURACY_QUERIES]
+    logits_BN = query_BD @ found.vector_ND.float().T / latest.temperature
+    own_B = logits_BN[torch.arange(len(query_BD)), positive_B]
+    own_B -= found.log_q_N[positive_B] * latest.corrected
+    same_BN = found.id_N[positive_B, None] == found.id_N[None, :]
+    best_B = (logits_BN - found.log_q_N).masked_fill(same_BN, -torch.inf).amax(1)
+    real_B = found.id_N[positive_B] >= 0
+    right_B = real_B & (own_B > best_B)
     return torch.stack([right_B.sum(), real_B.sum()]).double()
 
 

@@ -16,12 +16,15 @@ from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.towers.two_tower import TwoTower
 from twotower.train.config import TrainConfig
 from twotower.train.meters import RANGE, Latest
-from twotower.train.negatives import gather_candidates, share_of_weight
+from twotower.train.negatives import (
+    FILLER_LOG_Q,
+    CandidateMemory,
+    Candidates,
+    log_q,
+    share_of_weight,
+)
 from twotower.train.optimizers import Optimizers, fuse_table_optimizer
 from twotower.train.pipeline import SparsePipeline
-
-# exp(-1e4) is 0, and 0 times a loss of 1e4 is too, which of infinity it is not.
-FILLER_LOG_Q = 1e4
 
 
 class RetrievalModule(L.LightningModule):
@@ -45,11 +48,12 @@ class RetrievalModule(L.LightningModule):
         self.steps, self.seed = steps, seed
         self.pipeline: SparsePipeline | None = None
         self.latest: Latest | None = None
-        frequency_N = train_count_N.double().clamp_min(1) / train_count_N.sum()
-        # Item -1 is the loader's filler: no softmax counts it, whose weight is 0 in fp32.
-        log_q_N = torch.cat([frequency_N.log().float(), torch.tensor([FILLER_LOG_Q])])
         # Not saved: it follows from the prepared dataset.
-        self.register_buffer("log_q_N", log_q_N, persistent=False)
+        self.register_buffer("log_q_N", log_q(train_count_N, config), persistent=False)
+        size = config.negatives.sizes(config.batch_size)["memory"]
+        self.memory: CandidateMemory | None = None
+        if size:
+            self.memory = CandidateMemory(size, model.dim)
         fuse_table_optimizer(model, config)
 
     def on_train_epoch_start(self) -> None:
@@ -77,43 +81,70 @@ class RetrievalModule(L.LightningModule):
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
         """Copy a batch without waiting for it, unless the pipeline has; the loader pins it."""
-        if batch.item_B.device == device:
+        if batch.item_N.device == device:
             return batch
         return batch.to(device, non_blocking=True)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this rank's share of the loss of the step's batch."""
         with record_function(RANGE + "towers"):
-            query_BD, item_BD, temperature = self.model(batch)
+            query_BD, item_ND, temperature = self.model(batch)
         if self.config.precision == "bf16":
             # Autocast leaves the vectors in fp32, in which no fused op would be fast.
-            query_BD, item_BD = query_BD.bfloat16(), item_BD.bfloat16()
-        candidate_ND, id_N, offset, share = item_BD, batch.item_B, 0, None
-        if self.trainer.world_size > 1:
-            candidate_ND, id_N, offset = gather_candidates(item_BD, batch.item_B)
-            share = share_of_weight(batch.weight_B)
-        log_q_N = self.log_q_N[id_N]
-        if not self.config.log_q:
-            log_q_N = log_q_N.where(id_N < 0, 0)
+            query_BD, item_ND = query_BD.bfloat16(), item_ND.bfloat16()
+        candidates, positive_B = self._candidates(batch, item_ND)
         with record_function(RANGE + "loss"):
             loss = sampled_softmax(
                 query_BD,
-                candidate_ND,
+                candidates.vector_ND,
                 temperature,
-                log_q_N=log_q_N,
-                candidate_id_N=id_N,
+                log_q_N=candidates.log_q_N,
+                candidate_id_N=candidates.id_N,
                 weight_B=batch.weight_B,
-                positive_offset=offset,
+                positive_B=positive_B,
+                positive="corrected" if self.config.correct_positive else "uncorrected",
             )
         if self.step_is_logged:
             self.latest = Latest(
-                query_BD.detach(), candidate_ND.detach(), id_N, log_q_N, temperature.detach(),
-                offset,
+                query_BD.detach(), candidates, positive_B, temperature.detach(),
+                self.config.correct_positive,
             )  # fmt: skip
-        if share is not None:
-            loss = loss * share
+        if self.trainer.world_size > 1:
+            loss = loss * share_of_weight(batch.weight_B)
         self._log_loss(loss.detach())
         return loss
+
+    def _candidates(self, batch: Batch, item_ND: Tensor) -> tuple[Candidates, Tensor]:
+        """Return what the queries are scored against, and which of it are their positives."""
+        negatives, own = self.config.negatives, len(batch.weight_B)
+        log_q_N = self.log_q_N[batch.item_N]
+        if negatives.in_batch == 0 and not negatives.catalogue:
+            # Its own query's positive alone, which is not corrected.
+            log_q_N[:own] = FILLER_LOG_Q
+        found, positive_B = Candidates(item_ND, batch.item_N, log_q_N), batch.positive_B
+        if self.trainer.world_size > 1:
+            found = found.of_all_ranks()
+            if not negatives.catalogue:  # where they are places among all ranks' items already
+                positive_B = positive_B + self.global_rank * len(item_ND)
+        if self.memory is not None:
+            found = self._with_memory(self.memory, found, own)
+        return found, positive_B
+
+    def _with_memory(self, memory: CandidateMemory, now: Candidates, own: int) -> Candidates:
+        """Return candidates with those of the steps before, and remember this step's positives."""
+        id_M = memory.id_M.clone()
+        found = Candidates(
+            torch.cat([now.vector_ND, memory.vector_MD.to(now.vector_ND.dtype)]),
+            torch.cat([now.id_N, id_M]),
+            torch.cat([now.log_q_N, self.log_q_N[id_M]]),
+        )
+        # Every rank's own queries' are its first.
+        ranks = self.trainer.world_size
+        memory.push(
+            now.vector_ND.view(ranks, -1, now.vector_ND.shape[1])[:, :own].flatten(0, 1),
+            now.id_N.view(ranks, -1)[:, :own].flatten(),
+        )
+        return found
 
     @property
     def step_is_logged(self) -> bool:

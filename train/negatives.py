@@ -4,16 +4,20 @@ Every rank scores its queries against the items of all ranks' batches. Its share
 batch's loss is scaled so that the mean over ranks, which DDP and TorchRec take of gradients, is
 the gradient of the loss that one process would compute on the joined batch.
 
-Shape legend: `B` queries of a rank, the same number on all; `N` candidates = ranks x B, `D` width.
+Shape legend: `B` queries of a rank, `N` candidates, the same number on all ranks, `M` of the
+memory, `D` width.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from twotower.train.config import TrainConfig
 
 
 class _Gather(torch.autograd.Function):
@@ -46,18 +50,80 @@ def _all_rows(rows: Tensor) -> Tensor:
     return gathered
 
 
-def gather_candidates(item_BD: Tensor, id_B: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Return the candidates of all ranks.
+# exp(-1e4) is 0, and 0 times a loss of 1e4 is too, which of infinity it is not.
+FILLER_LOG_Q = 1e4
+
+
+def log_q(train_count_N: Tensor, config: TrainConfig) -> Tensor:
+    """Return the log of how often each item is expected among a step's candidates.
+
+    An item's positives are drawn as often as training has it, at least once; where sources are
+    mixed their expectations add up, so one candidate's correction does not depend on its source
+    (the balance heuristic of Veach and Guibas 1995).
 
     Args:
-        item_BD: item vectors of this rank; they get the sum of all ranks' gradients.
-        id_B: their ids.
+        train_count_N: training events of each item.
+        config: of training; its exponent is applied.
 
     Returns:
-        The vectors (N, D), the ids (N,), and the place of this rank's first among them.
+        (N + 1,): the last is of item -1, the loader's filler, which no softmax is to count.
     """
-    candidate_ND: Tensor = _Gather.apply(item_BD)
-    return candidate_ND, _all_rows(id_B), dist.get_rank() * item_BD.shape[0]
+    if config.negatives.catalogue:
+        expected_N = torch.ones(len(train_count_N), dtype=torch.float64)
+    else:
+        sizes = config.negatives.sizes(config.batch_size)
+        frequency_N = train_count_N.double().clamp_min(1) / train_count_N.sum()
+        # A query's own positive is none of its negatives.
+        drawn = max(0, sizes["in_batch"] - 1) + sizes["memory"]
+        expected_N = drawn * frequency_N + sizes["uniform"] / len(train_count_N)
+    log_q_N = config.log_q * expected_N.log().float()
+    return torch.cat([log_q_N, torch.tensor([FILLER_LOG_Q])])
+
+
+@dataclass
+class Candidates:
+    """What queries are scored against.
+
+    Attributes:
+        vector_ND: their vectors.
+        id_N: their catalogue rows, -1 for fillers.
+        log_q_N: the log of how often each one's item is expected among them.
+    """
+
+    vector_ND: Tensor
+    id_N: Tensor
+    log_q_N: Tensor
+
+    def of_all_ranks(self) -> Candidates:
+        """Return those of all ranks, rank by rank; vectors get the sum of all ranks' gradients."""
+        vector_ND: Tensor = _Gather.apply(self.vector_ND)
+        return Candidates(vector_ND, _all_rows(self.id_N), _all_rows(self.log_q_N))
+
+
+class CandidateMemory(nn.Module):
+    """The positives of the steps before, as they were then: candidates that cost no tower.
+
+    Wang et al. 2021, "Cross-Batch Negative Sampling for Training Two-Tower Recommenders". Every
+    rank holds those of all ranks.
+
+    Args:
+        size: candidates kept, the newest.
+        width: of their vectors.
+    """
+
+    vector_MD: Tensor
+    id_M: Tensor
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("vector_MD", torch.zeros(size, width))
+        self.register_buffer("id_M", torch.full((size,), -1))
+
+    def push(self, vector_ND: Tensor, id_N: Tensor) -> None:
+        """Keep candidates in place of the oldest."""
+        size = len(self.id_M)
+        self.vector_MD.copy_(torch.cat([self.vector_MD, vector_ND.detach().float()])[-size:])
+        self.id_M.copy_(torch.cat([self.id_M, id_N])[-size:])
 
 
 def share_of_weight(weight_B: Tensor) -> Tensor:

@@ -76,6 +76,8 @@ class TorchRecStrategy(DDPStrategy):
                 module.model.module.item.compile()
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(self.root_device))
+        if module.memory is not None:
+            module.memory.to(self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -127,7 +129,7 @@ class TorchRecStrategy(DDPStrategy):
         self.finish_saving()
         path = Path(filepath)
         del checkpoint["state_dict"]
-        nested = {"model": self.lightning_module.model.state_dict()}
+        nested = self._module_state()
         for i, optimizer in enumerate(checkpoint.pop("optimizer_states", [])):
             nested[f"optimizer_{i}"] = optimizer
         tensors, state = tensors_of(nested), {"loop": checkpoint}
@@ -138,6 +140,14 @@ class TorchRecStrategy(DDPStrategy):
             storage.save(path, tensors, state, group=self._side_group)
         except OSError as error:
             self._say_unsaved(error)
+
+    def _module_state(self) -> dict[str, Any]:
+        """Return the state of what is no optimizer; the memory's tensors are the live ones."""
+        module = self.lightning_module
+        nested = {"model": module.model.state_dict()}
+        if module.memory is not None:
+            nested["memory"] = module.memory.state_dict()
+        return nested
 
     def finish_saving(self) -> None:
         """Wait for the checkpoint that is written in the background, if there is one."""
@@ -166,7 +176,7 @@ class TorchRecStrategy(DDPStrategy):
             # The first step makes them, and only tensors that exist are loaded; without them a
             # resumed run would silently begin with fresh moments. What this changes is loaded too.
             optimizer.make_states()
-        nested: dict[str, Any] = {"model": module.model.state_dict()}
+        nested = self._module_state()
         for i, optimizer in enumerate(optimizers):
             nested[f"optimizer_{i}"] = optimizer.state_dict()
         state = storage.load(Path(checkpoint_path), tensors_of(nested))

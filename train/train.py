@@ -30,7 +30,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch._C._distributed_c10d import HashStore
 
-from twotower.data.loader import TrainLoader
+from twotower.data.loader import ExtraItems, TrainLoader
 from twotower.data.prepared import PreparedDataset
 from twotower.errors import UserError
 from twotower.files import partial_path, publish, recover, write_json
@@ -129,7 +129,7 @@ def train(
     workers = config.workers if config.workers is not None else 2 * cuda
     loader: Any = TrainLoader(
         data, config.batch_size, seed, rank=place.rank, ranks=place.ranks, workers=workers,
-        pin_memory=cuda,
+        pin_memory=cuda, extra=_extra_items(config),
     )  # fmt: skip
     steps = config.max_epochs * -(-len(loader) // config.accumulate)
     steps = min(steps, config.max_steps or steps)
@@ -191,6 +191,12 @@ def _join(place: Place, cuda: bool) -> None:
         "nccl" if cuda else "gloo", init_method=f"tcp://{host}:{port}", rank=place.rank,
         world_size=place.ranks, device_id=device,
     )  # fmt: skip
+
+
+def _extra_items(config: TrainConfig) -> ExtraItems:
+    negatives = config.negatives
+    uniform = negatives.sizes(config.batch_size)["uniform"]
+    return ExtraItems(uniform=uniform, catalogue=negatives.catalogue)
 
 
 def _agree(path: Path | None) -> Path | None:

@@ -35,25 +35,40 @@ def test_a_batch_holds_the_lists_of_its_events(data) -> None:
         }
         for key, value in expected.items():
             assert lists[key][place].tolist() == value
-        assert batch.item_B[place] == item
+        assert batch.item_N[place] == item
         np.testing.assert_array_equal(
             batch.dense["item.text"][place].numpy(), items["feature.text"][item].as_py()
         )
 
 
 @pytest.mark.parametrize("rows", [0, 3])
-def test_fillers_have_no_ids_and_no_weight(data, rows) -> None:
-    batch = BatchBuilder(data).events(np.arange(rows))
-    padded = batch.padded(5)
-    lists = {key: padded.ids[key].to_dense() for key in id_keys(data.config)}
-    for key in id_keys(data.config):
-        whole = batch.ids[key].to_dense() if rows else []
-        assert [v.tolist() for v in lists[key]] == [v.tolist() for v in whole] + [[]] * (5 - rows)
-    assert padded.item_B.tolist() == [*batch.item_B.tolist(), *[-1] * (5 - rows)]
+@pytest.mark.parametrize("own", [True, False])
+def test_fillers_have_no_ids_and_no_weight_and_further_items_no_queries(data, rows, own) -> None:
+    builder, further = BatchBuilder(data), np.array([2, -1, 0, 1, 1, 2])
+    batch, items = builder.events(np.arange(rows)), builder.items(np.array([2, 0, 1, 1, 2]))
+    padded = builder.events(np.arange(rows), 5, extra=further, own=own)
+    first = [*batch.item_N.tolist(), *[-1] * (5 - rows)] if own else []
+    assert padded.item_N.tolist() == first + further.tolist()
+    positive = range(5) if own else [*batch.item_N.tolist(), *[0] * (5 - rows)]
+    assert padded.positive_B.tolist() == list(positive)
     assert padded.weight_B.tolist() == [*batch.weight_B.tolist(), *[0.0] * (5 - rows)]
-    for key, values in batch.dense.items():
-        assert padded.dense[key].shape == (5, values.shape[1])
-        assert torch.equal(padded.dense[key][:rows], values)
+    for key in id_keys(data.config):
+        found = [v.tolist() for v in padded.ids[key].to_dense()]
+        whole = [v.tolist() for v in batch.ids[key].to_dense()] if rows else []
+        whole += [[]] * (5 - rows)
+        if key.startswith("query"):
+            assert found == whole + [[]] * (len(found) - 5)
+            continue
+        one, *others = (v.tolist() for v in items.ids[key].to_dense())
+        assert found == (whole if own else []) + [one, [], *others]
+    for key, values in padded.dense.items():
+        if key.startswith("query"):
+            assert torch.equal(values[:rows], batch.dense[key])
+            assert not values[rows:].any()
+            assert len(values) == 5
+        else:
+            assert torch.equal(values[-6:][[0, 2, 3, 4, 5]], items.dense[key])
+            assert len(values) == len(padded.item_N)
 
 
 @given(st.data())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from twotower.data.loader import TrainLoader
+from twotower.data.loader import ExtraItems, TrainLoader
 from twotower.data.prepared import PreparedDataset
 from twotower.data.schema import Split
 from twotower.data.shuffle import Shuffle
@@ -55,7 +55,7 @@ def test_a_shuffle_looks_random() -> None:
 def epoch_of(data, number=0, **options) -> list[list[int]]:
     loader = TrainLoader(data, options.pop("batch_size", 8), seed=3, **options)
     loader.set_epoch(number)
-    return [b.item_B.tolist() for b in loader]
+    return [b.item_N.tolist() for b in loader]
 
 
 @given(batch_size=st.integers(1, 120), ranks=st.integers(1, 9), taken=st.integers(0, 20))
@@ -69,8 +69,8 @@ def test_ranks_share_an_epoch(data, batch_size, ranks, taken) -> None:
         loader = TrainLoader(data, batch_size, seed=3, rank=rank, ranks=ranks)
         batches = list(loader)
         for batch in batches:
-            assert batch.weight_B.tolist() == [float(item >= 0) for item in batch.item_B.tolist()]
-        shares.append([b.item_B.tolist() for b in batches])
+            assert batch.weight_B.tolist() == [float(item >= 0) for item in batch.item_N.tolist()]
+        shares.append([b.item_N.tolist() for b in batches])
         assert len(shares[-1]) == len(loader), "all ranks take the same number of steps"
     for step in zip(*shares, strict=True):
         assert len({len(batch) for batch in step}) == 1, "sharded look-ups need one size"
@@ -85,15 +85,51 @@ def test_ranks_share_an_epoch(data, batch_size, ranks, taken) -> None:
     before = [e for share in shares for batch in share[:taken] for e in batch]
     single = TrainLoader(data, batch_size, seed=3)
     single.load_state_dict({"epoch": 0, "place": len(before)})
-    after = [e for batch in single for e in batch.item_B.tolist()]
+    after = [e for batch in single for e in batch.item_N.tolist()]
     assert sorted(before + after) == list(range(EVENTS))
+
+
+def further_items(data, ranks: int, extra: ExtraItems, epoch: int = 0) -> list[list[int]]:
+    """Return what all ranks' batches of each step hold beside the events' own items."""
+    loaders = [
+        TrainLoader(data, 8, seed=-3, rank=rank, ranks=ranks, extra=extra) for rank in range(ranks)
+    ]
+    steps = []
+    for loader in loaders:
+        loader.set_epoch(epoch)
+    for batches in zip(*loaders, strict=True):
+        assert len({len(batch.item_N) for batch in batches}) == 1
+        parts = [b.item_N if extra.catalogue else b.item_N[len(b.weight_B) :] for b in batches]
+        steps.append([item for part in parts for item in part.tolist() if item >= 0])
+    return steps
+
+
+def test_further_items_are_those_of_the_step_whatever_the_ranks(data) -> None:
+    items, seven = len(data.items), ExtraItems(uniform=7)
+    alone = further_items(data, 1, seven)
+    assert all(len(step) == 7 for step in alone)
+    assert alone[0] != alone[1]
+    assert further_items(data, 1, seven, epoch=1) != alone
+    for ranks in (2, 3):
+        assert further_items(data, ranks, seven) == alone
+    drawn = np.concatenate(further_items(data, 1, ExtraItems(uniform=2000)))
+    counts = np.bincount(drawn, minlength=items)
+    assert counts.min() > 0.6 * counts.mean(), "every item alike"
+
+
+def test_the_catalogue_stands_for_the_events_items(data) -> None:
+    whole, items = ExtraItems(catalogue=True), list(range(len(data.items)))
+    for ranks in (1, 2, 3):
+        assert further_items(data, ranks, whole) == [items] * len(TrainLoader(data, 8, seed=3))
+    batches = zip(TrainLoader(data, 8, seed=3, extra=whole), epoch_of(data), strict=True)
+    assert all(batch.positive_B.tolist() == own for batch, own in batches)
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(data) -> None:
     first = epoch_of(data, 1)
     assert epoch_of(data, 0) != first
     assert epoch_of(data, 1) == first
-    assert [b.item_B.tolist() for b in TrainLoader(data, 8, seed=4)] != epoch_of(data, 0)
+    assert [b.item_N.tolist() for b in TrainLoader(data, 8, seed=4)] != epoch_of(data, 0)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -102,7 +138,7 @@ def test_the_order_is_the_same_for_any_number_of_workers(data, workers) -> None:
     got = list(TrainLoader(data, 8, seed=3, workers=workers))
     assert len(got) == len(expected)
     for a, b in zip(expected, got, strict=True):
-        assert a.item_B.equal(b.item_B)
+        assert a.item_N.equal(b.item_N)
         assert a.weight_B.equal(b.weight_B)
         assert a.ids.keys() == b.ids.keys()
         assert a.ids.values().equal(b.ids.values())
@@ -118,7 +154,7 @@ def test_a_loader_goes_on_at_the_exact_next_batch(data, place, workers) -> None:
     list(islice(loader, place))
     resumed = TrainLoader(data, 8, seed=3, workers=workers[1])
     resumed.load_state_dict(loader.state_dict())
-    assert [b.item_B.tolist() for b in resumed] == epoch_of(data, 2)[place:]
+    assert [b.item_N.tolist() for b in resumed] == epoch_of(data, 2)[place:]
 
 
 def test_more_ranks_than_events_are_refused(data) -> None:
@@ -134,9 +170,9 @@ def test_pinned_batches_reach_a_gpu_unchanged(data) -> None:
     plain = list(TrainLoader(data, 8, seed=3))
     pinned = list(TrainLoader(data, 8, seed=3, workers=1, pin_memory=True))
     for a, b in zip(plain, pinned, strict=True):
-        assert b.item_B.is_pinned()
+        assert b.item_N.is_pinned()
         assert b.ids.values().is_pinned()
         there = b.to(device, non_blocking=True)
         torch.cuda.synchronize()
         assert there.ids.values().cpu().equal(a.ids.values())
-        assert there.item_B.cpu().equal(a.item_B)
+        assert there.item_N.cpu().equal(a.item_N)

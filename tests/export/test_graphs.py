@@ -96,7 +96,9 @@ def test_training_twin_and_onnx_agree(name, interaction, residual, dynamic, make
     )  # fmt: skip
     torch.manual_seed(1)
     rows = {n: t["rows"] for n, t in data.summary["tables"].items()}
-    config = ModelConfig(dim=8, hidden=[16], residual=residual, interaction=interaction)
+    config = ModelConfig(
+        dim=8, hidden=[16], residual=residual, interaction=interaction, item_bias=not residual
+    )
     model = TwoTower(data.config, rows, config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

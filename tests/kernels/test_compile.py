@@ -32,7 +32,6 @@ SCALARS = {
     "R",
     "L",
     "CHOSEN",
-    "offset",
     "split_size",
     "groups_a_program",
     "first_query",
@@ -76,28 +75,28 @@ def compiled(kernel, types: dict[str, str], constants: dict, tiles: Blocks, alig
     return ptx, built.metadata.shared, spilled
 
 
+@pytest.mark.parametrize("positive", [0, 2])
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize(
     ("kernel", "blocks"),
     [("_forward_kernel", "forward_blocks"), ("_query_gradient_kernel", "backward_blocks"),
      ("_candidate_gradient_kernel", "backward_blocks")],
 )  # fmt: skip
-def test_sampled_softmax_in_bf16_fits_hopper(kernel, blocks, width) -> None:
+def test_sampled_softmax_in_bf16_fits_hopper(kernel, blocks, width, positive) -> None:
     tiles = getattr(sampled_softmax, blocks)(width, torch.bfloat16)
     rows, columns = tiles.rows, tiles.columns
     if kernel == "_candidate_gradient_kernel":
         rows, columns = columns, rows
     constants = {"BLOCK_B": rows, "BLOCK_N": columns, "BLOCK_D": width, "HAS_LOG_Q": True,
-                 "HAS_ID": True, "UPCAST": False}  # fmt: skip
-    if kernel == "_forward_kernel":
-        constants["SMOOTH"] = False
+                 "HAS_ID": True, "POSITIVE": positive, "SMOOTH": False,
+                 "UPCAST": False}  # fmt: skip
+    types = {"query": "*bf16", "candidate": "*bf16", "at": "*i32", "positive_share": "fp32"}
     ptx, shared, spilled = compiled(
-        getattr(sampled_softmax, kernel),
-        {"query": "*bf16", "candidate": "*bf16", "positive_share": "fp32"}, constants, tiles,
+        getattr(sampled_softmax, kernel), types, constants, tiles
     )  # fmt: skip
     assert "wgmma" in ptx, "tensor cores"
     assert shared <= SHARED_BYTES
-    assert spilled == 0
+    assert spilled == 0, spilled
 
 
 @pytest.mark.parametrize(("query", "item"), [("bf16", "bf16"), ("bf16", "i8"), ("fp32", "fp32")])

@@ -5,23 +5,30 @@ import math
 import pytest
 import torch
 
-from twotower.kernels.sampled_softmax import sampled_softmax, sampled_softmax_reference
+from twotower.kernels.sampled_softmax import (
+    POSITIVES,
+    sampled_softmax,
+    sampled_softmax_reference,
+)
 
 from .conftest import error, not_interpreted, within
 
 
-def truth(query, candidate, temperature, log_q, ids, weight, offset) -> float:
+def truth(query, candidate, temperature, log_q, ids, weight, positive, kind) -> float:
     """The docstring's formula, pair by pair, in fp64."""
     total, mass = 0.0, 0.0
-    for i in range(len(query)):
-        positive = offset + i
+    for i, own in enumerate(positive.tolist()):
 
-        def logit(j, i=i):
-            return float(query[i] @ candidate[j]) / temperature - float(log_q[j])
+        def logit(j, i=i, own=own):
+            corrected = j != own or kind == "corrected"
+            return float(query[i] @ candidate[j]) / temperature - corrected * float(log_q[j])
 
-        kept = [logit(j) for j in range(len(candidate)) if j == positive or ids[j] != ids[positive]]
-        highest = max(kept)
-        loss = highest + math.log(sum(math.exp(x - highest) for x in kept)) - logit(positive)
+        kept = [logit(j) for j in range(len(candidate)) if ids[j] != ids[own]]
+        if kind != "outside":
+            kept.append(logit(own))
+        highest = max(kept, default=0)
+        lse = highest + math.log(sum(math.exp(x - highest) for x in kept)) if kept else 0
+        loss = lse - logit(own)
         total, mass = total + float(weight[i]) * loss, mass + float(weight[i])
     return total / mass
 
@@ -37,17 +44,24 @@ def case(queries: int, extra: int, width: int, offset: int, seed: int = 0):
     return query, candidate, log_q, ids, weight
 
 
+def positives(queries: int, extra: int, width: int, offset: int) -> torch.Tensor:
+    """Any candidates, some of them of several queries."""
+    generator = torch.Generator().manual_seed(queries)
+    return torch.randint(0, offset + queries + extra, (queries,), generator=generator)
+
+
+@pytest.mark.parametrize("kind", POSITIVES)
 @pytest.mark.parametrize("temperature", [1.0, 0.05, 0.01])
 @pytest.mark.parametrize("shape", [(1, 0, 8, 0), (7, 0, 5, 0), (16, 9, 64, 0), (5, 4, 33, 6)])
-def test_the_loss_is_the_formula(shape, temperature) -> None:
+def test_the_loss_is_the_formula(shape, temperature, kind) -> None:
     query, candidate, log_q, ids, weight = case(*shape)
-    offset = shape[3]
+    at = positives(*shape)
     loss = sampled_softmax(
         query, candidate, torch.tensor(temperature), log_q_N=log_q, candidate_id_N=ids,
-        weight_B=weight, positive_offset=offset,
+        weight_B=weight, positive_B=at, positive=kind,
     )  # fmt: skip
     expected = truth(query.double(), candidate.double(), temperature, log_q.double(), ids,
-                     weight.double(), offset)  # fmt: skip
+                     weight.double(), at, kind)  # fmt: skip
     # fp32 dot products err by about D eps, and the temperature multiplies them.
     tolerance = 4 * shape[2] ** 0.5 * 1.2e-7 / temperature + 1e-6 * abs(expected)
     assert float(loss) == pytest.approx(expected, abs=tolerance)
@@ -66,7 +80,7 @@ SHAPES = [  # queries, candidates behind the positives, width, candidates before
 ]  # fmt: skip
 
 
-def with_gradients(function, dtype, device, tensors, temperature, offset, **options):
+def with_gradients(function, dtype, device, tensors, temperature, at=None, **options):
     """Return the loss and the gradients of queries, candidates and temperature."""
     query, candidate, log_q, ids, weight = (t.to(device) for t in tensors)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -75,21 +89,27 @@ def with_gradients(function, dtype, device, tensors, temperature, offset, **opti
     ]
     loss = function(
         *leaves, log_q_N=within(log_q.to(wide), (1, 5)), candidate_id_N=within(ids, (2, 2)),
-        weight_B=within(weight, (1, 1)), positive_offset=offset, **options,
+        weight_B=within(weight, (1, 1)), positive_B=None if at is None else at.to(device),
+        **options,
     )  # fmt: skip
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("kind", "smoothing"),
+    [("corrected", 0.0), ("corrected", 0.1), ("uncorrected", 0.0), ("outside", 0.0)],
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.05, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_no_worse_than_eager_against_fp64(device, shape, dtype, temperature, smoothing) -> None:
+def test_no_worse_than_eager_against_fp64(
+    device, shape, dtype, temperature, kind, smoothing
+) -> None:
     tensors = list(case(*shape))
     # What bf16 cannot say is no error of the kernel.
     tensors[:2] = [t.to(dtype).float() for t in tensors[:2]]
-    arguments = (tensors, temperature, shape[3])
-    options = {"label_smoothing": smoothing}
+    arguments = (tensors, temperature, positives(*shape))
+    options = {"label_smoothing": smoothing, "positive": kind}
     got = with_gradients(sampled_softmax, dtype, device, *arguments, **options)
     eager = with_gradients(sampled_softmax_reference, dtype, device, *arguments, **options)
     truth = with_gradients(
@@ -110,8 +130,11 @@ def test_no_worse_than_eager_against_fp64(device, shape, dtype, temperature, smo
 
 
 @not_interpreted
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_every_gradient_of_the_cpu_implementation(smoothing, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "smoothing"),
+    [("corrected", 0.0), ("corrected", 0.2), ("uncorrected", 0.2), ("outside", 0.0)],
+)
+def test_every_gradient_of_the_cpu_implementation(kind, smoothing, monkeypatch) -> None:
     from twotower.kernels import sampled_softmax as module
 
     query, candidate, log_q, ids, weight = case(21, 3, 6, 2)
@@ -120,8 +143,8 @@ def test_every_gradient_of_the_cpu_implementation(smoothing, monkeypatch) -> Non
 
     def loss(*inputs):
         return sampled_softmax(
-            *inputs, log_q_N=log_q, candidate_id_N=ids, weight_B=weight, positive_offset=2,
-            label_smoothing=smoothing,
+            *inputs, log_q_N=log_q, candidate_id_N=ids, weight_B=weight,
+            positive_B=positives(21, 3, 6, 2), positive=kind, label_smoothing=smoothing,
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in leaves])
@@ -133,9 +156,9 @@ def test_blocks_make_no_difference(monkeypatch) -> None:
 
     tensors = case(50, 7, 16, 3)
     device = torch.device("cpu")
-    whole = with_gradients(sampled_softmax, torch.float32, device, tensors, 0.1, 3)
+    whole = with_gradients(sampled_softmax, torch.float32, device, tensors, 0.1)
     monkeypatch.setattr(module, "BLOCK_BYTES", 1)
-    blocks = with_gradients(sampled_softmax, torch.float32, device, tensors, 0.1, 3)
+    blocks = with_gradients(sampled_softmax, torch.float32, device, tensors, 0.1)
     for a, b in zip(whole, blocks, strict=True):
         assert error(a, b) < 1e-6
 
@@ -148,8 +171,8 @@ def test_the_operator_obeys_its_contract(device) -> None:
         leaves = [t.clone().requires_grad_(gradients) for t in (query, candidate, scale)]
         torch.library.opcheck(
             torch.ops.twotower.sampled_softmax.default,
-            (*leaves, log_q if with_log_q else None, ids if with_ids else None, weight, 1, 0.1,
-             gradients),
+            (*leaves, log_q if with_log_q else None, ids if with_ids else None, weight,
+             positives(9, 4, 8, 1).to(device), 1, 0.1, gradients),
         )  # fmt: skip
 
 
@@ -157,9 +180,7 @@ def test_it_compiles_without_a_break(device) -> None:
     query, candidate, log_q, ids, _ = (t.to(device) for t in case(9, 4, 8, 1))
 
     def step(query, candidate, temperature):
-        loss = sampled_softmax(
-            query * 2, candidate, temperature, log_q_N=log_q, candidate_id_N=ids, positive_offset=1
-        )
+        loss = sampled_softmax(query * 2, candidate, temperature, log_q_N=log_q, candidate_id_N=ids)
         return loss * 3
 
     results = []
@@ -173,14 +194,14 @@ def test_it_compiles_without_a_break(device) -> None:
 
 
 def test_results_repeat_to_the_bit(device) -> None:
-    arguments = (torch.float32, device, case(90, 40, 24, 7), 0.05, 7)
+    arguments = (torch.float32, device, case(90, 40, 24, 7), 0.05)
     first, second = (with_gradients(sampled_softmax, *arguments) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
 
 def test_autocast_changes_nothing_inside(device) -> None:
-    arguments = (torch.float32, device, case(20, 4, 24, 1), 0.05, 1)
+    arguments = (torch.float32, device, case(20, 4, 24, 1), 0.05)
     plain = with_gradients(sampled_softmax, *arguments)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         inside = with_gradients(sampled_softmax, *arguments)
@@ -194,7 +215,7 @@ def test_log_q_makes_popular_candidates_cheaper_negatives() -> None:
     common = torch.tensor([0.9, 0.05, 0.05]).log()
     corrected = [
         float(sampled_softmax(query[i : i + 1], candidate, torch.tensor(1.0), log_q_N=common,
-                              positive_offset=i)) for i in range(3)
+                              positive_B=torch.tensor([i]))) for i in range(3)
     ]  # fmt: skip
     assert corrected[0] > corrected[1] == corrected[2]
 
@@ -217,7 +238,10 @@ def test_inputs_are_not_written(device) -> None:
 
 
 BAD = {
-    "positive_offset": ({"positive_offset": 3}, r"positive_offset \+ queries must be <= candid"),
+    "few": ({"candidate_ND": torch.zeros(3, 8)}, r"queries \(4\) must be <= candidates \(3\)"),
+    "positives": ({"positive_B": torch.zeros(3, dtype=torch.int64)}, "positive_B must have shape"),
+    "kind": ({"positive": "inside"}, "positive must be one of corrected, .* got 'inside'"),
+    "both": ({"positive": "outside", "label_smoothing": 0.1}, "label_smoothing must be 0 where"),
     "log_q": ({"log_q_N": torch.zeros(2)}, r"log_q must have shape \(4,\), got \(2,\)"),
     "weight": ({"weight_B": torch.zeros(9)}, "weight must have shape"),
     "ids": ({"candidate_id_N": torch.zeros(4)}, "candidate_id must be int64, got torch.float32"),
@@ -238,6 +262,16 @@ def test_what_does_not_fit_is_refused(name) -> None:
     arguments = {"query_BD": query, "candidate_ND": candidate, "temperature": torch.tensor(1.0)}
     with pytest.raises(ValueError, match=words):
         sampled_softmax(**(arguments | change))
+
+
+@not_interpreted
+@pytest.mark.parametrize("row", [-1, 4])
+def test_a_positive_that_is_no_candidate_is_refused(row) -> None:
+    query, candidate, *_ = case(4, 0, 8, 0)
+    with pytest.raises(ValueError, match="positive_B must be rows < 4, got"):
+        sampled_softmax(
+            query, candidate, torch.tensor(1.0), positive_B=torch.tensor([0, 1, 2, row])
+        )
 
 
 @not_interpreted

@@ -109,6 +109,22 @@ USER = [
 ]
 
 
+def test_an_items_bias_is_the_last_coordinate_and_is_added_to_every_score(make) -> None:
+    data = make(EVENTS, query=[history("mean")])
+    builder, model = BatchBuilder(data), build(data, item_bias=True)
+    with torch.no_grad():
+        query, item, _ = model(builder.events(np.arange(10), extra=np.array([1, 0])))
+    for vectors in (query, item):
+        torch.testing.assert_close(vectors[:, :-1].norm(dim=1), torch.ones(len(vectors)))
+    assert query[:, -1].tolist() == [1.0] * 10
+    assert len(item[:, -1].unique()) == len(data.items)
+    torch.testing.assert_close(
+        query @ item.T, query[:, :-1] @ item[:, :-1].T + item[:, -1], atol=1e-6, rtol=0
+    )
+    assert len(item) == 12, "further items stand behind the events' own"
+    torch.testing.assert_close(item[10:], model.item_vectors(builder.items(np.array([1, 0]))))
+
+
 @pytest.mark.parametrize("interaction", INTERACTIONS)
 def test_a_few_steps_lower_the_loss(interaction, make) -> None:
     data = make(EVENTS, users=USERS, query=[history("attention"), *USER])
@@ -117,7 +133,7 @@ def test_a_few_steps_lower_the_loss(interaction, make) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = []
     for _ in range(20):
-        loss = sampled_softmax(*model(batch), candidate_id_N=batch.item_B)
+        loss = sampled_softmax(*model(batch), candidate_id_N=batch.item_N)
         losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()
@@ -178,6 +194,7 @@ def test_concatenation_is_the_default_and_has_no_further_parameters(make) -> Non
     ("change", "words"),
     [({"interaction": "fm"}, "model.interaction must be one of concat, dot, cross, got 'fm'"),
      ({"cross_layers": 0}, "model.cross_layers must be >= 1, got 0"),
+     ({"dim": 1, "item_bias": True}, "model.dim must be >= 2 where model.item_bias takes"),
      ({"cross_rank": 0}, "model.cross_rank must be >= 1, got 0")],
 )  # fmt: skip
 def test_an_interaction_that_there_is_not_is_refused(change, words) -> None:

@@ -53,6 +53,7 @@ def train(prepared: str, settings: list[dict[str, Any]]) -> None:
     from twotower.towers.config import ModelConfig
     from twotower.train.config import EvaluateConfig, TableSharding, TrackingConfig, TrainConfig
     from twotower.train.launch import Place
+    from twotower.train.negatives_config import NegativesConfig
     from twotower.train.train import train
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -62,6 +63,8 @@ def train(prepared: str, settings: list[dict[str, Any]]) -> None:
     ):
         os.environ["MASTER_PORT"] = str(port)
         tables = {n: TableSharding(**t) for n, t in changes.pop("tables", {}).items()}
+        if "negatives" in changes:
+            changes["negatives"] = NegativesConfig(**changes["negatives"])
         model = ModelConfig(**{"dim": 16, "hidden": [32], **changes.pop("model", {})})
         config = TrainConfig(**{"tables": tables, **changes})
         config.validate()
@@ -91,8 +94,7 @@ def negatives(out: str) -> None:
     import torch.distributed as dist
 
     from twotower.kernels.sampled_softmax import sampled_softmax
-    from twotower.train.module import FILLER_LOG_Q
-    from twotower.train.negatives import gather_candidates, share_of_weight
+    from twotower.train.negatives import FILLER_LOG_Q, Candidates, share_of_weight
 
     rank, ranks = meet()
     joined = torch.load(f"{out}/joined.pt")
@@ -105,11 +107,11 @@ def negatives(out: str) -> None:
     weight = grow(joined["weight"][part], (0, filler))
     ids = grow(joined["id"][part], (0, filler), value=-1)
     temperature = torch.tensor(0.2, requires_grad=True)
-    candidates, id_n, offset = gather_candidates(item, ids)
-    log_q = torch.cat([joined["log_q"], torch.tensor([FILLER_LOG_Q])])[id_n]
+    log_q = torch.cat([joined["log_q"], torch.tensor([FILLER_LOG_Q])])[ids]
+    found = Candidates(item, ids, log_q).of_all_ranks()
     loss = sampled_softmax(
-        query, candidates, temperature, log_q_N=log_q, candidate_id_N=id_n, weight_B=weight,
-        positive_offset=offset,
+        query, found.vector_ND, temperature, log_q_N=found.log_q_N, candidate_id_N=found.id_N,
+        weight_B=weight, positive_B=rank * len(item) + torch.arange(len(query)),
     ) * share_of_weight(weight)  # fmt: skip
     loss.backward()
     # What DDP and TorchRec do with gradients, and the logger with the loss.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from twotower.train.config import TrainConfig
 from twotower.train.meters import RANGE, Latest, Meters, in_batch_accuracy
+from twotower.train.negatives import Candidates
 from twotower.train.optimizers import rate_factor
 from twotower.train.plots import Series, plot_curves, read_metrics
 from twotower.train.step_split import split_step
@@ -139,16 +140,19 @@ def test_a_trace_that_would_begin_after_the_end_is_said_to_be_missing(tmp_path, 
 def test_accuracy_counts_positives_that_outscore_what_is_no_hit() -> None:
     query = torch.eye(4)
     item = torch.stack([query[0], query[2], query[2] * 0.5, query[3]])
-    latest = Latest(query, item, torch.tensor([7, 8, 8, -1]), torch.zeros(4), torch.tensor(1.0), 0)
+    one, found = torch.tensor(1.0), Candidates(item, torch.tensor([7, 8, 8, -1]), torch.zeros(4))
+    latest = Latest(query, found, torch.arange(4), one, corrected=True)
     # The first is right; the second ties with the others, at 0, which is not outscoring them; the
     # third is beaten by its own item alone; the fourth is a filler.
     assert in_batch_accuracy(latest).tolist() == [2, 3]
     # Of two candidates of another rank and then our own, and with a popular one put right by logQ.
     item = torch.stack([query[0] * 2, query[1], query[0]])
-    for log_q, right in ((0.0, 0), (1.5, 1)):
-        log_q_N = torch.tensor([log_q, 0.0, 0.0])
-        of_ranks = Latest(query[:1], item, torch.arange(3), log_q_N, torch.tensor(1.0), 2)
+    for log_q, own, right in ((0.0, 0.0, 0), (1.5, 0.0, 1), (1.5, 1.0, 0)):
+        found = Candidates(item, torch.arange(3), torch.tensor([log_q, 0.0, own]))
+        of_ranks = Latest(query[:1], found, torch.tensor([2]), one, corrected=True)
         assert in_batch_accuracy(of_ranks).tolist() == [right, 1]
+        of_ranks = Latest(query[:1], found, torch.tensor([2]), one, corrected=False)
+        assert in_batch_accuracy(of_ranks).tolist() == [float(log_q > 0), 1]
 
 
 def event(name: str, ts: int, end: int, tid: int = 1, cat: str = "cpu_op", id: int = 0) -> Any:

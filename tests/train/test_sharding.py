@@ -90,6 +90,31 @@ def test_schedule_clipping_and_pipeline_are_the_same_on_two_ranks(prepared, tmp_
             torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0, msg=other)
 
 
+def test_mixed_negatives_are_the_same_on_two_ranks(prepared, tmp_path) -> None:
+    mixtures = {
+        "mixed": {"in_batch": 0.6, "uniform": 0.3, "memory": 0.1},
+        "uniform": {"in_batch": 0.0, "uniform": 1.0, "candidates": 301},
+        "catalogue": {"catalogue": True},
+    }
+    variants = [
+        {**COMMON, **SGD, "max_steps": 20, "negatives": mixture, "correct_positive": False}
+        for mixture in mixtures.values()
+    ] + [{**COMMON, **SGD, "max_steps": 20}]
+    for ranks in (1, 2):
+        cwd = tmp_path / str(ranks)
+        cwd.mkdir()
+        run_on_ranks(ranks, "train", {"prepared": str(prepared), "settings": variants}, cwd)
+    plain = weights(tmp_path / "1" / str(len(mixtures)))
+    for number, name in enumerate(mixtures):
+        expected = weights(tmp_path / "1" / str(number))
+        for key, value in weights(tmp_path / "2" / str(number)).items():
+            torch.testing.assert_close(
+                value, expected[key], atol=1e-5, rtol=0, msg=lambda m, at=(name, key): f"{at}: {m}"
+            )
+        moved = max((value - plain[key]).abs().max() for key, value in expected.items())
+        assert moved > 1e-3, f"{name} is no other loss"
+
+
 def test_precisions_accumulation_and_compilation_on_two_ranks(prepared, tmp_path) -> None:
     common = {**COMMON, "max_steps": 20}
     variants = {

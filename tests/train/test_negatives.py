@@ -1,0 +1,155 @@
+"""What a positive is compared with: the corrected softmax learns what the full one would."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from twotower.errors import UserError
+from twotower.kernels.sampled_softmax import sampled_softmax
+from twotower.train.config import TrainConfig
+from twotower.train.negatives import FILLER_LOG_Q, CandidateMemory, log_q
+from twotower.train.negatives_config import NegativesConfig
+
+ITEMS, WIDTH, BATCH, TEMPERATURE = 30, 8, 256, torch.tensor(0.5)
+MIXTURES = {
+    "in_batch": NegativesConfig(),
+    "mixed": NegativesConfig(in_batch=0.5, uniform=0.5),
+    "memory": NegativesConfig(in_batch=0.25, uniform=0.25, memory=0.5),
+    "uniform": NegativesConfig(in_batch=0, uniform=1, candidates=300),
+    "catalogue": NegativesConfig(catalogue=True),
+}
+
+
+def world() -> tuple[Tensor, Tensor, Tensor]:
+    """Return a query, the items' vectors, and their training counts, which span a factor of 40."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.nn.functional.normalize(torch.randn(1, WIDTH, generator=generator), dim=1)
+    item = torch.nn.functional.normalize(torch.randn(ITEMS, WIDTH, generator=generator), dim=1)
+    return query, item, torch.arange(1, ITEMS + 1).flip(0).pow(1.1).round().long()
+
+
+def gradient(query: Tensor, item: Tensor, positive: int, config: TrainConfig, draw) -> Tensor:
+    """Return the slope of one query's loss by all items, with candidates drawn for it."""
+    leaf = item.clone().requires_grad_()
+    id_N, positive_B = draw(positive)
+    corrections = log_q(world()[2], config)[id_N]
+    own = int(positive_B)
+    if config.negatives.in_batch == 0 and not config.negatives.catalogue:
+        corrections[own] = FILLER_LOG_Q
+    sampled_softmax(
+        query, leaf[id_N], TEMPERATURE, log_q_N=corrections, candidate_id_N=id_N,
+        positive_B=positive_B, positive="corrected" if config.correct_positive else "uncorrected",
+    ).backward()  # fmt: skip
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def drawing(config: TrainConfig, rng: np.random.Generator):
+    """Return what draws candidates as training does: a positive first, then the sources."""
+    sizes, frequency = config.negatives.sizes(BATCH), world()[2].double()
+    frequency /= frequency.sum()
+
+    def draw(positive: int) -> tuple[Tensor, Tensor]:
+        if config.negatives.catalogue:
+            return torch.arange(ITEMS), torch.tensor([positive])
+        popular = max(0, sizes["in_batch"] - 1) + sizes["memory"]
+        drawn = [
+            [positive],
+            rng.choice(ITEMS, popular, p=frequency.numpy()),
+            rng.integers(0, ITEMS, sizes["uniform"]),
+        ]
+        return torch.from_numpy(np.concatenate(drawn)), torch.tensor([0])
+
+    return draw
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_mean_gradient_is_that_of_the_full_softmax(name) -> None:
+    query, item, _ = world()
+    config = TrainConfig(batch_size=BATCH, negatives=MIXTURES[name], correct_positive=False)
+    draw = drawing(config, np.random.default_rng(0))
+    full = item.clone().requires_grad_()
+    positive = 20
+    torch.nn.functional.cross_entropy(
+        query @ full.T / TEMPERATURE, torch.tensor([positive])
+    ).backward()
+    assert full.grad is not None
+    negative = torch.arange(ITEMS) != positive
+
+    def off(config: TrainConfig, rounds: int) -> float:
+        """Return how far the mean slopes of the negatives are from the truth, relatively."""
+        slopes = [gradient(query, item, positive, config, draw) for _ in range(rounds)]
+        error = (torch.stack(slopes).mean(0) - full.grad)[negative]
+        return float(error.norm() / full.grad[negative].norm())
+
+    if name == "catalogue":
+        assert off(config, 1) < 1e-6
+        return
+    # A ratio of sums over some hundred draws is off by about one over their number.
+    assert off(config, 2000) < 0.015
+    # Without the correction, or with another source's, it would be far off.
+    config = TrainConfig(
+        batch_size=BATCH, negatives=MIXTURES[name], correct_positive=False, log_q=0.0
+    )
+    assert off(config, 300) > 0.04
+
+
+def test_a_corrected_positive_of_a_rare_item_pushes_its_negatives_less() -> None:
+    query, item, count = world()
+    rare = int(count.argmin())
+    slopes = {}
+    for correct in (True, False):
+        config = TrainConfig(batch_size=BATCH, correct_positive=correct)
+        draw = drawing(config, np.random.default_rng(0))
+        drawn = [gradient(query, item, rare, config, draw) for _ in range(300)]
+        slopes[correct] = torch.stack(drawn).mean(0)[rare].norm()
+    assert slopes[True] < slopes[False]
+
+
+def test_expectations_add_up_over_the_sources() -> None:
+    count = torch.tensor([6, 3, 1, 0])
+    config = TrainConfig(
+        batch_size=101, negatives=NegativesConfig(in_batch=0.5, uniform=0.2, memory=0.3)
+    )
+    frequency = np.array([0.6, 0.3, 0.1, 0.1])  # an item without an event counts as one with one
+    expected = np.log(frequency * (100 + 61) + 40 / 4)
+    found = log_q(count, config)
+    np.testing.assert_allclose(found[:-1], expected, rtol=1e-6)
+    assert found[-1] == FILLER_LOG_Q, "of the filler, item -1"
+    half = TrainConfig(batch_size=101, negatives=config.negatives, log_q=0.5)
+    np.testing.assert_allclose(log_q(count, half)[:-1], expected / 2, rtol=1e-6)
+
+
+def test_the_memory_keeps_the_newest() -> None:
+    memory = CandidateMemory(5, 2)
+    assert memory.id_M.tolist() == [-1] * 5
+    for first in (0, 3, 6):
+        ids = torch.arange(first, first + 3)
+        memory.push(ids[:, None].float().expand(3, 2), ids)
+    assert memory.id_M.tolist() == [4, 5, 6, 7, 8]
+    assert memory.vector_MD[:, 0].tolist() == [4, 5, 6, 7, 8]
+    memory.push(torch.zeros(9, 2), torch.arange(20, 29))
+    assert memory.id_M.tolist() == [24, 25, 26, 27, 28]
+
+
+@pytest.mark.parametrize(
+    ("negatives", "more", "message"),
+    [
+        (
+            {"uniform": 0.5},
+            {},
+            r"negatives: shares must add up to 1, got in_batch 1 \+ uniform 0.5",
+        ),
+        ({"in_batch": 0}, {}, r"shares must add up to 1, got none = 0"),
+        ({"in_batch": 1.5}, {}, r"negatives.in_batch must be a share from 0 to 1, got 1.5"),
+        ({"in_batch": 0, "uniform": 1}, {}, "negatives.candidates must be given where in_batch"),
+        ({"candidates": 9}, {}, "negatives.candidates follows from train.batch_size"),
+        ({"catalogue": True, "in_batch": 0.5, "uniform": 0.5}, {}, "catalogue compares with every"),
+        ({"in_batch": 0, "uniform": 1, "candidates": 9}, {}, "correct_positive must be false wh"),
+        ({}, {"log_q": -1.0}, "log_q must be an exponent from 0 to 2, got -1"),
+    ],
+)
+def test_what_is_no_mixture_is_refused(negatives, more, message) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainConfig(negatives=NegativesConfig(**negatives), **more).validate()
