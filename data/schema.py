@@ -25,7 +25,9 @@ from twotower.errors import UserError, did_you_mean, one_of
 
 KINDS = ("id", "ids", "history", "number", "vector")
 ID_KINDS = ("id", "ids", "history")
-POOLINGS = ("mean", "sum", "attention")
+# A history's encoders read it entry by entry, in order.
+ENCODERS = ("transformer", "hstu")
+POOLINGS = ("mean", "sum", "attention", *ENCODERS)
 SPLITS = ("temporal", "leave_last_out", "given")
 TIME_UNITS = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 0}
 
@@ -56,7 +58,8 @@ class Feature:
     width: int | None = None
     """Number of floats of a vector."""
     pooling: str = "mean"
-    """How a list becomes one vector: mean, sum or attention (learned, knows the order)."""
+    """How a list becomes one vector: mean, sum, attention (learned, knows the order) or, for a
+    history, transformer or hstu (shaped by model.encoder)."""
     separator: str | None = None
     """Splits a string column into ids, for instance '|' in CSV files."""
     pattern: str | None = None
@@ -239,6 +242,11 @@ def _validate_feature(tower: str, feature: Feature) -> None:
         raise UserError(f"{key}: every model has a tensor of this name: rename it, set `column`")
     one_of(f"{key}: kind", feature.kind, KINDS)
     one_of(f"{key}: pooling", feature.pooling, POOLINGS)
+    if feature.pooling in ENCODERS and feature.kind != "history":
+        raise UserError(
+            f"{key}: pooling {feature.pooling} reads a history in its order, and {feature.kind} "
+            "has none: choose mean, sum or attention"
+        )
     if feature.kind == "history" and tower == "item":
         raise UserError(f"{key}: a history belongs to the query tower: move it to data.query")
     if feature.kind == "vector" and (feature.width is None or feature.width < 1):

@@ -3,10 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from twotower.errors import UserError
 
 INTERACTIONS = ("concat", "dot", "cross")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Shape of what reads a history whose pooling is transformer or hstu."""
+
+    layers: int = 2
+    """Blocks that follow each other."""
+    heads: int = 1
+    """Parts of an embedding that attend separately; they divide model.dim."""
+    ffn_multiple: int = 2
+    """transformer: width of the hidden layer of a block, in widths of the embedding."""
+    dropout: float = 0.2
+    """Share of the entries' values, and of what each block adds, dropped in training."""
+
+    def validate(self, dim: int) -> None:
+        """Refuse shapes that no encoder of entries of width `dim` can have.
+
+        Raises:
+            UserError: naming the key.
+        """
+        for name in ("layers", "heads", "ffn_multiple"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.encoder.{name} must be >= 1, got {getattr(self, name)}")
+        if dim % self.heads:
+            raise UserError(
+                f"model.encoder.heads must divide model.dim ({dim}), got {self.heads}: change one"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.encoder.dropout must be in [0, 1), got {self.dropout}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +54,8 @@ class ModelConfig:
     """Cross layers before the hidden ones, where interaction is cross."""
     cross_rank: int = 32
     """Rank of their matrices; at most a tower's input width is used."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """What reads a history whose pooling is transformer or hstu."""
     dropout: float = 0.0
     """Share of the inputs of each tower's layers dropped in training."""
     residual: bool = True
@@ -53,7 +86,13 @@ class ModelConfig:
         for name in ("cross_layers", "cross_rank"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} must be >= 1, got {getattr(self, name)}")
+        self.encoder.validate(self.dim)
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout must be in [0, 1), got {self.dropout}")
         if self.temperature <= 0:
             raise UserError(f"model.temperature must be > 0, got {self.temperature}")
+
+
+def model_config(raw: dict[str, Any]) -> ModelConfig:
+    """Rebuild a `ModelConfig` from its JSON form."""
+    return ModelConfig(**(raw | {"encoder": EncoderConfig(**raw.get("encoder", {}))}))

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twotower.data.schema import ID_KINDS, Feature
+from twotower.data.schema import ENCODERS, ID_KINDS, Feature
 from twotower.towers.config import ModelConfig
 from twotower.towers.interaction import CrossInteraction, DotInteraction
+from twotower.towers.sequence import SequenceEncoder, newer_entries
 
 
 class AttentionPool(nn.Module):
@@ -30,8 +31,7 @@ class AttentionPool(nn.Module):
     def forward(self, entry_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Return (B, D); an empty list gives zeros."""
         keep_BL = mask_BL.to(entry_BLD.dtype)
-        place_BL = keep_BL.flip(1).cumsum(1).flip(1).to(torch.int64) - 1  # 0 is the newest
-        logits_BL = entry_BLD @ self.content + self.recency[place_BL.clamp_min(0)]
+        logits_BL = entry_BLD @ self.content + self.recency[newer_entries(mask_BL)]
         logits_BL = logits_BL + (keep_BL - 1) * 1e4
         weight_BL = torch.softmax(logits_BL, dim=1) * keep_BL
         return (entry_BLD * weight_BL.unsqueeze(-1)).sum(1)
@@ -53,11 +53,16 @@ class Tower(nn.Module):
         self.features = list(features)
         self.is_item, self.item_bias = is_item, config.item_bias
         self.residual = config.residual
-        self.pools = nn.ModuleDict({
-            f"pool_{f.name}": AttentionPool(config.dim, f.length)
-            for f in features
-            if f.kind in ("ids", "history") and f.pooling == "attention"
-        })  # fmt: skip
+        self.pools = nn.ModuleDict()
+        for f in features:
+            if f.pooling in ENCODERS:
+                pool: nn.Module = SequenceEncoder(f.pooling, config.dim, f.length, config.encoder)
+            elif f.pooling == "attention" and f.kind != "id":
+                pool = AttentionPool(config.dim, f.length)
+            else:
+                continue
+            # torch refuses modules named like its own attributes, hence the prefix.
+            self.pools[f"pool_{f.name}"] = pool
         widths = {"number": 1}
         dense_width = sum(
             widths.get(f.kind, f.width or 0) for f in features if f.kind not in ID_KINDS
@@ -78,7 +83,6 @@ class Tower(nn.Module):
 
     def pool(self, feature: Feature, entry_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Pool padded entries; see `pool_sum` for entries that are summed already."""
-        # torch refuses modules named like its own attributes, hence the prefix.
         if (name := f"pool_{feature.name}") in self.pools:
             pooled: Tensor = self.pools[name](entry_BLD, mask_BL)
             return pooled

@@ -1,9 +1,9 @@
 """Two towers over TorchRec tables that they may share.
 
 Tables whose features are all pooled by a sum or mean live in an EmbeddingBagCollection; a table
-that a feature needs entry by entry (attention) lives in an EmbeddingCollection. Tables with dynamic
-ids have a collection of either kind to themselves (`twotower.towers.dynamic_tables`). Collections
-span both towers, so a table shared by `history` and the item's id exists once.
+that a feature needs entry by entry (attention, an encoder) lives in an EmbeddingCollection. Tables
+with dynamic ids have a collection of either kind to themselves (`twotower.towers.dynamic_tables`).
+Collections span both towers, so a table shared by `history` and the item's id exists once.
 
 Shape legend: `B` queries, `N` items, `L` entries of a list, `D` embedding width.
 """
@@ -61,7 +61,7 @@ class TwoTower(nn.Module):
         logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
         self.data = data
         id_features = [(t, f) for t, f in data.features() if f.kind in ID_KINDS]
-        listed = {f.table_name for _, f in id_features if f.pooling == "attention"}
+        listed = {f.table_name for _, f in id_features if f.pooling not in ("mean", "sum")}
         tables: dict[str, list[Any]] = {kind: [] for kind in COLLECTIONS}
         for name, rows in table_rows.items():
             keys = [f"{t}.{f.name}" for t, f in id_features if f.table_name == name]

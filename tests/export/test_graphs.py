@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from twotower.data.batches import BatchBuilder, encoded_batch
-from twotower.data.schema import ID_KINDS, Feature
+from twotower.data.schema import ENCODERS, ID_KINDS, Feature
 from twotower.data.table import Table
 from twotower.errors import UserError
 from twotower.export.graphs import raw_graph, save_graph
@@ -68,6 +68,12 @@ CASES = {
 # Every feature alone and all at once, with each interaction; without the residual, concatenated.
 VARIANTS = [(interaction, True, False) for interaction in INTERACTIONS]
 VARIANTS += [("concat", False, False), ("concat", True, True)]
+CONTRACT = [(name, *variant) for name in CASES for variant in VARIANTS]
+# An encoder is what it is whatever comes after it.
+CASES |= {f"query {n}, {p}": ([KINDS[n]], list(ITEM_KINDS.values())[:1], p)
+          for n in ("history", "one") for p in ENCODERS}  # fmt: skip
+CONTRACT += [(f"query history, {p}", "concat", True, d) for p in ENCODERS for d in (False, True)]
+CONTRACT += [(f"query one, {p}", "concat", True, False) for p in ENCODERS]
 
 
 def tables_of(features, dynamic) -> dict[str, Table]:
@@ -86,8 +92,7 @@ def admit(model, builder, steps=3) -> None:
     model.eval()
 
 
-@pytest.mark.parametrize(("interaction", "residual", "dynamic"), VARIANTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "interaction", "residual", "dynamic"), CONTRACT)
 def test_training_twin_and_onnx_agree(name, interaction, residual, dynamic, make, tmp_path) -> None:
     query, item, pooling = CASES[name]
     data = make(

@@ -17,7 +17,7 @@ from typing import Any
 from twotower.data.prepared import PreparedDataset, data_config
 from twotower.errors import UserError
 from twotower.files import write_json
-from twotower.towers.config import ModelConfig
+from twotower.towers.config import ModelConfig, model_config
 from twotower.towers.two_tower import TwoTower
 from twotower.train.checkpoint.manifest import MODEL
 from twotower.train.checkpoint.storage import load
@@ -46,7 +46,7 @@ def read_model_spec(directory: Path) -> dict[str, Any]:
     return {
         "data": data_config(spec["data"]),
         "table_rows": spec["table_rows"],
-        "config": ModelConfig(**spec["model"]),
+        "config": model_config(spec["model"]),
     }
 
 
