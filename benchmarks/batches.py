@@ -103,6 +103,7 @@ def training_rate(data: PreparedDataset, folder: Path, steps: int) -> float:
 
     from twotower.towers.two_tower import TwoTower
     from twotower.train.module import RetrievalModule
+    from twotower.train.negatives import log_q
     from twotower.train.strategy import TorchRecStrategy
 
     times: list[float] = []
@@ -114,7 +115,9 @@ def training_rate(data: PreparedDataset, folder: Path, steps: int) -> float:
     rows = {table: info["rows"] for table, info in data.summary["tables"].items()}
     towers = TwoTower(data.config, rows, ModelConfig(), table_device="meta")
     counts = torch.from_numpy(data.train_count.copy())
-    module = RetrievalModule(towers, TrainConfig(), counts, steps, seed=0)
+    config = TrainConfig()
+    log_q_N = log_q(counts, config, config.batch_size)
+    module = RetrievalModule(towers, config, log_q_N, 0, steps, seed=0)
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_steps=steps, callbacks=[Clock()], logger=False,
         strategy=TorchRecStrategy(TrainConfig(), 0, lambda plan: None),

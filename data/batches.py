@@ -10,7 +10,7 @@ Shape legend: `B` queries, `N` items.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,21 @@ NO_BAG: Bag = (np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 @dataclass
+class Entries:
+    """Queries that are entries of histories, not rows.
+
+    Attributes:
+        place_B: of each query among all entries, where each history has `longest` of them.
+        histories: rows of the queries.
+        longest: entries of the longest history.
+    """
+
+    place_B: Tensor
+    histories: int
+    longest: int
+
+
+@dataclass
 class Batch(Pipelineable):
     """What a step reads.
 
@@ -49,6 +64,7 @@ class Batch(Pipelineable):
         item_N: catalogue row of each item, -1 for a filler, which has no ids.
         positive_B: which of the items is a query's positive.
         weight_B: sample weight, 0 of a filler.
+        entries: which of the entries of histories the queries are, where they are not rows.
     """
 
     ids: KeyedJaggedTensor
@@ -56,6 +72,7 @@ class Batch(Pipelineable):
     item_N: Tensor
     positive_B: Tensor
     weight_B: Tensor
+    entries: Entries | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Return the batch on another device."""
@@ -72,12 +89,16 @@ class Batch(Pipelineable):
             change(self.item_N),
             change(self.positive_B),
             change(self.weight_B),
+            replace(self.entries, place_B=change(self.entries.place_B)) if self.entries else None,
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until `stream` is done with it."""
         self.ids.record_stream(stream)
-        for value in (*self.dense.values(), self.item_N, self.positive_B, self.weight_B):
+        places = [] if self.entries is None else [self.entries.place_B]
+        for value in (
+            *self.dense.values(), self.item_N, self.positive_B, self.weight_B, *places
+        ):  # fmt: skip
             value.record_stream(stream)
 
 
@@ -144,6 +165,25 @@ class BatchBuilder:
             bags, columns, np.concatenate(items), positive, _behind(weight, fillers)
         )  # fmt: skip
 
+    def histories(
+        self, user: I64, part: tuple[I64, I64], entries: Entries, items: I64, positive: I64
+    ) -> Batch:
+        """Return users' histories, of which every entry is a query.
+
+        Args:
+            user: of each history (H,), at most as many as `entries.histories`; others are empty.
+            part: where each begins and ends in the timeline.
+            entries: which the queries are.
+            items: catalogue rows (N,), -1 for fillers.
+            positive: places of the queries' positives (B,).
+        """
+        bags, columns = self._query(user, user, part[1], part[0])
+        more = entries.histories - len(user)
+        columns = {key: _behind(value, more) for key, value in columns.items()}
+        weight = np.ones(len(positive), np.float32)
+        batch = self._batch(bags, columns, items, positive, weight, entries.histories)
+        return replace(batch, entries=entries)
+
     def queries(self, rows: I64) -> Batch:
         """Return the query tower's features of the events at `rows` (B,)."""
         c = self.data.event_columns
@@ -157,14 +197,16 @@ class BatchBuilder:
         return self._batch({}, {}, rows)
 
     def _query(
-        self, user: I64, event: I64, history_to: I64
+        self, user: I64, event: I64, history_to: I64, history_from: I64 | None = None
     ) -> tuple[dict[str, Bag], dict[str, Array]]:
         bags: dict[str, Bag] = {}
         columns: dict[str, Array] = {}
         for f in self.config.query:
             key = f"query.{f.name}"
             if f.kind == "history":
-                start = np.maximum(self.data.history_from[user], history_to - f.length)
+                start = history_from
+                if start is None:
+                    start = np.maximum(self.data.history_from[user], history_to - f.length)
                 bags[key] = gather(self.data.history_rows(f.table_name), start, history_to)
                 continue
             rows = event if f.source == "interactions" else user
@@ -181,9 +223,9 @@ class BatchBuilder:
 
     def _batch(
         self, bags: dict[str, Bag], columns: dict[str, Array], item: I64,
-        positive: I64 | None = None, weight: Array | None = None,
+        positive: I64 | None = None, weight: Array | None = None, queries: int | None = None,
     ) -> Batch:  # fmt: skip
-        """Return a batch of what queries look up, and of items."""
+        """Return a batch of what queries look up, in as many rows as weights, and of items."""
         place = np.flatnonzero(item >= 0)
         for key in (f"item.{f.name}" for f in self.config.item):
             if key in self._ids:
@@ -191,7 +233,9 @@ class BatchBuilder:
                 bags[key] = (values, _spread(lengths, place, len(item)))
             else:
                 columns[key] = _spread(self._dense[key][item[place]], place, len(item))
-        rows = max(len(item), 0 if weight is None else len(weight))
+        if queries is None:
+            queries = 0 if weight is None else len(weight)
+        rows = max(len(item), queries)
         return make_batch(self.config, bags, columns, rows, item, positive, weight)
 
 

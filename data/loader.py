@@ -14,7 +14,7 @@ with another number of workers too; with another number of ranks its steps hold 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from twotower.data.batches import Batch, BatchBuilder
 from twotower.data.prepared import PreparedDataset
+from twotower.data.sequences import Windows
 from twotower.data.shuffle import Shuffle
 from twotower.errors import UserError
 
@@ -37,13 +38,14 @@ class Part:
 
     Attributes:
         epoch: of the step.
-        step: first place of the step in the epoch's order.
+        step, end: first place of the step in the epoch's order, and the one after its last.
         low, high: first place of the part and the one after its last.
         size: queries of the part's batch.
     """
 
     epoch: int
     step: int
+    end: int
     low: int
     high: int
     size: int
@@ -55,7 +57,8 @@ class ExtraItems:
 
     Attributes:
         uniform: number of items drawn evenly from the catalogue.
-        catalogue: whether all items of the catalogue stand for the events' own.
+        catalogue: whether all items of the catalogue stand for the events' own; `positive_B` are
+            then places among the items of all ranks.
     """
 
     uniform: int = 0
@@ -67,32 +70,38 @@ class TrainLoader:
 
     Args:
         data: the prepared dataset.
-        batch_size: most events of a step, of all ranks together; all steps of an epoch have this
-            size or, where it does not divide the epoch, nearly one size below it.
+        batch_size: most events, or windows, of a step, of all ranks together; all steps of an
+            epoch have this size or, where it does not divide the epoch, nearly one size below it.
         seed: of the shuffle.
         rank: of this process.
         ranks: number of processes that share an epoch.
         workers: processes that build batches ahead; 0 builds them here when they are asked for.
         pin_memory: whether to hand out pinned memory, for asynchronous copies to a GPU.
-        extra: items beside the events' own.
+        extra: given the queries of a step, the items beside the events' own.
+        every_position: whether examples are windows of histories, of which every entry is a query
+            (`twotower.data.sequences`), and whose items are shared by the ranks.
 
     Raises:
-        UserError: when there are fewer training events than ranks.
+        UserError: when there are fewer examples than ranks, or no windows can be had.
     """
 
     def __init__(
         self, data: PreparedDataset, batch_size: int, seed: int, *, rank: int = 0, ranks: int = 1,
-        workers: int = 0, pin_memory: bool = False, extra: ExtraItems = ExtraItems(),
+        workers: int = 0, pin_memory: bool = False, every_position: bool = False,
+        extra: Callable[[float], ExtraItems] | None = None,
     ) -> None:  # fmt: skip
-        self.length = data.section(0).stop
+        kind = _Windows if every_position else _Events
+        self.batches = kind(BatchBuilder(data), seed, rank, ranks)
+        self.length = self.batches.length
         if self.length < ranks:
+            what = "histories" if every_position else "events"
             raise UserError(
-                f"{data.path}: {self.length} training events do not suffice for {ranks} processes: "
-                "train on fewer"
+                f"{data.path}: {self.length} training {what} do not suffice for {ranks} "
+                "processes: train on fewer"
             )
-        builder = BatchBuilder(data)
-        self.batches = _Batches(builder, self.length, seed, extra, rank, ranks)
         self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
+        if extra is not None:
+            self.batches.extra = extra(self.queries_a_step)
         self.workers, self.pin_memory = workers, pin_memory
         self.epoch = 0
         self.place = 0
@@ -100,6 +109,15 @@ class TrainLoader:
     def __len__(self) -> int:
         """Return the batches of a whole epoch."""
         return -(-self.length // self.batch_size)
+
+    def positive_counts(self) -> I64:
+        """Return how often each item is a positive of an epoch (N,)."""
+        return self.batches.positive_counts()
+
+    @property
+    def queries_a_step(self) -> float:
+        """Queries of a step, of all ranks together, in the mean."""
+        return self.batches.queries / len(self)
 
     def set_epoch(self, epoch: int) -> None:
         """Turn to an epoch; its place is kept if it is this one."""
@@ -144,7 +162,7 @@ class TrainLoader:
         rank, ranks = self.rank, self.ranks
         return [
             Part(
-                epoch=self.epoch, step=low, low=low + size * rank // ranks,
+                epoch=self.epoch, step=low, end=low + size, low=low + size * rank // ranks,
                 high=low + size * (rank + 1) // ranks, size=-(-size // ranks),
             )
             for low, size in self._steps()
@@ -159,36 +177,66 @@ class TrainLoader:
         self.epoch, self.place = state["epoch"], state["place"]
 
 
-class _Batches(Dataset[Batch]):
-    """Any part of any epoch as a batch; what a worker process holds."""
+class _Events(Dataset[Batch]):
+    """Any part of any epoch as a batch of events; what a worker process holds."""
 
-    def __init__(
-        self, builder: BatchBuilder, length: int, seed: int, extra: ExtraItems, rank: int,
-        ranks: int,
-    ) -> None:  # fmt: skip
-        self.builder, self.length, self.seed = builder, length, seed
-        self.extra, self.rank, self.ranks = extra, rank, ranks
+    def __init__(self, builder: BatchBuilder, seed: int, rank: int, ranks: int) -> None:
+        self.builder, self.seed, self.rank, self.ranks = builder, seed, rank, ranks
+        self.extra = ExtraItems()
+        self.items = len(builder.data.items)
+        self.length = self.queries = builder.data.section(0).stop
 
     def __getitem__(self, part: Part) -> Batch:
-        order = Shuffle(self.length, self.seed, part.epoch)
-        rows = order(np.arange(part.low, part.high))
-        own = not self.extra.catalogue
-        return self.builder.events(rows, part.size, extra=self._items(part), own=own)
-
-    def _items(self, part: Part) -> I64 | None:
-        """Return this rank's part of the step's further items, with fillers where it is short."""
-        items, number = len(self.builder.data.items), self.extra.uniform
+        rows = self._order(part)(np.arange(part.low, part.high))
         if self.extra.catalogue:
-            rows = np.arange(items)
-        elif number:
-            # Of the step: any number of ranks draws the same.
-            random = np.random.default_rng([self.seed % 2**64, part.epoch, part.step])
-            rows = random.integers(0, items, number)
-        else:
-            return None
-        length = -(-len(rows) // self.ranks)
-        mine = rows[self.rank * length : (self.rank + 1) * length]
+            everything = self._mine(np.arange(self.items))
+            return self.builder.events(rows, part.size, extra=everything, own=False)
+        drawn = self._mine(self._drawn(part)) if self.extra.uniform else None
+        return self.builder.events(rows, part.size, extra=drawn)
+
+    def positive_counts(self) -> I64:
+        """Return how often each item is a positive of an epoch (N,)."""
+        return self.builder.data.train_count.astype(np.int64)
+
+    def _order(self, part: Part) -> Shuffle:
+        return Shuffle(self.length, self.seed, part.epoch)
+
+    def _drawn(self, part: Part) -> I64:
+        """Return items drawn for the step, the same on any number of ranks."""
+        random = np.random.default_rng([self.seed % 2**64, part.epoch, part.step])
+        return random.integers(0, self.items, self.extra.uniform)
+
+    def _mine(self, items: I64) -> I64:
+        """Return this rank's part of a step's items, with fillers where it is short."""
+        length = -(-len(items) // self.ranks)
+        mine = items[self.rank * length : (self.rank + 1) * length]
         return np.concatenate([mine, np.full(length - len(mine), -1)])
+
+
+class _Windows(_Events):
+    """Any part of any epoch as a batch of windows, whose entries are queries."""
+
+    def __init__(self, builder: BatchBuilder, seed: int, rank: int, ranks: int) -> None:
+        super().__init__(builder, seed, rank, ranks)
+        self.windows = Windows(builder)
+        self.length, self.queries = len(self.windows), self.windows.queries
+
+    def positive_counts(self) -> I64:
+        """Return how often each item is a positive of an epoch (N,)."""
+        return self.windows.target_counts()
+
+    def __getitem__(self, part: Part) -> Batch:
+        order = self._order(part)
+        rows = order(np.arange(part.low, part.high))
+        positive = self.windows.targets(rows)
+        if self.extra.catalogue:
+            items = np.arange(self.items)
+        else:
+            # Each once, over all ranks, so that a long history is not compared with itself again.
+            items = np.unique(self.windows.targets(order(np.arange(part.step, part.end))))
+            positive = np.searchsorted(items, positive)
+            items = np.concatenate([items, self._drawn(part)])
+        return self.windows.batch(rows, part.size, self._mine(items), positive)
 
 
 def _leave_signals(_: int) -> None:

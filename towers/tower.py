@@ -9,6 +9,7 @@ Shape legend: `B` batch, `L` entries of a list, `D` embedding width, `W` width o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,12 @@ class Tower(nn.Module):
             return pooled
         sum_BD = (entry_BLD * mask_BL.unsqueeze(-1)).sum(1)
         return self.pool_sum(feature, sum_BD, mask_BL.sum(1))
+
+    def states(self, feature: Feature, entry_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """Return the state of every entry (B, L, D) of a history that an encoder reads."""
+        encoder: Any = self.pools[f"pool_{feature.name}"]
+        state_BLD: Tensor = encoder.encode(entry_BLD, mask_BL)
+        return state_BLD
 
     @staticmethod
     def pool_sum(feature: Feature, sum_BD: Tensor, length_B: Tensor) -> Tensor:

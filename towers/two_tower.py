@@ -24,8 +24,8 @@ from torchrec.modules.embedding_configs import (
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from twotower.data.batches import Batch
-from twotower.data.schema import ID_KINDS, DataConfig, Feature
+from twotower.data.batches import Batch, Entries
+from twotower.data.schema import ENCODERS, ID_KINDS, DataConfig, Feature
 from twotower.towers.config import ModelConfig
 from twotower.towers.dynamic import DynamicSlots
 from twotower.towers.dynamic_tables import DynamicBags, DynamicLists, plain_tables
@@ -98,7 +98,10 @@ class TwoTower(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the query vectors (B, D), the item vectors (N, D) and the temperature."""
         found = self._look_up(batch)
-        query_BD = self._run(self.query, "query", batch, found, len(batch.weight_B))
+        if batch.entries is None:
+            query_BD = self._run(self.query, "query", batch, found, len(batch.weight_B))
+        else:
+            query_BD = self._run_at_entries(batch, found, batch.entries)
         item_ND = self._run(self.item, "item", batch, found, len(batch.item_N))
         return query_BD, item_ND, self.log_temperature.exp()
 
@@ -160,26 +163,47 @@ class TwoTower(nn.Module):
         self, tower: Tower, side: str, batch: Batch, found: dict[str, Any], rows: int | None = None
     ) -> Tensor:
         """Return the vectors of a tower's first rows, of all by default."""
-        inputs: dict[str, Tensor] = {}
-        for f in tower.features:
-            key = f"{side}.{f.name}"
-            if key in batch.dense:
-                inputs[f.name] = batch.dense[key]
-                continue
-            kind = self.collection_of[key]
-            if kind.endswith("bags"):
-                length_B = batch.ids[key].lengths()[:rows]
-                inputs[f.name] = tower.pool_sum(f, found[kind][key][:rows], length_B)
-            else:
-                entry_BLD, mask_BL = _padded(found[kind][key], f)
-                inputs[f.name] = tower.pool(f, entry_BLD[:rows], mask_BL[:rows])
+        inputs = {
+            f.name: self._input(tower, f, f"{side}.{f.name}", batch, found, rows)
+            for f in tower.features
+        }
         vector_BD: Tensor = tower(inputs)
         return vector_BD
 
+    def _run_at_entries(self, batch: Batch, found: dict[str, Any], entries: Entries) -> Tensor:
+        """Return the vectors (B, D) of queries that are entries of histories."""
+        rows, longest = entries.histories, entries.longest
+        inputs: dict[str, Tensor] = {}
+        for f in self.query.features:
+            key = f"query.{f.name}"
+            if f.pooling in ENCODERS:
+                entry_HLD, mask_HL = _padded(found[self.collection_of[key]][key], longest)
+                state_HLD = self.query.states(f, entry_HLD[:rows], mask_HL[:rows])
+                inputs[f.name] = state_HLD.flatten(0, 1)[entries.place_B]
+            else:
+                of_user = self._input(self.query, f, key, batch, found, rows)
+                inputs[f.name] = of_user[entries.place_B // longest]
+        vector_BD: Tensor = self.query(inputs)
+        return vector_BD
 
-def _padded(entries: Any, feature: Feature) -> tuple[Tensor, Tensor]:
+    def _input(
+        self, tower: Tower, f: Feature, key: str, batch: Batch, found: dict[str, Any],
+        rows: int | None,
+    ) -> Tensor:  # fmt: skip
+        """Return a feature's values, or its pooled embedding, of the first rows."""
+        if key in batch.dense:
+            return batch.dense[key][:rows]
+        kind = self.collection_of[key]
+        if kind.endswith("bags"):
+            length_B = batch.ids[key].lengths()[:rows]
+            return tower.pool_sum(f, found[kind][key][:rows], length_B)
+        length = f.length if f.kind in ("ids", "history") else 1
+        entry_BLD, mask_BL = _padded(found[kind][key], length)
+        return tower.pool(f, entry_BLD[:rows], mask_BL[:rows])
+
+
+def _padded(entries: Any, length: int) -> tuple[Tensor, Tensor]:
     """Return a JaggedTensor's entries (B, L, D) and which of them exist (B, L)."""
-    length = feature.length if feature.kind in ("ids", "history") else 1
     entry_BLD = entries.to_padded_dense(length)
     place_L = torch.arange(length, device=entry_BLD.device)
     return entry_BLD, place_L[None, :] < entries.lengths()[:, None]

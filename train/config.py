@@ -58,7 +58,9 @@ class TrainConfig:
     """How the towers are trained."""
 
     batch_size: int = 1024
-    """Events a step, over all ranks."""
+    """Events a step, over all ranks; with every_position, histories."""
+    every_position: bool = False
+    """Let each entry of a history predict the next one; needs pooling transformer or hstu."""
     max_epochs: int = 20
     """Passes over the training events, at most."""
     max_steps: int | None = None
@@ -148,6 +150,11 @@ class TrainConfig:
         if not 0 <= self.log_q <= 2:
             raise UserError(f"train.log_q must be an exponent from 0 to 2, got {self.log_q:g}")
         self.negatives.validate()
+        if self.every_position and (self.negatives.in_batch == 0 or self.negatives.memory):
+            raise UserError(
+                "train.negatives needs an in_batch share, and none of memory, where "
+                "train.every_position is set: mix in_batch and uniform, or set catalogue"
+            )
         if self.negatives.in_batch == 0 and self.correct_positive:
             raise UserError(
                 "train.correct_positive must be false where train.negatives.in_batch is 0: a "

@@ -20,7 +20,6 @@ from twotower.train.negatives import (
     FILLER_LOG_Q,
     CandidateMemory,
     Candidates,
-    log_q,
     share_of_weight,
 )
 from twotower.train.optimizers import Optimizers, fuse_table_optimizer
@@ -33,15 +32,17 @@ class RetrievalModule(L.LightningModule):
     Args:
         model: the towers; the strategy replaces it by its sharded form.
         config: of training.
-        train_count_N: training events of each item, for the logQ correction.
+        log_q_N: see `twotower.train.negatives.log_q`.
+        memory: candidates kept of the steps before.
         steps: of the whole training, at most, for the learning rates' schedule. Lightning's own
             estimate would load the loader's batches before its place is restored.
         seed: of what a step draws at random (dropout).
     """
 
     def __init__(
-        self, model: TwoTower, config: TrainConfig, train_count_N: Tensor, steps: int, seed: int
-    ) -> None:
+        self, model: TwoTower, config: TrainConfig, log_q_N: Tensor, memory: int, steps: int,
+        seed: int,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.config = config
@@ -49,11 +50,10 @@ class RetrievalModule(L.LightningModule):
         self.pipeline: SparsePipeline | None = None
         self.latest: Latest | None = None
         # Not saved: it follows from the prepared dataset.
-        self.register_buffer("log_q_N", log_q(train_count_N, config), persistent=False)
-        size = config.negatives.sizes(config.batch_size)["memory"]
+        self.register_buffer("log_q_N", log_q_N, persistent=False)
         self.memory: CandidateMemory | None = None
-        if size:
-            self.memory = CandidateMemory(size, model.dim)
+        if memory:
+            self.memory = CandidateMemory(memory, model.dim)
         fuse_table_optimizer(model, config)
 
     def on_train_epoch_start(self) -> None:
@@ -117,14 +117,16 @@ class RetrievalModule(L.LightningModule):
     def _candidates(self, batch: Batch, item_ND: Tensor) -> tuple[Candidates, Tensor]:
         """Return what the queries are scored against, and which of it are their positives."""
         negatives, own = self.config.negatives, len(batch.weight_B)
+        # Otherwise positives are places among the items of all ranks already.
+        shared = negatives.catalogue or self.config.every_position
         log_q_N = self.log_q_N[batch.item_N]
-        if negatives.in_batch == 0 and not negatives.catalogue:
+        if negatives.in_batch == 0 and not shared:
             # Its own query's positive alone, which is not corrected.
             log_q_N[:own] = FILLER_LOG_Q
         found, positive_B = Candidates(item_ND, batch.item_N, log_q_N), batch.positive_B
         if self.trainer.world_size > 1:
             found = found.of_all_ranks()
-            if not negatives.catalogue:  # where they are places among all ranks' items already
+            if not shared:
                 positive_B = positive_B + self.global_rank * len(item_ND)
         if self.memory is not None:
             found = self._with_memory(self.memory, found, own)

@@ -54,7 +54,7 @@ def _all_rows(rows: Tensor) -> Tensor:
 FILLER_LOG_Q = 1e4
 
 
-def log_q(train_count_N: Tensor, config: TrainConfig) -> Tensor:
+def log_q(count_N: Tensor, config: TrainConfig, queries: float) -> Tensor:
     """Return the log of how often each item is expected among a step's candidates.
 
     An item's positives are drawn as often as training has it, at least once; where sources are
@@ -62,20 +62,24 @@ def log_q(train_count_N: Tensor, config: TrainConfig) -> Tensor:
     (the balance heuristic of Veach and Guibas 1995).
 
     Args:
-        train_count_N: training events of each item.
+        count_N: how often each item is a positive of an epoch.
         config: of training; its exponent is applied.
+        queries: of a step, of all ranks together.
 
     Returns:
         (N + 1,): the last is of item -1, the loader's filler, which no softmax is to count.
     """
     if config.negatives.catalogue:
-        expected_N = torch.ones(len(train_count_N), dtype=torch.float64)
+        expected_N = torch.ones(len(count_N), dtype=torch.float64)
     else:
-        sizes = config.negatives.sizes(config.batch_size)
-        frequency_N = train_count_N.double().clamp_min(1) / train_count_N.sum()
+        sizes = config.negatives.sizes(queries)
+        frequency_N = count_N.double().clamp_min(1) / count_N.sum()
         # A query's own positive is none of its negatives.
-        drawn = max(0, sizes["in_batch"] - 1) + sizes["memory"]
-        expected_N = drawn * frequency_N + sizes["uniform"] / len(train_count_N)
+        in_batch = max(0, sizes["in_batch"] - 1)
+        expected_N = in_batch * frequency_N
+        if config.every_position:  # each once, however many queries have it
+            expected_N = -torch.expm1(in_batch * torch.log1p(-frequency_N.clamp_max(1 - 1e-9)))
+        expected_N += sizes["memory"] * frequency_N + sizes["uniform"] / len(count_N)
     log_q_N = config.log_q * expected_N.log().float()
     return torch.cat([log_q_N, torch.tensor([FILLER_LOG_Q])])
 

@@ -60,8 +60,11 @@ class NegativesConfig:
                 "it, or set in_batch to 0"
             )
 
-    def sizes(self, batch_size: int) -> dict[str, int]:
-        """Return how many candidates of a step come from each source, over all ranks."""
-        total = batch_size / self.in_batch if self.in_batch else float(self.candidates or 0)
-        extra = {name: round(getattr(self, name) * total) for name in ("uniform", "memory")}
-        return {"in_batch": batch_size if self.in_batch else 0, **extra}
+    def sizes(self, queries: float) -> dict[str, int]:
+        """Return how many candidates of a step come from each source, over all ranks.
+
+        Args:
+            queries: of a step, over all ranks.
+        """
+        total = queries / self.in_batch if self.in_batch else float(self.candidates or 0)
+        return {name: round(getattr(self, name) * total) for name in SOURCES}

@@ -44,6 +44,7 @@ from twotower.train.config import EvaluateConfig, TrackingConfig, TrainConfig
 from twotower.train.launch import Place, meeting_point
 from twotower.train.meters import Meters
 from twotower.train.module import RetrievalModule
+from twotower.train.negatives import log_q
 from twotower.train.pipeline import PipelinedLoader
 from twotower.train.plots import plot_curves, read_metrics
 from twotower.train.sharding import TABLE_TYPES, Plan
@@ -129,18 +130,20 @@ def train(
     workers = config.workers if config.workers is not None else 2 * cuda
     loader: Any = TrainLoader(
         data, config.batch_size, seed, rank=place.rank, ranks=place.ranks, workers=workers,
-        pin_memory=cuda, extra=_extra_items(config),
+        pin_memory=cuda, extra=lambda queries: _extra_items(config, queries),
+        every_position=config.every_position,
     )  # fmt: skip
+    queries = loader.queries_a_step
     steps = config.max_epochs * -(-len(loader) // config.accumulate)
     steps = min(steps, config.max_steps or steps)
-    counts = torch.from_numpy(data.train_count.copy())
-    module = RetrievalModule(towers, config, counts, steps, seed)
+    log_q_N = log_q(torch.from_numpy(loader.positive_counts()), config, queries)
+    memory = config.negatives.sizes(queries)["memory"]
+    module = RetrievalModule(towers, config, log_q_N, memory, steps, seed)
     if config.pipeline == "on" or (config.pipeline == "auto" and cuda):
         loader = PipelinedLoader(loader, module)
     wandb = wandb_logger(partial, tracking, name, job) if place.rank == 0 else None
     checkpoints = Checkpoints(folder, config, f"val/{evaluate.monitor}")
-    events_a_step = data.section(0).stop / len(loader)
-    meters = Meters(events_a_step, config.profile, partial / "trace")
+    meters = Meters(queries, config.profile, partial / "trace")
     early = EarlyStopping(
         checkpoints.monitor, mode="max", patience=config.patience, check_on_train_epoch_end=True
     )
@@ -193,10 +196,11 @@ def _join(place: Place, cuda: bool) -> None:
     )  # fmt: skip
 
 
-def _extra_items(config: TrainConfig) -> ExtraItems:
+def _extra_items(config: TrainConfig, queries: float) -> ExtraItems:
     negatives = config.negatives
-    uniform = negatives.sizes(config.batch_size)["uniform"]
-    return ExtraItems(uniform=uniform, catalogue=negatives.catalogue)
+    return ExtraItems(
+        uniform=negatives.sizes(queries)["uniform"], catalogue=negatives.catalogue
+    )  # fmt: skip
 
 
 def _agree(path: Path | None) -> Path | None:

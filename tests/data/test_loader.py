@@ -92,7 +92,8 @@ def test_ranks_share_an_epoch(data, batch_size, ranks, taken) -> None:
 def further_items(data, ranks: int, extra: ExtraItems, epoch: int = 0) -> list[list[int]]:
     """Return what all ranks' batches of each step hold beside the events' own items."""
     loaders = [
-        TrainLoader(data, 8, seed=-3, rank=rank, ranks=ranks, extra=extra) for rank in range(ranks)
+        TrainLoader(data, 8, seed=-3, rank=rank, ranks=ranks, extra=lambda _: extra)
+        for rank in range(ranks)
     ]
     steps = []
     for loader in loaders:
@@ -121,7 +122,7 @@ def test_the_catalogue_stands_for_the_events_items(data) -> None:
     whole, items = ExtraItems(catalogue=True), list(range(len(data.items)))
     for ranks in (1, 2, 3):
         assert further_items(data, ranks, whole) == [items] * len(TrainLoader(data, 8, seed=3))
-    batches = zip(TrainLoader(data, 8, seed=3, extra=whole), epoch_of(data), strict=True)
+    batches = zip(TrainLoader(data, 8, seed=3, extra=lambda _: whole), epoch_of(data), strict=True)
     assert all(batch.positive_B.tolist() == own for batch, own in batches)
 
 

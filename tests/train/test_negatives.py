@@ -33,7 +33,7 @@ def gradient(query: Tensor, item: Tensor, positive: int, config: TrainConfig, dr
     """Return the slope of one query's loss by all items, with candidates drawn for it."""
     leaf = item.clone().requires_grad_()
     id_N, positive_B = draw(positive)
-    corrections = log_q(world()[2], config)[id_N]
+    corrections = log_q(world()[2], config, BATCH)[id_N]
     own = int(positive_B)
     if config.negatives.in_batch == 0 and not config.negatives.catalogue:
         corrections[own] = FILLER_LOG_Q
@@ -114,11 +114,11 @@ def test_expectations_add_up_over_the_sources() -> None:
     )
     frequency = np.array([0.6, 0.3, 0.1, 0.1])  # an item without an event counts as one with one
     expected = np.log(frequency * (100 + 61) + 40 / 4)
-    found = log_q(count, config)
+    found = log_q(count, config, 101)
     np.testing.assert_allclose(found[:-1], expected, rtol=1e-6)
     assert found[-1] == FILLER_LOG_Q, "of the filler, item -1"
     half = TrainConfig(batch_size=101, negatives=config.negatives, log_q=0.5)
-    np.testing.assert_allclose(log_q(count, half)[:-1], expected / 2, rtol=1e-6)
+    np.testing.assert_allclose(log_q(count, half, 101)[:-1], expected / 2, rtol=1e-6)
 
 
 def test_the_memory_keeps_the_newest() -> None:

@@ -1,0 +1,127 @@
+"""Whole histories as training examples: every entry predicts the one behind it.
+
+A user's training items, those from before the log included, are cut into windows of a history's
+length, the newest whole. In a window, each entry but the last of all is a query whose positive is
+the next one (Kang and McAuley 2018), so that a history of L items costs one pass of its encoder,
+not L.
+
+Shape legend: `W` windows, `S` windows of a batch, `B` queries, `N` items.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from twotower.data.batches import Batch, BatchBuilder, Entries
+from twotower.data.prepared import gather
+from twotower.data.schema import ENCODERS, Feature
+from twotower.errors import UserError
+
+I64 = npt.NDArray[np.int64]
+
+
+class Windows:
+    """The windows of a prepared dataset.
+
+    Args:
+        builder: of its batches.
+
+    Raises:
+        UserError: when its query features cannot be had at every entry, or its training events are
+            not each user's first.
+    """
+
+    def __init__(self, builder: BatchBuilder) -> None:
+        self.builder, self.data = builder, builder.data
+        self.history = _history_of(builder.config.query)
+        _refuse_late_training(builder)
+        events, trained = self.data.events_of, self.data.section(0).stop
+        trained_of = np.bincount(self.data.event_columns["user"][:trained], minlength=len(events))
+        size_U = self.data.prior_lengths + trained_of
+        start_U = self.data.history_from.astype(np.int64)
+        length = self.history.length
+        # The first item of all has nothing before it to predict it from.
+        number_U = -(-np.maximum(size_U - 1, 0) // length)
+        self.user_W = np.repeat(np.arange(len(number_U)), number_U)
+        back_W = np.arange(len(self.user_W)) - np.repeat(np.cumsum(number_U) - number_U, number_U)
+        # Of the targets: the entries that predict them lie one before.
+        self.end_W = (start_U + size_U)[self.user_W] - back_W * length
+        self.start_W = np.maximum(self.end_W - length, start_U[self.user_W] + 1)
+
+    def __len__(self) -> int:
+        return len(self.user_W)
+
+    @property
+    def queries(self) -> int:
+        """Number of entries that predict another, of all windows."""
+        return int((self.end_W - self.start_W).sum())
+
+    def target_counts(self) -> I64:
+        """Return how often each item is a positive (N,)."""
+        items, _ = gather(self.data.timeline, self.start_W, self.end_W)
+        return np.bincount(items, minlength=len(self.data.items))
+
+    def targets(self, rows: I64) -> I64:
+        """Return the positives of windows, window after window: catalogue rows (B,)."""
+        items, _ = gather(self.data.timeline, self.start_W[rows], self.end_W[rows])
+        return items.astype(np.int64)
+
+    def batch(self, rows: I64, size: int, items: I64, positive: I64) -> Batch:
+        """Return windows of which every entry is a query.
+
+        Args:
+            rows: of the windows (S,).
+            size: windows of the batch; those behind `rows` are empty, and no queries.
+            items: catalogue rows (N,), -1 for fillers.
+            positive: place among all ranks' items of each query's positive (B,).
+        """
+        lengths = self.end_W[rows] - self.start_W[rows]
+        longest = int(lengths.max(initial=1))
+        first = np.cumsum(lengths) - lengths
+        entry = np.arange(len(positive)) - np.repeat(first, lengths)
+        place = np.repeat(np.arange(len(rows)), lengths) * longest + entry
+        entries = (self.start_W[rows] - 1, self.end_W[rows] - 1)
+        return self.builder.histories(
+            self.user_W[rows], entries, Entries(torch.from_numpy(place), size, longest), items,
+            positive,
+        )  # fmt: skip
+
+
+def _history_of(features: list[Feature]) -> Feature:
+    """Return the history that an encoder reads, refusing features that entries have not."""
+    key = "train.every_position"
+    encoded = [f for f in features if f.pooling in ENCODERS]
+    if len(encoded) != 1:
+        raise UserError(
+            f"{key} needs one history in data.query whose pooling is {' or '.join(ENCODERS)}, "
+            f"got {len(encoded)}"
+        )
+    for f in features:
+        if f.kind == "history" and f is not encoded[0]:
+            raise UserError(
+                f"{key}: history '{f.name}' is pooled by {f.pooling}, which would show an entry "
+                f"what came after it: remove it, or set {key} to false"
+            )
+        if f.source == "interactions":
+            raise UserError(
+                f"{key}: feature '{f.name}' is of the event, and a history's entries do not keep "
+                f"theirs: remove it, or set {key} to false"
+            )
+    return encoded[0]
+
+
+def _refuse_late_training(builder: BatchBuilder) -> None:
+    """Refuse a split that gives a user training events after held-out ones."""
+    c, trained = builder.data.event_columns, builder.data.section(0).stop
+    last = np.full(len(builder.data.users), np.iinfo(np.int64).min)
+    np.maximum.at(last, c["user"][:trained], c["time"][:trained])
+    late = np.flatnonzero(c["time"][trained:] < last[c["user"][trained:]])
+    if len(late):
+        user = builder.data.users["id"][int(c["user"][trained + late[0]])].as_py()
+        raise UserError(
+            "train.every_position needs each user's training events to be the first; user "
+            f"{user!r} is one of those with some after held-out ones: use a temporal or "
+            "leave_last_out split, or set it to false"
+        )
