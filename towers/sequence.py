@@ -4,7 +4,8 @@
 follows Zhai et al. 2024: SiLU of the scores in place of their softmax, so that how much of
 something there is counts too, gated by a projection of the entry itself.
 
-Shape legend: `B` batch, `L` entries of a list, `D` embedding width, `H` heads, `K` width of a head.
+Shape legend: `B` batch, `L` entries of a list, `T` entries that there are (or B x L), `D` embedding
+width, `W` some width, `H` heads, `K` width of a head.
 """
 
 from __future__ import annotations
@@ -14,6 +15,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.towers.config import EncoderConfig
+
+
+class Lists:
+    """A batch's lists, whose entries are computed side by side and meet in padded rows.
+
+    On a CPU, the layers of an entry are computed only where there is one: of lists that fill a
+    sixth of the window, a step takes two fifths of the time (benchmarks/encoders_cpu.py). A GPU
+    would wait for the number of entries, and a graph cannot depend on it: they compute every place.
+
+    Args:
+        mask_BL: which entries there are; the others lie before, behind or between.
+    """
+
+    def __init__(self, mask_BL: Tensor) -> None:
+        self.shape = mask_BL.shape
+        self.index_T: Tensor | None = None
+        if mask_BL.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.index_T = mask_BL.reshape(-1).nonzero().squeeze(1)
+        place_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+        # Who has nothing to see sees itself, since a softmax over nothing is NaN.
+        itself_LL = place_L[:, None] == place_L[None, :]
+        earlier_LL = place_L[:, None] >= place_L[None, :]
+        self.sees_BLL = (mask_BL.unsqueeze(1) & earlier_LL) | itself_LL
+        self.distance_LL = (place_L[:, None] - place_L[None, :]).clamp_min(0)
+
+    def take(self, padded_BLW: Tensor) -> Tensor:
+        """Return the entries (T, W)."""
+        flat = padded_BLW.flatten(0, 1)
+        return flat if self.index_T is None else flat.index_select(0, self.index_T)
+
+    def place(self, entry_TW: Tensor) -> Tensor:
+        """Return the entries in rows (B, L, W), zeros where there is none."""
+        if self.index_T is not None:
+            rows = entry_TW.new_zeros(self.shape.numel(), entry_TW.shape[1])
+            entry_TW = rows.index_copy(0, self.index_T, entry_TW)
+        return entry_TW.view(*self.shape, entry_TW.shape[1])
+
+    def parts(self, entry_TW: Tensor, count: int, heads: int) -> list[Tensor]:
+        """Split a projection into `count` parts of heads (B, H, L, K)."""
+        b, length = self.shape
+        split = self.place(entry_TW).view(b, length, count, heads, -1)
+        return list(split.permute(2, 0, 3, 1, 4).unbind(0))
 
 
 class TransformerBlock(nn.Module):
@@ -30,7 +73,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.attention_norm = nn.LayerNorm(dim)
-        self.query_key_value = nn.Linear(dim, 3 * dim)
+        # The softmax takes a bias of the keys away, whose gradient would be rounding alone.
+        self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
         self.joined = nn.Linear(dim, dim)
         self.layers_norm = nn.LayerNorm(dim)
         self.layers = nn.Sequential(
@@ -38,18 +82,19 @@ class TransformerBlock(nn.Module):
             nn.ReLU(),
             nn.Linear(config.ffn_multiple * dim, dim),
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
-    def forward(self, x_BLD: Tensor, sees_BLL: Tensor) -> Tensor:
-        """Return the entries' next states (B, L, D); see `SequenceEncoder.encode`."""
-        parts = self.query_key_value(self.attention_norm(x_BLD)).chunk(3, dim=-1)
-        q_BHLK, k_BHLK, v_BHLK = (_heads(part, self.heads) for part in parts)
+    def forward(self, x_TD: Tensor, lists: Lists) -> Tensor:
+        """Return the entries' next states (T, D)."""
+        projected = self.query_key_value(self.attention_norm(x_TD))
+        q_BHLK, k_BHLK, v_BHLK = lists.parts(projected, 3, self.heads)
         mixed_BHLK = F.scaled_dot_product_attention(
-            q_BHLK, k_BHLK, v_BHLK, attn_mask=sees_BLL.unsqueeze(1)
+            q_BHLK, k_BHLK, v_BHLK, attn_mask=lists.sees_BLL.unsqueeze(1)
         )
-        x_BLD = x_BLD + self.dropout(self.joined(mixed_BHLK.transpose(1, 2).flatten(2)))
-        next_BLD: Tensor = x_BLD + self.dropout(self.layers(self.layers_norm(x_BLD)))
-        return next_BLD
+        mixed_TD = lists.take(mixed_BHLK.transpose(1, 2).flatten(2))
+        x_TD = x_TD + self.dropout(self.joined(mixed_TD))
+        next_TD: Tensor = x_TD + self.dropout(self.layers(self.layers_norm(x_TD)))
+        return next_TD
 
 
 class HstuBlock(nn.Module):
@@ -65,26 +110,26 @@ class HstuBlock(nn.Module):
         super().__init__()
         self.heads, self.length = config.heads, length
         self.entry_norm = nn.LayerNorm(dim)
-        self.gate_query_key_value = nn.Linear(dim, 4 * dim)
+        self.gate = nn.Linear(dim, dim)
+        self.query_key_value = nn.Linear(dim, 3 * dim)
         self.distance_bias = nn.Parameter(torch.zeros(config.heads, length))
         # What is mixed is small, so that the default eps of 1e-5 would weigh against it.
         self.mixed_norm = nn.LayerNorm(dim, eps=1e-6)
         self.joined = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
-    def forward(self, x_BLD: Tensor, sees_BLL: Tensor) -> Tensor:
-        """Return the entries' next states (B, L, D); see `SequenceEncoder.encode`."""
-        parts = F.silu(self.gate_query_key_value(self.entry_norm(x_BLD))).chunk(4, dim=-1)
-        q_BHLK, k_BHLK, v_BHLK = (_heads(part, self.heads) for part in parts[1:])
-        place_L = torch.arange(x_BLD.shape[1], device=x_BLD.device)
-        distance_LL = (place_L[:, None] - place_L[None, :]).clamp_min(0)
-        score_BHLL = q_BHLK @ k_BHLK.transpose(-1, -2) + self.distance_bias[:, distance_LL]
+    def forward(self, x_TD: Tensor, lists: Lists) -> Tensor:
+        """Return the entries' next states (T, D)."""
+        normed_TD = self.entry_norm(x_TD)
+        projected = F.silu(self.query_key_value(normed_TD))
+        q_BHLK, k_BHLK, v_BHLK = lists.parts(projected, 3, self.heads)
+        score_BHLL = q_BHLK @ k_BHLK.transpose(-1, -2) + self.distance_bias[:, lists.distance_LL]
         # Divided by the window, not by how many there are: whether they are many counts.
-        weight_BHLL = F.silu(score_BHLL) * (sees_BLL.unsqueeze(1) / self.length)
-        mixed_BLD = (weight_BHLL @ v_BHLK).transpose(1, 2).flatten(2)
-        gated_BLD = self.mixed_norm(mixed_BLD) * parts[0]
-        next_BLD: Tensor = x_BLD + self.joined(self.dropout(gated_BLD))
-        return next_BLD
+        weight_BHLL = F.silu(score_BHLL) * (lists.sees_BLL.unsqueeze(1) / self.length)
+        mixed_TD = lists.take((weight_BHLL @ v_BHLK).transpose(1, 2).flatten(2))
+        gated_TD = self.mixed_norm(mixed_TD) * F.silu(self.gate(normed_TD))
+        next_TD: Tensor = x_TD + self.joined(self.dropout(gated_TD))
+        return next_TD
 
 
 class SequenceEncoder(nn.Module):
@@ -108,7 +153,7 @@ class SequenceEncoder(nn.Module):
             else HstuBlock(dim, length, config)
             for _ in range(config.layers)
         )  # fmt: skip
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.norm = nn.LayerNorm(dim)
         # States begin as long as embeddings, which the towers add them to.
         nn.init.constant_(self.norm.weight, 1 / self.scale)
@@ -124,19 +169,15 @@ class SequenceEncoder(nn.Module):
             mask_BL: which of them there are; the others lie before, behind or between, and their
                 states mean nothing.
         """
-        x_BLD = entry_BLD * self.scale
+        lists = Lists(mask_BL)
+        x_TD = lists.take(entry_BLD) * self.scale
         if self.recency is not None:
-            x_BLD = x_BLD + self.recency[newer_entries(mask_BL)]
-        place_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
-        # Who has nothing to see sees itself, since a softmax over nothing is NaN.
-        itself_LL = place_L[:, None] == place_L[None, :]
-        earlier_LL = place_L[:, None] >= place_L[None, :]
-        sees_BLL = (mask_BL.unsqueeze(1) & earlier_LL) | itself_LL
-        x_BLD = self.dropout(x_BLD)
+            newer_T = lists.take(newer_entries(mask_BL).unsqueeze(-1)).squeeze(-1)
+            x_TD = x_TD + F.embedding(newer_T, self.recency)
+        x_TD = self.dropout(x_TD)
         for block in self.blocks:
-            x_BLD = block(x_BLD, sees_BLL)
-        state_BLD: Tensor = self.norm(x_BLD)
-        return state_BLD
+            x_TD = block(x_TD, lists)
+        return lists.place(self.norm(x_TD))
 
     def forward(self, entry_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Return the newest entry's state (B, D), zeros for an empty list; see `encode`."""
@@ -151,6 +192,12 @@ def newer_entries(mask_BL: Tensor) -> Tensor:
     return newer_BL.clamp_min(0)
 
 
-def _heads(x_BLD: Tensor, heads: int) -> Tensor:
-    b, length, dim = x_BLD.shape
-    return x_BLD.view(b, length, heads, dim // heads).transpose(1, 2)
+class Dropout(nn.Dropout):
+    """torch's, whose draws on a CPU take three times as long as these."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with a share `p` of its values dropped and the others grown, in training."""
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        keep = torch.rand(x.shape) >= self.p
+        return x * (keep / (1 - self.p)).to(x.dtype)

@@ -134,7 +134,8 @@ def hstu_by_hand(made: SequenceEncoder, entry: torch.Tensor) -> torch.Tensor:
         normed = torch.nn.functional.layer_norm(
             x, (DIM,), block.entry_norm.weight, block.entry_norm.bias
         )
-        u, q, k, v = torch.nn.functional.silu(block.gate_query_key_value(normed)).chunk(4, -1)
+        u = torch.nn.functional.silu(block.gate(normed))
+        q, k, v = torch.nn.functional.silu(block.query_key_value(normed)).chunk(3, -1)
         out, width = torch.zeros_like(x), DIM // block.heads
         for head in range(block.heads):
             part = slice(head * width, (head + 1) * width)
@@ -163,7 +164,7 @@ def test_the_transformer_is_that_of_torch() -> None:
     peer.eval()
     for block, theirs in zip(made.blocks, peer.layers, strict=True):
         theirs.self_attn.in_proj_weight.data = block.query_key_value.weight.data
-        theirs.self_attn.in_proj_bias.data = block.query_key_value.bias.data
+        theirs.self_attn.in_proj_bias.data.zero_()
         theirs.self_attn.out_proj = block.joined
         theirs.norm1, theirs.norm2 = block.attention_norm, block.layers_norm
         theirs.linear1, theirs.linear2 = block.layers[0], block.layers[2]

@@ -50,7 +50,7 @@ def run_on_ranks(ranks: int, scenario: str, arguments: dict[str, Any], cwd: Path
 def train(prepared: str, settings: list[dict[str, Any]]) -> None:
     """Train once for every setting; the result of the i-th is the directory `<i>`."""
     from twotower.data.prepared import PreparedDataset
-    from twotower.towers.config import ModelConfig
+    from twotower.towers.config import model_config
     from twotower.train.config import EvaluateConfig, TableSharding, TrackingConfig, TrainConfig
     from twotower.train.launch import Place
     from twotower.train.negatives_config import NegativesConfig
@@ -65,7 +65,7 @@ def train(prepared: str, settings: list[dict[str, Any]]) -> None:
         tables = {n: TableSharding(**t) for n, t in changes.pop("tables", {}).items()}
         if "negatives" in changes:
             changes["negatives"] = NegativesConfig(**changes["negatives"])
-        model = ModelConfig(**{"dim": 16, "hidden": [32], **changes.pop("model", {})})
+        model = model_config({"dim": 16, "hidden": [32], **changes.pop("model", {})})
         config = TrainConfig(**{"tables": tables, **changes})
         config.validate()
         train(
