@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -33,7 +34,7 @@ from twotower.data.log.features import raw_feature
 from twotower.data.log.id_types import IdTypes
 from twotower.data.log.read import read_chunks
 from twotower.data.log.sources import ENTITIES, Source, is_own_id, locations, resolve_sources
-from twotower.data.schema import DataConfig, Feature
+from twotower.data.schema import LINE_FORMATS, DataConfig, Feature
 from twotower.errors import UserError
 
 SPLIT_NAMES = ("train", "validation", "test")
@@ -116,12 +117,15 @@ class _Events:
         self.features = [f for f in config.query if f.source == "interactions"]
         self.keep: Any = None
         self.dropped = 0
+        self.lines = config.format in LINE_FORMATS
+        self.clock = 0
 
     def names(self) -> dict[str, str]:
         """Return the columns to read, each with the key that names it."""
         c, split = self.config.columns, self.config.split
-        out = {c.user: "data.columns.user", c.item: "data.columns.item",
-               c.timestamp: "data.columns.timestamp"}  # fmt: skip
+        out = {c.user: "data.columns.user", c.item: "data.columns.item"}
+        if not self.lines:
+            out[c.timestamp] = "data.columns.timestamp"
         if c.weight is not None:
             out[c.weight] = "data.columns.weight"
         if c.label is not None and c.positive_from is not None:
@@ -140,7 +144,10 @@ class _Events:
             spot = Spot(chunk, column)
             ids = as_ids(spot, allow_null=False)
             out[name] = note_ids(types, name, f"raw_events.{name}", spot, ids)
-        out["time"] = pa.array(as_timestamps(Spot(chunk, c.timestamp), c.timestamp_unit))
+        if self.lines:
+            out["time"] = pa.array(self._places(len(chunk.bad), split))
+        else:
+            out["time"] = pa.array(as_timestamps(Spot(chunk, c.timestamp), c.timestamp_unit))
         if c.weight is not None:
             spot = Spot(chunk, c.weight)
             weight = pc.fill_null(as_floats(spot), 1.0)
@@ -161,6 +168,16 @@ class _Events:
             self.keep = numpy_mask(pc.greater_equal(label, c.positive_from))
             self.dropped += int((~self.keep & ~chunk.bad).sum())
         return out
+
+    def _places(self, size: int, split: int) -> npt.NDArray[np.int64]:
+        """Return the times of a log without any: its order, a microsecond an event.
+
+        What a user has in files of a given split is of one moment, after the training.
+        """
+        if split:
+            return np.full(size, self.clock + split)
+        self.clock += size
+        return np.arange(self.clock - size, self.clock)
 
 
 class _Entities:

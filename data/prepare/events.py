@@ -21,7 +21,7 @@ from twotower.data.engine import BATCH_ROWS, arrow_batches, quoted
 from twotower.data.log.scan import Report
 from twotower.data.prepare.columns import with_values
 from twotower.data.prepare.entities import context_ids, count_rows, row_map
-from twotower.data.prepare.split import Cuts, leave_last_out
+from twotower.data.prepare.split import Cuts, hold_out, leave_last_out
 from twotower.data.prepare.spool import Spool
 from twotower.data.prepared import PreparedDataset, array, one_chunk
 from twotower.data.schema import DataConfig
@@ -220,8 +220,13 @@ class EventWriter:
         first = some[0].column_names
         table = pa.concat_tables([p.select(first) for p in some]).combine_chunks()
         user, split = array(table, "user").astype(np.int64), self._split(table)
+        moved = self.config.split.held_out != "none"
+        if moved:
+            time = array(table, "time")
+            split, time = hold_out(array(table, "user"), split, time, self.config.split)
+            table = _put(table, "time", time)
         table = _put(table, "split", split)
-        if len(some) > 1:
+        if len(some) > 1 or moved:
             order = np.argsort(user * 3 + split, kind="stable")
             table = table.take(pa.array(order))
         return table
