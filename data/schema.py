@@ -92,7 +92,22 @@ class Columns:
     label: str | None = None
     """Optional outcome, for instance a rating; see `positive_from`."""
     positive_from: float | None = None
-    """Events whose label is below are left out."""
+    """Events whose label is below are left out; see `train_on`."""
+    train_on: str = "positives"
+    """positives, or all: events below are trained on and stand in histories too; of validation and
+    test, those alone that reach `positive_from` are relevant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """What users took before the log begins, as lists: training events before its first."""
+
+    location: str
+    """Table with one row a user, Parquet, CSV or JSON lines."""
+    column: str
+    """Its column of lists of item ids, oldest first."""
+    separator: str | None = None
+    """Splits a string column into ids, for instance '|' in CSV files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +150,10 @@ class DataConfig:
     """Optional table with one row a user."""
     items: str | None = None
     """Optional table with one row an item; items never interacted with are candidates too."""
+    earlier: Earlier | None = None
+    """Optional table of lists of what each user took before the log begins."""
     root: str = ""
-    """Folder or URL that the three locations above are relative to."""
+    """Folder or URL that all locations are relative to."""
     columns: Columns = field(default_factory=Columns)
     """Names of the log's columns."""
     query: list[Feature] = field(default_factory=list)
@@ -203,10 +220,7 @@ class DataConfig:
             self._validate_lines()
         if len([f for f in self.histories() if f.column]) > 1:
             raise UserError("data.query: only one history may name a `column` of earlier items")
-        if self.columns.positive_from is not None and self.columns.label is None:
-            raise UserError(
-                "data.columns.positive_from needs data.columns.label: name the label's column"
-            )
+        self._validate_outcomes()
         for name in set(self.display) & {"id", "train_count"}:
             raise UserError(f"data.display: '{name}' is a column of the bundle's own: rename it")
         if self.display and self.items is None:
@@ -247,6 +261,30 @@ class DataConfig:
                 f"together below 1, test above 0; got {split.validation} and {split.test}"
             )
 
+    def _validate_outcomes(self) -> None:
+        columns, split = self.columns, self.split
+        if columns.positive_from is not None and columns.label is None:
+            raise UserError(
+                "data.columns.positive_from needs data.columns.label: name the label's column"
+            )
+        one_of("data.columns.train_on", columns.train_on, ("positives", "all"))
+        if columns.train_on == "all" and columns.positive_from is None:
+            raise UserError(
+                "data.columns.train_on is all, which says what becomes of events below "
+                "data.columns.positive_from: set that, or leave train_on out"
+            )
+        if columns.train_on == "all" and (
+            split.kind == "leave_last_out" or split.held_out != "none"
+        ):
+            raise UserError(
+                "data.columns.train_on: all needs validation and test of their own, not events "
+                "taken from each user's: use a temporal split, or a given one without held_out"
+            )
+        if self.earlier is not None and any(f.column for f in self.histories()):
+            raise UserError(
+                "data.earlier and a history's `column` both say what came before the log: keep one"
+            )
+
     def _validate_lines(self) -> None:
         """Refuse what needs a column, or a time, that lines of ids do not have."""
         if self.split.kind == "temporal":
@@ -263,6 +301,11 @@ class DataConfig:
                     f"data.{key} names a column, but data.format: {self.format} has users and "
                     "items alone: leave it out"
                 )
+        if self.earlier is not None:
+            raise UserError(
+                f"data.earlier comes before a log's times, and data.format: {self.format} has "
+                "none: put the earlier items first in each user's line"
+            )
 
 
 def parse_date(key: str, text: str) -> int:

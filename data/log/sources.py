@@ -29,6 +29,8 @@ def locations(config: DataConfig) -> dict[str, str]:
         "data.users": config.users,
         "data.items": config.items,
     }
+    if config.earlier is not None:
+        places["data.earlier"] = config.earlier.location
     if config.split.kind == "given":
         places["data.split.validation_files"] = config.split.validation_files
         places["data.split.test_files"] = config.split.test_files
@@ -41,6 +43,7 @@ TABLES = {
     "data.split.test_files": ("raw_events", 2),
     "data.users": ("raw_users", 0),
     "data.items": ("raw_items", 0),
+    "data.earlier": ("raw_earlier", 0),
 }
 
 
