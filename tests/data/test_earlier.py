@@ -187,3 +187,11 @@ def test_what_cannot_be_is_one_line(tmp_path, case) -> None:
     with pytest.raises(UserError, match=message) as found:
         prepared(tmp_path, "log.parquet", earlier=EARLIER, **changes)
     assert "\n" not in str(found.value)
+
+
+def test_a_table_of_earlier_items_needs_its_location(tmp_path, twotower) -> None:
+    job = ["--data.interactions=log.parquet", "--data.earlier.column=watched", "--name=a",
+           "--run_dir=run"]  # fmt: skip
+    done = twotower("prepare", *job, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "twotower: error: data.earlier also needs location"
