@@ -23,7 +23,7 @@ from twotower.data.encode import Encoder, Normaliser
 from twotower.data.log.scan import SPLIT_NAMES
 from twotower.data.prepare.plan import FORMAT
 from twotower.data.prepare.spool import read_arrow
-from twotower.data.schema import Columns, DataConfig, Feature, Split
+from twotower.data.schema import Columns, DataConfig, Earlier, Feature, Split
 from twotower.data.table import Table
 from twotower.data.vocabulary import DynamicIds, Vocabulary
 from twotower.errors import UserError
@@ -306,6 +306,7 @@ def data_config(raw: dict[str, Any]) -> DataConfig:
     nested = {
         "columns": Columns(**raw["columns"]),
         "split": Split(**raw["split"]),
+        "earlier": Earlier(**raw["earlier"]) if raw.get("earlier") else None,
         "query": [Feature(**f) for f in raw["query"]],
         "item": [Feature(**f) for f in raw["item"]],
         "tables": {name: Table(**t) for name, t in raw["tables"].items()},

@@ -29,6 +29,8 @@ ID_KINDS = ("id", "ids", "history")
 ENCODERS = ("transformer", "hstu")
 POOLINGS = ("mean", "sum", "attention", *ENCODERS)
 SPLITS = ("temporal", "leave_last_out", "given")
+# Formats without column names and times: a row's place in the log is its time.
+LINE_FORMATS = ("user_lines", "pair_lines")
 TIME_UNITS = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 0}
 
 # Tensors of every model, beside its features.
@@ -93,7 +95,22 @@ class Columns:
     label: str | None = None
     """Optional outcome, for instance a rating; see `positive_from`."""
     positive_from: float | None = None
-    """Events whose label is below are left out."""
+    """Events whose label is below are left out; see `train_on`."""
+    train_on: str = "positives"
+    """positives, or all: events below are trained on and stand in histories too; of validation and
+    test, those alone that reach `positive_from` are relevant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """What users took before the log begins, as lists: training events before its first."""
+
+    location: str
+    """Table with one row a user, Parquet, CSV or JSON lines."""
+    column: str
+    """Its column of lists of item ids, oldest first."""
+    separator: str | None = None
+    """Splits a string column into ids, for instance '|' in CSV files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +120,7 @@ class Split:
     kind: str = "temporal"
     """temporal (by time), leave_last_out (a user's last two events) or given."""
     validation: float = 0.1
-    """temporal: share of the events, the second newest."""
+    """temporal: share of the events, the second newest. given: see `held_out`."""
     test: float = 0.1
     """temporal: share of the events, the newest."""
     validation_from: str | None = None
@@ -116,6 +133,11 @@ class Split:
     """given: log of the validation events, when `interactions` holds training alone."""
     test_files: str | None = None
     """given: log of the test events, when `interactions` holds training alone."""
+    held_out: str = "none"
+    """given, with test_files alone: which of each user's training events, a share `validation`, are
+    held out for validation, as one query a user: none, random or last."""
+    seed: int = 0
+    """Of a random held_out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +145,18 @@ class DataConfig:
     """The log and the features taken from it."""
 
     interactions: str
-    """Log of events, Parquet, CSV or JSON lines: a file, folder, glob or fsspec URL."""
+    """Log of events: a file, folder, glob or fsspec URL."""
+    format: str = "table"
+    """Of the events' files: table (Parquet, CSV or JSON lines, by their names), user_lines (`user
+    item item ...`, oldest first) or pair_lines (`user item`, oldest first), blanks between ids."""
     users: str | None = None
     """Optional table with one row a user."""
     items: str | None = None
     """Optional table with one row an item; items never interacted with are candidates too."""
+    earlier: Earlier | None = None
+    """Optional table of lists of what each user took before the log begins."""
     root: str = ""
-    """Folder or URL that the three locations above are relative to."""
+    """Folder or URL that all locations are relative to."""
     columns: Columns = field(default_factory=Columns)
     """Names of the log's columns."""
     query: list[Feature] = field(default_factory=list)
@@ -177,7 +204,9 @@ class DataConfig:
                     raise UserError(f"data.{tower}: feature '{name}' stands twice: rename one")
         for tower, feature in self.features():
             _validate_feature(tower, feature)
+        one_of("data.format", self.format, ("table", *LINE_FORMATS))
         one_of("data.split.kind", self.split.kind, SPLITS)
+        one_of("data.split.held_out", self.split.held_out, ("none", "random", "last"))
         one_of("data.columns.timestamp_unit", self.columns.timestamp_unit, TIME_UNITS)
         one_of("data.on_bad_rows", self.on_bad_rows, ("error", "skip"))
         if self.memory_gb < 0.5:
@@ -190,12 +219,11 @@ class DataConfig:
                 )
             table.validate(f"data.tables.{name}")
         self._validate_split()
+        if self.format in LINE_FORMATS:
+            self._validate_lines()
         if len([f for f in self.histories() if f.column]) > 1:
             raise UserError("data.query: only one history may name a `column` of earlier items")
-        if self.columns.positive_from is not None and self.columns.label is None:
-            raise UserError(
-                "data.columns.positive_from needs data.columns.label: name the label's column"
-            )
+        self._validate_outcomes()
         for name in set(self.display) & {"id", "train_count"}:
             raise UserError(f"data.display: '{name}' is a column of the bundle's own: rename it")
         if self.display and self.items is None:
@@ -207,6 +235,20 @@ class DataConfig:
             raise UserError(
                 "data.split.kind is given: set data.split.column, or data.split.test_files"
             )
+        if split.held_out != "none":
+            if split.kind != "given" or split.column or split.validation_files:
+                raise UserError(
+                    "data.split.held_out takes validation from the training events, which needs "
+                    "data.split.kind: given with test_files alone, without column and "
+                    "validation_files: set it to none"
+                )
+            if not 0 < split.validation < 1:
+                raise UserError(
+                    "data.split.validation is the share of each user's training events that is "
+                    f"held out, above 0 and below 1; got {split.validation:g}"
+                )
+        if not 0 <= split.seed < 2**32:
+            raise UserError(f"data.split.seed must be from 0 to {2**32 - 1}, got {split.seed}")
         if split.kind != "temporal":
             return
         for name, date in (
@@ -220,6 +262,52 @@ class DataConfig:
             raise UserError(
                 "data.split.validation and data.split.test are shares of the events, "
                 f"together below 1, test above 0; got {split.validation} and {split.test}"
+            )
+
+    def _validate_outcomes(self) -> None:
+        columns, split = self.columns, self.split
+        if columns.positive_from is not None and columns.label is None:
+            raise UserError(
+                "data.columns.positive_from needs data.columns.label: name the label's column"
+            )
+        one_of("data.columns.train_on", columns.train_on, ("positives", "all"))
+        if columns.train_on == "all" and columns.positive_from is None:
+            raise UserError(
+                "data.columns.train_on is all, which says what becomes of events below "
+                "data.columns.positive_from: set that, or leave train_on out"
+            )
+        if columns.train_on == "all" and (
+            split.kind == "leave_last_out" or split.held_out != "none"
+        ):
+            raise UserError(
+                "data.columns.train_on: all needs validation and test of their own, not events "
+                "taken from each user's: use a temporal split, or a given one without held_out"
+            )
+        if self.earlier is not None and any(f.column for f in self.histories()):
+            raise UserError(
+                "data.earlier and a history's `column` both say what came before the log: keep one"
+            )
+
+    def _validate_lines(self) -> None:
+        """Refuse what needs a column, or a time, that lines of ids do not have."""
+        if self.split.kind == "temporal":
+            raise UserError(
+                f"data.split.kind is temporal, but data.format: {self.format} has no times: set it "
+                "to leave_last_out, or to given with test_files"
+            )
+        for key, name in (
+            ("columns.weight", self.columns.weight), ("columns.label", self.columns.label),
+            ("split.column", self.split.column),
+        ):  # fmt: skip
+            if name is not None:
+                raise UserError(
+                    f"data.{key} names a column, but data.format: {self.format} has users and "
+                    "items alone: leave it out"
+                )
+        if self.earlier is not None:
+            raise UserError(
+                f"data.earlier comes before a log's times, and data.format: {self.format} has "
+                "none: put the earlier items first in each user's line"
             )
 
 

@@ -36,7 +36,7 @@ REMEDIES = {
     "temporal": "raise data.split.{name}, or give an earlier data.split.{name}_from",
     "leave_last_out": "leave out repeated events of a user and an item, or use a temporal split",
     "given": "mark events of items new to their users as {name} in data.split.column, or put such "
-    "events into data.split.{name}_files",
+    "events into data.split.{name}_files; data.split.held_out takes validation from training",
 }
 
 

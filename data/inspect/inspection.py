@@ -97,7 +97,8 @@ def _reading(config: DataConfig, against: PreparedDataset | None) -> tuple[DataC
     """Return what the log is read with: bad rows skipped, ids of the types trained on."""
     types = IdTypes.of(config)
     if against is not None:
-        config = readable(config, against)
+        # What came before the log is no part of a new one.
+        config = replace(readable(config, against), earlier=None)
         types = IdTypes.of(against.config, against.summary["types"])
     return replace(config, on_bad_rows="skip"), types
 

@@ -103,9 +103,10 @@ def make_log(connection: Any, config: DataConfig, cuts: Cuts, contexts: list[Fea
             f"(CASE WHEN count(*) OVER ({of_user}) < 3 THEN 0 ELSE greatest(0, 3 - row_number() "
             f"OVER ({of_user} ORDER BY e.time DESC, e.seq DESC)) END)"
         )
+    judged = f"WHERE {split} = 0 OR e.positive" if config.columns.train_on == "all" else ""
     connection.execute(
         f"CREATE TABLE log AS SELECT {', '.join(columns)}, {split}::TINYINT AS split "
-        "FROM events e JOIN users u ON u.id = e.user JOIN items i ON i.id = e.item"
+        f"FROM events e JOIN users u ON u.id = e.user JOIN items i ON i.id = e.item {judged}"
     )
     for side in ("user", "item"):
         connection.execute(

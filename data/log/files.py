@@ -16,6 +16,7 @@ FORMATS = {
     "csv": (".csv",),
     "json": (".jsonl", ".ndjson", ".json"),
 }
+TEXT = (".txt",)
 COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
 # What no backend means when it cannot read: its traceback is needed.
 OUR_BUGS = (AssertionError, AttributeError, IndexError, KeyError, NameError, TypeError)
@@ -29,7 +30,7 @@ class LogFile:
     Attributes:
         fs: fsspec filesystem.
         path: in that filesystem.
-        format: parquet, csv or json.
+        format: parquet, csv, json, user_lines or pair_lines.
         size: bytes, for progress.
         state: name, size and time or ETag; what tells whether the file changed.
         partition: values that a hive folder's name gives, `day=3` as `{"day": "3"}`.
@@ -68,12 +69,14 @@ def locate(root: str, location: str) -> str:
     return posixpath.join(root, location)
 
 
-def list_files(location: str, key: str) -> list[LogFile]:
+def list_files(location: str, key: str, lines: str | None = None) -> list[LogFile]:
     """Return the sorted files that `location` stands for.
 
     Args:
         location: file, folder (searched to any depth), glob or URL.
         key: the configuration key, for errors.
+        lines: the format of files of lines, which have any name, in a folder one ending in .txt;
+            without it, a name says the format.
 
     Raises:
         UserError: when nothing is there, or not all of one readable format.
@@ -82,8 +85,11 @@ def list_files(location: str, key: str) -> list[LogFile]:
         fs, path = fsspec.core.url_to_fs(location)
         # A listing kept from before would hide what is new.
         fs.invalidate_cache()
-        found = _matching(fs, path)
-        files = [_log_file(fs, f, found[f], _below(path), location, key) for f in sorted(found)]
+        found = _matching(fs, path, lines)
+        files = [
+            _log_file(fs, f, found[f], _below(path), lines or _named_format(f, location, key))
+            for f in sorted(found)
+        ]
     except ImportError as error:
         raise UserError(
             f"{location}: cannot be opened ({key}): {_extra(location, error)}"
@@ -127,45 +133,52 @@ def _below(path: str) -> str:
     return "/".join(parts[:plain])
 
 
-def _matching(fs: Any, path: str) -> dict[str, dict[str, Any]]:
+def _matching(fs: Any, path: str, lines: str | None) -> dict[str, dict[str, Any]]:
     """Return the files that a path stands for, with what the filesystem says of each."""
     if any(c in path for c in "*?["):
         found: dict[str, dict[str, Any]] = {}
         for name, info in fs.glob(path, detail=True).items():
-            found |= _below_folder(fs, name) if info["type"] == "directory" else {name: info}
+            inside = info["type"] == "directory"
+            found |= _below_folder(fs, name, lines) if inside else {name: info}
         return found
     if fs.isdir(path):
-        return _below_folder(fs, path)
+        return _below_folder(fs, path, lines)
     return {path: fs.info(path)} if fs.exists(path) else {}
 
 
-def _below_folder(fs: Any, path: str) -> dict[str, dict[str, Any]]:
+def _below_folder(fs: Any, path: str, lines: str | None) -> dict[str, dict[str, Any]]:
     base = len(path.rstrip("/"))
     return {
         f: info
         for f, info in fs.find(path, detail=True).items()
         # Spark's _SUCCESS, _temporary/ and .crc files are no data.
-        if _format(f) and not any(p[:1] in ("_", ".") for p in f[base:].split("/") if p)
+        if (_ends(f, TEXT) if lines else _format(f))
+        and not any(p[:1] in ("_", ".") for p in f[base:].split("/") if p)
     }
 
 
+def _ends(file: str, suffixes: tuple[str, ...]) -> bool:
+    return file.endswith(tuple(suffix + c for suffix in suffixes for c in COMPRESSIONS))
+
+
 def _format(file: str) -> str | None:
-    for name, suffixes in FORMATS.items():
-        for suffix in suffixes:
-            if any(file.endswith(suffix + c) for c in COMPRESSIONS):
-                return name
-    return None
+    return next((name for name, suffixes in FORMATS.items() if _ends(file, suffixes)), None)
 
 
-def _log_file(
-    fs: Any, path: str, info: dict[str, Any], below: str, location: str, key: str
-) -> LogFile:
+def _named_format(path: str, location: str, key: str) -> str:
     kind = _format(path)
     if kind is None:
+        lines = ""
+        if _ends(path, TEXT):
+            lines = ", or set data.format to user_lines or pair_lines if it holds such events"
         raise UserError(
             f"{location}: expected .parquet, .csv or .jsonl files ({key}), got {path}: "
-            "rename or convert it"
+            f"rename or convert it{lines}"
         )
+    return kind
+
+
+def _log_file(fs: Any, path: str, info: dict[str, Any], below: str, kind: str) -> LogFile:
     state = _state(path, info)
     pairs = [p.split("=", 1) for p in path[len(below) :].split("/")[:-1] if "=" in p]
     partition = {k: None if v == HIVE_NULL else unquote(v) for k, v in pairs}

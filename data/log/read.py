@@ -15,6 +15,8 @@ from twotower.data.log.chunk import BadRows, Chunk, Columns, missing_column
 from twotower.data.log.csv_rows import csv_names, read_csv
 from twotower.data.log.files import OUR_BUGS, LogFile, first_line
 from twotower.data.log.json_rows import json_names, read_json
+from twotower.data.log.lines import read_lines
+from twotower.data.schema import LINE_FORMATS
 from twotower.errors import UserError
 
 ROWS = 1 << 18
@@ -44,8 +46,12 @@ def read_chunks(file: LogFile, names: list[str], key: str, bad_rows: BadRows) ->
             broken row unless it is skipped.
     """
     stored = [n for n in names if n not in file.partition]
-    reader = {"parquet": _parquet, "csv": read_csv, "json": read_json}[file.format]
-    text = frozenset(names if file.format == "csv" else file.partition)
+    reader = {
+        "parquet": _parquet, "csv": read_csv, "json": read_json,
+        "user_lines": read_lines, "pair_lines": read_lines,
+    }[file.format]  # fmt: skip
+    untyped = file.format in ("csv", *LINE_FORMATS)
+    text = frozenset(names if untyped else file.partition)
     with _readable(file):
         for columns, place in reader(file, stored, key, bad_rows):
             size = len(next(iter(columns.values()))) if columns else 0

@@ -1,8 +1,9 @@
-"""The scan: every file of a log, checked, into three tables of the engine.
+"""The scan: every file of a log, checked, into tables of the engine.
 
-    raw_events  user, item, time (µs), [weight], [split], [prior], f.<feature> of the interactions
+    raw_events  user, item, time (µs), [weight], [split], [positive], [prior], f.<feature>
     raw_users   id, [prior], f.<feature>
     raw_items   id, f.<feature>, d.<display>
+    raw_earlier id, prior
 
 Rows keep the log's order, which DuckDB's `rowid` tells. Ids that a text file brought are text
 until all files are read: they are numbers when every one of them is (`IdTypes`).
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -33,7 +35,7 @@ from twotower.data.log.features import raw_feature
 from twotower.data.log.id_types import IdTypes
 from twotower.data.log.read import read_chunks
 from twotower.data.log.sources import ENTITIES, Source, is_own_id, locations, resolve_sources
-from twotower.data.schema import DataConfig, Feature
+from twotower.data.schema import LINE_FORMATS, DataConfig, Earlier, Feature
 from twotower.errors import UserError
 
 SPLIT_NAMES = ("train", "validation", "test")
@@ -69,11 +71,13 @@ def scan(
     config = resolve_sources(config, sources)
     bad_rows = BadRows(config.on_bad_rows == "skip")
     events = _Events(config, types)
-    readers: dict[str, _Events | _Entities] = {
+    readers: dict[str, _Events | _Entities | _Earlier] = {
         "raw_events": events,
         "raw_users": _Entities("users", config, types),
         "raw_items": _Entities("items", config, types),
     }
+    if config.earlier is not None:
+        readers["raw_earlier"] = _Earlier(config, config.earlier, types)
     total = max(1, sum(f.size for s in sources for f in s.files))
     done = 0
     empty: dict[str, dict[str, pa.Array]] = {}
@@ -116,12 +120,15 @@ class _Events:
         self.features = [f for f in config.query if f.source == "interactions"]
         self.keep: Any = None
         self.dropped = 0
+        self.lines = config.format in LINE_FORMATS
+        self.clock = 0
 
     def names(self) -> dict[str, str]:
         """Return the columns to read, each with the key that names it."""
         c, split = self.config.columns, self.config.split
-        out = {c.user: "data.columns.user", c.item: "data.columns.item",
-               c.timestamp: "data.columns.timestamp"}  # fmt: skip
+        out = {c.user: "data.columns.user", c.item: "data.columns.item"}
+        if not self.lines:
+            out[c.timestamp] = "data.columns.timestamp"
         if c.weight is not None:
             out[c.weight] = "data.columns.weight"
         if c.label is not None and c.positive_from is not None:
@@ -140,7 +147,10 @@ class _Events:
             spot = Spot(chunk, column)
             ids = as_ids(spot, allow_null=False)
             out[name] = note_ids(types, name, f"raw_events.{name}", spot, ids)
-        out["time"] = pa.array(as_timestamps(Spot(chunk, c.timestamp), c.timestamp_unit))
+        if self.lines:
+            out["time"] = pa.array(self._places(len(chunk.bad), split))
+        else:
+            out["time"] = pa.array(as_timestamps(Spot(chunk, c.timestamp), c.timestamp_unit))
         if c.weight is not None:
             spot = Spot(chunk, c.weight)
             weight = pc.fill_null(as_floats(spot), 1.0)
@@ -158,9 +168,23 @@ class _Events:
         self.keep = None
         if c.label is not None and c.positive_from is not None:
             label = as_floats(Spot(chunk, c.label))
-            self.keep = numpy_mask(pc.greater_equal(label, c.positive_from))
-            self.dropped += int((~self.keep & ~chunk.bad).sum())
+            positive = numpy_mask(pc.greater_equal(label, c.positive_from))
+            if c.train_on == "all":
+                out["positive"] = pa.array(positive)
+                return out
+            self.keep = positive
+            self.dropped += int((~positive & ~chunk.bad).sum())
         return out
+
+    def _places(self, size: int, split: int) -> npt.NDArray[np.int64]:
+        """Return the times of a log without any: its order, a microsecond an event.
+
+        What a user has in files of a given split is of one moment, after the training.
+        """
+        if split:
+            return np.full(size, self.clock + split)
+        self.clock += size
+        return np.arange(self.clock - size, self.clock)
 
 
 class _Entities:
@@ -199,6 +223,33 @@ class _Entities:
         if self.side == "items":
             out |= {f"d.{n}": _display(Spot(chunk, n)) for n in self.config.display}
         return out
+
+
+class _Earlier:
+    """Checks chunks of what came before the log."""
+
+    keep = None
+
+    def __init__(self, config: DataConfig, earlier: Earlier, types: IdTypes) -> None:
+        self.user, self.types = config.columns.user, types
+        self.items = Feature(
+            name="earlier", kind="history", column=earlier.column, separator=earlier.separator,
+            length=2**31 - 1,
+        )  # fmt: skip
+
+    def names(self) -> dict[str, str]:
+        """Return the columns to read, each with the key that names it."""
+        return {self.user: "data.columns.user", self.items.source_column: "data.earlier.column"}
+
+    def rows(self, chunk: Chunk, _: int) -> dict[str, pa.Array]:
+        """Return a chunk's checked columns."""
+        spot = Spot(chunk, self.user)
+        ids = as_ids(spot, allow_null=False)
+        lists = Spot(chunk, self.items.source_column)
+        return {
+            "id": note_ids(self.types, "user", "raw_earlier.id", spot, ids),
+            "prior": _feature(self.types, "query", self.items, "raw_earlier", "prior", lists),
+        }
 
 
 def _display(spot: Spot) -> pa.Array:
@@ -291,7 +342,7 @@ def _refuse_nothing(connection: Any, config: DataConfig, events: _Events) -> Non
 
 
 def _refuse_repeated(connection: Any, config: DataConfig, sources: list[Source]) -> None:
-    for side in ENTITIES:
+    for side in (*ENTITIES, "earlier"):
         source = next((s for s in sources if s.key == f"data.{side}"), None)
         if source is None:
             continue
@@ -300,7 +351,7 @@ def _refuse_repeated(connection: Any, config: DataConfig, sources: list[Source])
             "HAVING count(*) > 1 ORDER BY 2 LIMIT 1"
         ).fetchall()
         for found in repeated:
-            column = config.columns.user if side == "users" else config.columns.item
+            column = config.columns.item if side == "items" else config.columns.user
             raise UserError(
                 f"{locations(config)[source.key]}, column '{column}': {found[0]!r} stands in row "
                 f"{found[1] + 1} and again in row {found[2] + 1} ({found[3]} times): keep one"

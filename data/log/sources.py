@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from twotower.data.log.files import LogFile, list_files, locate
 from twotower.data.log.read import column_names
-from twotower.data.schema import DataConfig, Feature
+from twotower.data.schema import LINE_FORMATS, DataConfig, Feature
 from twotower.errors import UserError, did_you_mean
 
 ENTITIES = ("users", "items")
@@ -29,6 +29,8 @@ def locations(config: DataConfig) -> dict[str, str]:
         "data.users": config.users,
         "data.items": config.items,
     }
+    if config.earlier is not None:
+        places["data.earlier"] = config.earlier.location
     if config.split.kind == "given":
         places["data.split.validation_files"] = config.split.validation_files
         places["data.split.test_files"] = config.split.test_files
@@ -41,14 +43,17 @@ TABLES = {
     "data.split.test_files": ("raw_events", 2),
     "data.users": ("raw_users", 0),
     "data.items": ("raw_items", 0),
+    "data.earlier": ("raw_earlier", 0),
 }
 
 
 def find_sources(config: DataConfig) -> list[Source]:
     """Return the tables that a schema reads, with their files."""
+    lines = config.format if config.format in LINE_FORMATS else None
     return [
-        Source(key, TABLES[key][0], list_files(place, key), TABLES[key][1])
+        Source(key, table, list_files(place, key, lines if table == "raw_events" else None), split)
         for key, place in locations(config).items()
+        for table, split in [TABLES[key]]
     ]
 
 
@@ -78,7 +83,12 @@ def resolve_sources(config: DataConfig, sources: list[Source]) -> DataConfig:
     Raises:
         UserError: for a column that is not there, in two tables, or what is to be predicted.
     """
-    names = {s.key: _first_names(s) for s in sources if s.files}
+    own = [config.columns.user, config.columns.item]
+    names = {
+        s.key: own if s.table == "raw_events" and config.format in LINE_FORMATS
+        else _first_names(s)
+        for s in sources if s.files
+    }  # fmt: skip
     have = {side: [*names.get(f"data.{side}", [])] for side in ENTITIES}
     have["interactions"] = names.get("data.interactions", [])
     have["users"].append(config.columns.user)

@@ -34,6 +34,8 @@ def make_entities(
     The views `events`, `log_users` and `log_items` show the scan's tables with ids of one type.
     """
     _views(connection, config, types)
+    if config.earlier is not None and previous is None:
+        _add_earlier(connection, config, types)
     known = table_names(connection)
     parts = {
         "users": ["SELECT user AS id FROM events"],
@@ -99,6 +101,30 @@ def _views(connection: Any, config: DataConfig, types: IdTypes) -> None:
     view("events", "raw_events", own | prior | features["interactions"])
     view("log_users", "raw_users", {"id": "user"} | prior | features["users"])
     view("log_items", "raw_items", {"id": "item"} | features["items"])
+
+
+def _add_earlier(connection: Any, config: DataConfig, types: IdTypes) -> None:
+    """Put the lists of `data.earlier` before the first event, a microsecond an item."""
+    columns = column_types(connection, "raw_events")
+    more = {"weight": "1.0", "split": "0", "positive": "true"}
+    for f in config.query:
+        if f.source == "interactions" and f.kind == "vector":
+            more[f"f.{f.name}"] = f"{[0.0] * (f.width or 0)}"
+    given = "".join(
+        f", ({value})::{columns[name]} AS {quoted(name)}"
+        for name, value in more.items()
+        if name in columns
+    )
+    connection.execute(
+        f"CREATE TABLE earlier AS SELECT CAST(id AS {types.sql('user')}) AS user, "
+        f"CAST(unnest(prior) AS {types.sql('item')}) AS item, "
+        "(SELECT min(time) FROM raw_events) - len(prior) - 1 + generate_subscripts(prior, 1) "
+        f"AS time{given}, generate_subscripts(prior, 1) AS seq FROM raw_earlier"
+    )
+    connection.execute(
+        "ALTER VIEW events RENAME TO log_events; CREATE VIEW events AS "
+        "SELECT * FROM log_events UNION ALL BY NAME SELECT * FROM earlier"
+    )
 
 
 def _distinct(connection: Any, table: str, parts: list[str]) -> None:

@@ -21,7 +21,7 @@ from twotower.data.engine import BATCH_ROWS, arrow_batches, quoted
 from twotower.data.log.scan import Report
 from twotower.data.prepare.columns import with_values
 from twotower.data.prepare.entities import context_ids, count_rows, row_map
-from twotower.data.prepare.split import Cuts, leave_last_out
+from twotower.data.prepare.split import Cuts, hold_out, leave_last_out
 from twotower.data.prepare.spool import Spool
 from twotower.data.prepared import PreparedDataset, array, one_chunk
 from twotower.data.schema import DataConfig
@@ -32,11 +32,12 @@ I64 = npt.NDArray[np.int64]
 
 @dataclass
 class Written:
-    """What was written: counts of each split, and the first and the last time."""
+    """What was written: counts of each split, the first and the last time, and dropped events."""
 
     counts: list[int] = field(default_factory=lambda: [0, 0, 0])
     first: list[int] = field(default_factory=lambda: [0, 0, 0])
     last: list[int] = field(default_factory=lambda: [0, 0, 0])
+    dropped: int = 0
 
     def add(self, split: int, time: I64) -> None:
         """Count the events of one split."""
@@ -123,6 +124,8 @@ class EventWriter:
         if self.config.split.kind == "given":
             columns.append("e.split")
             order.insert(1, "e.split")
+        if self.config.columns.train_on == "all":
+            columns.append("e.positive")
         for f in self.config.query:
             if f.source != "interactions" or f.kind == "history":
                 continue
@@ -220,8 +223,13 @@ class EventWriter:
         first = some[0].column_names
         table = pa.concat_tables([p.select(first) for p in some]).combine_chunks()
         user, split = array(table, "user").astype(np.int64), self._split(table)
+        moved = self.config.split.held_out != "none"
+        if moved:
+            time = array(table, "time")
+            split, time = hold_out(array(table, "user"), split, time, self.config.split)
+            table = _put(table, "time", time)
         table = _put(table, "split", split)
-        if len(some) > 1:
+        if len(some) > 1 or moved:
             order = np.argsort(user * 3 + split, kind="stable")
             table = table.take(pa.array(order))
         return table
@@ -247,8 +255,14 @@ class EventWriter:
         self.timeline.append({"item": line.astype(np.int32)})
         if table is not None:
             table = _put(table.drop_columns(["split"]), "history_to", history_to + self.length)
+            judged = np.ones(len(split), bool)
+            if self.config.columns.train_on == "all":
+                # In histories, but nothing to be judged by.
+                judged = (split == 0) | np.asarray(table["positive"])
+                self.written.dropped += int((~judged).sum())
+                table = table.drop_columns(["positive"])
             for number in range(3):
-                mask = split == number
+                mask = (split == number) & judged
                 if not mask.any():
                     continue
                 self.written.add(number, time[mask])

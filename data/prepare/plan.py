@@ -106,6 +106,10 @@ def make_plan(config: DataConfig, previous: PreparedDataset | None) -> Plan:
         return Plan("nothing", [], before)
     if reason is None and not new:
         reason = "data.users or data.items changed without new events"
+    if reason is None and others.get("data.earlier") != now.get("data.earlier"):
+        reason = "data.earlier changed"
+    if reason is None and config.columns.train_on == "all":
+        reason = "data.columns.train_on is all: events may move from test to training"
     if reason is None and config.split.kind == "leave_last_out":
         reason = "leave_last_out moves events from test to training"
     if reason is None and set(others) & {

@@ -146,7 +146,8 @@ def _write(
         "config": asdict(config),
         "counts": {
             "events": sum(written.counts),
-            "dropped_by_label": found.dropped + before.get("counts", {}).get("dropped_by_label", 0),
+            "dropped_by_label": found.dropped + written.dropped
+            + before.get("counts", {}).get("dropped_by_label", 0),
             "bad_rows": found.bad_rows.count + before.get("counts", {}).get("bad_rows", 0),
             **{f"{n}_events": c for n, c in zip(SPLIT_NAMES, written.counts, strict=True)},
             **rows, "items_without_a_row": without, "cold_items": cold,

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.data.schema import Split, parse_date
+from twotower.data.shuffle import Shuffle
 from twotower.errors import UserError
 
 I8 = npt.NDArray[np.int8]
@@ -78,3 +79,33 @@ def leave_last_out(user: npt.NDArray[np.int32]) -> I8:
     for back, number in ((1, 2), (2, 1)):
         out[ends[counts >= 3] - back] = number
     return out
+
+
+def hold_out(user: npt.NDArray[np.int32], split: I8, time: I64, rule: Split) -> tuple[I8, I64]:
+    """Move a share of each user's training events to validation, at one moment after the others.
+
+    Args:
+        user: rows, of whole users (E,).
+        split: 0 or 2 (E,).
+        time: ascending within a user's training (E,).
+        rule: its `held_out` is random or last.
+
+    Returns:
+        The new split and time; a user keeps at least one training event.
+    """
+    rows = np.flatnonzero(split == 0)
+    _, start, owner, counts = np.unique(
+        user[rows], return_index=True, return_inverse=True, return_counts=True
+    )
+    place = np.arange(len(rows)) - start[owner]
+    if rule.held_out == "random":
+        # One order of all events there can be, so that it does not matter which come together.
+        order = Shuffle(1 << 62, rule.seed, 0)((user[rows].astype(np.int64) << 31) + place)
+        sorted_rows = np.lexsort((order, owner))
+        place[sorted_rows] = np.arange(len(rows)) - start[owner[sorted_rows]]
+    kept = np.maximum(counts - np.rint(counts * rule.validation).astype(np.int64), 1)
+    held = place >= kept[owner]
+    split, time = split.copy(), time.copy()
+    split[rows[held]] = 1
+    time[rows[held]] = time[rows[start + counts - 1]][owner[held]]
+    return split, time

@@ -159,6 +159,8 @@ def explain(message: str) -> str:
     if found := re.match(r"([\w.]+):.* Option '([^']+)' is not accepted", text):
         near = [k.removeprefix(f"{found[1]}.") for k in keys if k.startswith(f"{found[1]}.")]
         return f"unknown key '{found[2]}' in {found[1]}{did_you_mean(found[2], near)}"
+    if found := re.match(r"([\w.]+): .* the following arguments are required: ([\w, ]+) - ", text):
+        return f"{found[1]} also needs {found[2]}"
     if "interactions" in text and "are required" in text and "--config" not in sys.argv:
         text += ": give a job with --config JOB.yaml (see configs/quickstart.yaml)"
     return text

@@ -1,0 +1,151 @@
+"""What `quality.py` compares the towers with: popularity, co-occurrence, ALS and EASE.
+
+All learn from the training events alone, with repeated pairs of a user and an item counted once,
+and answer the same queries as the towers: from the history of each, without what is in it. A query
+without a history is answered by popularity. ALS and EASE choose their settings on validation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+
+from twotower.data.prepared import PreparedDataset
+from twotower.data.queries import Queries
+from twotower.train.evaluation import (
+    answer_by_cooccurrence,
+    answer_by_popularity,
+    score_answers,
+)
+
+I64 = npt.NDArray[np.int64]
+# From queries and a cut-off to the items answered (Q, K).
+Answer = Callable[[Queries, int], I64]
+BLOCK = 1024
+ALS_GRID = {
+    "factors": (32, 64, 128), "regularization": (0.01, 0.1, 1.0, 10.0), "alpha": (1.0, 5.0, 20.0),
+}  # fmt: skip
+EASE_GRID = (50.0, 200.0, 500.0, 1000.0)
+
+
+def training_matrix(data: PreparedDataset) -> sp.csr_matrix:
+    """Return which items (N) each user (U) took in training, as ones."""
+    c, train = data.event_columns, data.section(0)
+    pairs = c["user"][: train.stop], c["item"][: train.stop]
+    shape = (len(data.users), len(data.items))
+    taken = sp.csr_matrix((np.ones(train.stop, np.float32), pairs), shape)
+    taken.data[:] = 1
+    return taken
+
+
+def histories(queries: Queries, items: int) -> sp.csr_matrix:
+    """Return which items (N) the history of each query (Q) holds, as ones."""
+    ones = np.ones(len(queries.seen), np.float32)
+    shape = (len(queries.event), items)
+    out = sp.csr_matrix((ones, queries.seen, queries.seen_offset), shape, copy=True)
+    out.sum_duplicates()
+    out.data[:] = 1
+    return out
+
+
+def fit_als(taken: sp.csr_matrix, **settings: Any) -> Answer:
+    """Return the answers of implicit ALS (Hu, Koren and Volinsky 2008), by `implicit`.
+
+    A query's vector is solved for from its whole history, validation and earlier test events
+    included, as the towers read it too.
+    """
+    from implicit.als import AlternatingLeastSquares
+
+    model = AlternatingLeastSquares(iterations=15, random_state=0, num_threads=2, **settings)
+    model.fit(taken, show_progress=False)
+
+    def answer(queries: Queries, k: int) -> I64:
+        history = histories(queries, taken.shape[1])
+        rows, _ = model.recommend(
+            np.arange(history.shape[0]), history, N=k, recalculate_user=True,
+            filter_already_liked_items=True,
+        )  # fmt: skip
+        return np.asarray(rows, np.int64)
+
+    return answer
+
+
+def fit_ease(taken: sp.csr_matrix, regularization: float) -> Answer:
+    """Return the answers of EASE (Steck 2019): a linear model of items on items, in closed form."""
+    known = np.flatnonzero(np.asarray(taken.sum(0)).ravel())
+    gram = (taken[:, known].T @ taken[:, known]).toarray().astype(np.float64)
+    gram[np.diag_indices(len(known))] += regularization
+    inverse = np.linalg.inv(gram)
+    weight = (inverse / -np.diag(inverse)).astype(np.float32)
+    weight[np.diag_indices(len(known))] = 0
+
+    def answer(queries: Queries, k: int) -> I64:
+        history = histories(queries, taken.shape[1])[:, known]
+        return np.concatenate([
+            known[_best(block @ weight, block, k)] for block in _blocks(history)
+        ])  # fmt: skip
+
+    return answer
+
+
+def _blocks(matrix: sp.csr_matrix) -> Iterator[sp.csr_matrix]:
+    for start in range(0, matrix.shape[0], BLOCK):
+        yield matrix[start : start + BLOCK]
+
+
+def _best(score: npt.NDArray[Any], history: sp.csr_matrix, k: int) -> I64:
+    """Return the k best columns of each row, those of the history left out."""
+    score[history.nonzero()] = -np.inf
+    top = np.argpartition(-score, k, axis=1)[:, :k]
+    order = np.argsort(-np.take_along_axis(score, top, 1), axis=1, kind="stable")
+    return np.take_along_axis(top, order, 1)
+
+
+def baselines(
+    data: PreparedDataset, validation: Queries, test: Queries, k: int, metric: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each baseline's name and its row of the table, as soon as it is known.
+
+    Args:
+        data: the dataset.
+        validation: queries that settings are chosen by.
+        test: queries that are reported.
+        k: cut-off.
+        metric: that settings are chosen by.
+    """
+    taken, size = training_matrix(data), 2048
+
+    def score(answer: Answer, queries: Queries) -> dict[str, float]:
+        rows = answer(queries, k)
+        new = np.diff(queries.seen_offset) == 0
+        if new.any():
+            rows[new] = answer_by_popularity(data, queries, k, size)[new]
+        return score_answers(rows, queries, data, [k])
+
+    def row(started: float, metrics: dict[str, float], **more: Any) -> dict[str, Any]:
+        return {"seconds": round(time.monotonic() - started, 1), "metrics": metrics, **more}
+
+    for name, simple in (
+        ("popularity", answer_by_popularity), ("co-occurrence", answer_by_cooccurrence)
+    ):  # fmt: skip
+        started = time.monotonic()
+        yield name, row(started, score(lambda q, k, f=simple: f(data, q, k, size), test))  # type: ignore[misc]
+    als = [
+        dict(zip(ALS_GRID, values, strict=True)) for values in itertools.product(*ALS_GRID.values())
+    ]
+    ease = [{"regularization": value} for value in EASE_GRID]
+    for name, fit, grid in (("ALS", fit_als, als), ("EASE", fit_ease, ease)):
+        tried = []
+        for settings in grid:
+            judged = score(fit(taken, **settings), validation)[f"{metric}@{k}"]
+            tried.append({**settings, f"validation {metric}@{k}": round(judged, 5)})
+        best = grid[int(np.argmax([t[f"validation {metric}@{k}"] for t in tried]))]
+        started = time.monotonic()
+        metrics = score(fit(taken, **best), test)
+        yield name, row(started, metrics, settings=best, tried=tried)

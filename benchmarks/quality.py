@@ -1,0 +1,159 @@
+"""What each option does for retrieval: variants of a recipe, beside four baselines, in one table.
+
+    python benchmarks/quality.py --recipe movielens
+    python benchmarks/quality.py --recipe kuairand --variants plain,pooling
+
+Every row answers the same test queries, over the whole catalogue, without what the query's user
+had before. The seconds are those of `twotower train`, or of a baseline's one fit and its answers;
+what was tried on validation is not counted. The result is written to
+benchmarks/results/quality-<recipe>.json.
+
+A variant is a line of VARIANTS: dotted keys of the YAML and their values. A feature is found by its
+name, and left out by null: {"data.item.genres": None}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from baselines import baselines
+from measure import ROOT, write_result
+
+from twotower.data.batches import BatchBuilder
+from twotower.data.prepared import PreparedDataset
+from twotower.data.queries import Queries
+from twotower.train.checkpoint.towers import load_towers
+from twotower.train.config import EvaluateConfig
+from twotower.train.evaluation import evaluate_towers, judged_queries
+
+K = 20
+# Where a recipe is, and the folder of its data below --data.
+RECIPES = {
+    "movielens": ("configs/movielens.yaml", "ml-latest-small"),
+    "kuairand": ("configs/benchmarks/kuairand.yaml", "kuairand-pure"),
+}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "movielens": {
+        "recipe": {},
+        "without logQ": {"train.log_q": False},
+        "mean pooling": {"data.query.history.pooling": "mean"},
+        "ids alone": {"data.item.genres": None, "data.item.year": None},
+        "temperature 0.05": {"model.temperature": 0.05},
+        "temperature 0.2": {"model.temperature": 0.2},
+    },
+    "kuairand": {
+        "recipe": {},
+        "without logQ": {"train.log_q": False},
+        "mean pooling": {"data.query.history.pooling": "mean"},
+        "ids alone": {"data.item.author_id": None, "data.item.tag": None},
+        "temperature 0.05": {"model.temperature": 0.05},
+        "temperature 0.2": {"model.temperature": 0.2},
+    },
+}
+
+
+def changed(config: Any, changes: dict[str, Any]) -> Any:
+    """Return a YAML's content with the values of dotted keys put in; it is changed in place."""
+    for key, value in changes.items():
+        *parts, last = key.split(".")
+        place = config
+        for part in parts:
+            place = _entry(place, part) if isinstance(place, list) else place.setdefault(part, {})
+        if isinstance(place, list):
+            place.remove(_entry(place, last))
+            if value is not None:
+                place.append({"name": last, **value})
+        else:
+            place[last] = value
+    return config
+
+
+def _entry(features: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    found = [f for f in features if f["name"] == name]
+    if not found:
+        raise SystemExit(f"the recipe has no feature '{name}'")
+    return found[0]
+
+
+def trained(config: dict[str, Any], folder: Path) -> tuple[PreparedDataset, Any, float]:
+    """Prepare and train a job; returns the dataset, the towers and the seconds of training."""
+    folder.mkdir()
+    (folder / "job.yaml").write_text(yaml.safe_dump(config))
+    job = [f"--config={folder / 'job.yaml'}", f"--run_dir={folder}", "--tracking.wandb=off"]
+    for command in ("prepare", "train"):
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "twotower", command, *job],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise SystemExit(f"{folder.name}: {done.stderr.strip()}")
+    return (
+        PreparedDataset(folder / "prepared"), load_towers(folder / "train"),
+        time.monotonic() - started,
+    )  # fmt: skip
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    """Print a row of the table."""
+    recall, ndcg = (row["metrics"][f"{m}@{K}"] for m in ("recall", "ndcg"))
+    more = " ".join(f"{k}={v:g}" for k, v in row.get("settings", {}).items())
+    print(f"{name:20} {recall:9.4f} {ndcg:9.4f} {row['seconds']:8.0f}  {more}", flush=True)
+
+
+def _same(a: Queries, b: Queries) -> bool:
+    return all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("event", "relevant", "seen"))
+
+
+def main() -> None:
+    """Measure one recipe."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", choices=RECIPES, required=True)
+    parser.add_argument("--variants", help="names, with commas between; all without it")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data",
+                        help="folder of the data sets' folders")  # fmt: skip
+    arguments = parser.parse_args()
+    path, below = RECIPES[arguments.recipe]
+    variants = VARIANTS[arguments.recipe]
+    names = arguments.variants.split(",") if arguments.variants else list(variants)
+    for name in names:
+        if name not in variants:
+            raise SystemExit(f"no variant '{name}', expected some of {', '.join(variants)}")
+    judge = EvaluateConfig(k=[K])
+    rows: dict[str, Any] = {}
+    asked: Queries | None = None
+    print(f"{arguments.recipe:20} {'recall@20':>9} {'NDCG@20':>9} {'seconds':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        for number, name in enumerate(names):
+            config = yaml.safe_load((ROOT / path).read_text())
+            changed(config, {"data.root": str(arguments.data / below), **variants[name]})
+            data, towers, seconds = trained(config, Path(folder, str(number)))
+            queries = judged_queries(data, 2, judge, config["seed"])
+            if asked is not None and not _same(asked, queries):
+                raise SystemExit(f"{name}: has other test queries than {names[0]}")
+            asked = queries
+            metrics = evaluate_towers(
+                towers, BatchBuilder(data), queries, [K], judge.batch_size, torch.device("cpu")
+            )
+            rows[name] = {"changes": variants[name], "seconds": round(seconds, 1),
+                          "metrics": metrics}  # fmt: skip
+            show(name, rows[name])
+        validation = judged_queries(data, 1, judge, config["seed"])
+        for name, row in baselines(data, validation, queries, K, "ndcg"):
+            rows[name] = row
+            show(name, row)
+    result = {"recipe": arguments.recipe, "queries": len(queries.event), "rows": rows}
+    write_result(f"quality-{arguments.recipe}", result, ("twotower", "torch", "implicit", "scipy"))
+
+
+if __name__ == "__main__":
+    main()

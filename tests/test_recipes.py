@@ -1,0 +1,48 @@
+"""The recipes of configs/benchmarks, end to end, on stand-ins for data that is not at hand."""
+
+import json
+
+from twotower.data.prepared import PreparedDataset
+
+from .conftest import ROOT
+from .data.line_logs import write_stand_in
+
+RECIPES = ROOT / "configs" / "benchmarks"
+
+
+def test_user_lines_from_the_files_to_one_judged_query_a_user(tmp_path, twotower) -> None:
+    write_stand_in(tmp_path)
+    job = ["--config", RECIPES / "gowalla.yaml", "--data.root=.", "--run_dir=run",
+           "--train.max_epochs=5"]  # fmt: skip
+    for command in ("prepare", "train", "evaluate"):
+        done = twotower(command, *job, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    data = PreparedDataset(tmp_path / "run" / "prepared")
+    counts = data.summary["counts"]
+    lines = (tmp_path / "train.txt").read_text().splitlines()
+    assert counts["users"] == len(lines) == 3000
+    assert counts["train_events"] + counts["validation_events"] == sum(
+        len(line.split()) - 1 for line in lines
+    )
+    report = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+    assert report["queries"] == 3000
+    towers, popularity = (report["results"][n]["recall@20"] for n in ("two towers", "popularity"))
+    assert towers > 2 * popularity
+
+
+def test_next_item_recipes_read_both_line_formats(tmp_path, twotower) -> None:
+    users = {f"u{u}": [f"i{(u + k) % 9}" for k in range(3 + u % 4)] for u in range(12)}
+    (tmp_path / "Beauty.txt").write_text(
+        "".join(f"{user} {item}\n" for user, items in users.items() for item in items)
+    )
+    (tmp_path / "ml-1m.txt").write_text(
+        "".join(f"{user} {' '.join(items)}\n" for user, items in users.items())
+    )
+    counts = []
+    for name, more in (("beauty", []), ("ml-1m", ["--data.format=user_lines"])):
+        job = ["--config", RECIPES / f"{name}.yaml", "--data.root=.", f"--run_dir={name}", *more]
+        done = twotower("prepare", *job, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        counts.append(PreparedDataset(tmp_path / name / "prepared").summary["counts"])
+    assert counts[0] == counts[1]
+    assert counts[0]["validation_events"] == counts[0]["test_events"] == 12
