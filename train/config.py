@@ -186,6 +186,11 @@ class EvaluateConfig:
     batch_size: int = 2048
     """Queries or items a forward pass."""
 
+    @property
+    def monitor_k(self) -> int:
+        """Cut-off of the monitor."""
+        return int(self.monitor.rsplit("@", 1)[1])
+
     def validate(self) -> None:
         """Refuse cut-offs and metrics that do not exist.
 
