@@ -18,6 +18,8 @@ PRECISIONS = ("fp32", "bf16")
 TABLE_PRECISIONS = ("fp32", "fp16", "bf16")
 SCHEDULES = ("constant", "linear", "cosine")
 PIPELINES = ("auto", "on", "off")
+# What an evaluation keeps of every query.
+QUERIES = "queries.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)

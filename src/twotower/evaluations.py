@@ -9,8 +9,6 @@ from twotower.errors import UserError
 from twotower.show import console, table
 from twotower.train.config import EvaluateConfig
 
-QUERIES = "queries.parquet"
-
 
 def show_evaluation(report: dict[str, Any], config: EvaluateConfig, items: int) -> None:
     """Print the report of an evaluation: every model's metrics with their intervals."""

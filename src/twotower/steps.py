@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from twotower.errors import UserError
-from twotower.evaluations import QUERIES, show_evaluation
+from twotower.evaluations import show_evaluation
 from twotower.export.bundle import bundle_versions, read_bundle
 from twotower.files import (
     atomic_directory,
@@ -34,11 +34,11 @@ from twotower.files import (
     only_writer,
     partial_path,
     recover,
-    write_json,
 )
 from twotower.job import Job
 from twotower.launching import processes_of, show_plan, train_in_processes
 from twotower.show import console, facts, long_work
+from twotower.train.config import QUERIES
 from twotower.train.launch import LAUNCHED, end_with_parent, find_place
 from twotower.train.summary import check_training, is_tracked, read_summary
 
@@ -158,18 +158,13 @@ def evaluate(job: Job) -> None:
     # An evaluation of before there were queries in it is made again.
     if _mark_of(target / "metrics.json") == mark and (target / QUERIES).exists():
         return _unchanged("evaluate", target)
-    import pyarrow.parquet as pq
-
     from twotower.train.checkpoint.towers import load_towers
-    from twotower.train.evaluation import compare_with_baselines
-    from twotower.train.plots import plot_evaluation
+    from twotower.train.evaluation import compare_with_baselines, write_report
 
     with console.status("evaluating over the whole catalogue"), atomic_directory(target) as partial:
         model = load_towers(job.path("train"))
         report, queries = compare_with_baselines(model, data, job.evaluate, job.seed)
-        write_json(partial / "metrics.json", {"fingerprint": mark, **report})
-        pq.write_table(queries, partial / QUERIES, compression="zstd")
-        plot_evaluation(report, job.evaluate.monitor_k, partial / "evaluation.png")
+        write_report(partial, {"fingerprint": mark, **report}, queries, job.evaluate.monitor_k)
     show_evaluation(report, job.evaluate, len(data.items))
     console.print(f"written to {target}, picture in {target / 'evaluation.png'}")
 

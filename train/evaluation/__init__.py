@@ -7,7 +7,7 @@ from twotower.train.evaluation.answers import (
     judged_queries,
 )
 from twotower.train.evaluation.metrics import popularity_slices, score_answers, slice_sizes
-from twotower.train.evaluation.report import compare_with_baselines, evaluate_towers
+from twotower.train.evaluation.report import compare_with_baselines, evaluate_towers, write_report
 
 __all__ = [
     "answer",
@@ -19,4 +19,5 @@ __all__ = [
     "popularity_slices",
     "score_answers",
     "slice_sizes",
+    "write_report",
 ]

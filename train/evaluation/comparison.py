@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from twotower.errors import UserError
+from twotower.train.config import QUERIES
 from twotower.train.evaluation.bootstrap import I64, Ratios, differences, values
 from twotower.train.evaluation.metrics import ACCURACY, spread
 
-FILES = ("metrics.json", "queries.parquet")
 # What tells two tests apart, in the order in which it is said.
 MUST_AGREE = {
     "k": "another k (evaluate.monitor)", "split": "another split (data.split)",
@@ -69,13 +69,13 @@ def read_evaluation(path: Path) -> Evaluation:
     """
     folder = path / "evaluation" if (path / "evaluation").is_dir() else path
     remedy = "run `twotower evaluate` with its job"
-    if not folder.is_dir() or not (folder / FILES[0]).is_file():
+    if not folder.is_dir() or not (folder / "metrics.json").is_file():
         raise UserError(f"{path}: holds no evaluation: give a run_dir of a job, or {remedy} first")
-    if not (folder / FILES[1]).is_file():
-        raise UserError(f"{folder}: has no {FILES[1]}, which a comparison reads: {remedy} again")
+    if not (folder / QUERIES).is_file():
+        raise UserError(f"{folder}: has no {QUERIES}, which a comparison reads: {remedy} again")
     try:
-        judged = json.loads((folder / FILES[0]).read_text())["judged"]
-        queries = pq.read_table(folder / FILES[1])
+        judged = json.loads((folder / "metrics.json").read_text())["judged"]
+        queries = pq.read_table(folder / QUERIES)
         k = judged["k"]
         needed = {"user", "time", "relevant", "answers", f"recall@{k}"}
         if missing := needed - set(queries.column_names):

@@ -11,17 +11,20 @@ Shape legend: `Q` queries, `N` items, `D` width, `K` results.
 from __future__ import annotations
 
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
 from twotower.data.queries import Queries
+from twotower.files import write_json
 from twotower.towers.catalogue import catalogue_vectors
-from twotower.train.config import EvaluateConfig
+from twotower.train.config import QUERIES, EvaluateConfig
 from twotower.train.evaluation.answers import (
     answer,
     answer_by_cooccurrence,
@@ -37,12 +40,20 @@ from twotower.train.evaluation.metrics import (
     score_answers,
     slice_sizes,
 )
+from twotower.train.plots import plot_evaluation
 
 TOWERS = "two towers"
 DAY_US = 86_400_000_000
 BUCKETS = 5
 # Fewer queries than this say nothing of their own.
 BUCKET_QUERIES = 50
+
+
+def write_report(directory: Path, report: dict[str, Any], queries: pa.Table, k: int) -> None:
+    """Write a report, its queries and its picture into a directory."""
+    write_json(directory / "metrics.json", report)
+    pq.write_table(queries, directory / QUERIES, compression="zstd")
+    plot_evaluation(report, k, directory / "evaluation.png")
 
 
 def evaluate_towers(
