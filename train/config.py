@@ -19,6 +19,8 @@ PRECISIONS = ("fp32", "bf16")
 TABLE_PRECISIONS = ("fp32", "fp16", "bf16")
 SCHEDULES = ("constant", "linear", "cosine")
 PIPELINES = ("auto", "on", "off")
+# What an evaluation keeps of every query.
+QUERIES = "queries.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +207,11 @@ class EvaluateConfig:
     """Most queries of a split; more are sampled with the job's seed."""
     batch_size: int = 2048
     """Queries or items a forward pass."""
+
+    @property
+    def monitor_k(self) -> int:
+        """Cut-off of the monitor."""
+        return int(self.monitor.rsplit("@", 1)[1])
 
     def validate(self) -> None:
         """Refuse cut-offs and metrics that do not exist.

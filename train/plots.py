@@ -104,34 +104,86 @@ def _lines(
         axis.legend(loc="best", fontsize=9)
 
 
-def plot_evaluation(
-    results: dict[str, dict[str, float]], slices: dict[str, int], k: int, path: Path
-) -> None:
-    """Draw the towers beside the baselines: accuracy at k, and recall by slice.
+def plot_evaluation(report: dict[str, Any], k: int, path: Path) -> None:
+    """Draw the towers beside the baselines at k, with 95% intervals: accuracy, slices and decay.
 
     Args:
-        results: model -> metric -> value.
-        slices: slice -> how many relevant items or queries it holds.
+        report: as `twotower.train.evaluation.report` makes it.
         k: the cut-off.
         path: of the PNG.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    whole = [f"{m}@{k}" for m in ("recall", "ndcg", "mrr", "hit_rate", "coverage")]
-    prefix = f"recall@{k}/"
-    shown = [name for name, size in slices.items() if size]
+    names = ("recall", "ndcg", "mrr", "hit_rate", "coverage", "gini", "diversity")
+    panels = [(
+        "test split, whole catalogue, seen items removed",
+        {f"{m}@{k}": m.replace("_", " ") for m in names},
+    ), (
+        f"recall@{k} by popularity in training, and of users without a history",
+        {f"recall@{k}/{n}": f"{n}\nn={size:,}" for n, size in report["slices"].items() if size},
+    )]  # fmt: skip
+    if report["decay"]:
+        days = {b["name"]: f"{b['name']}\nn={b['queries']:,}" for b in report["decay"]}
+        panels.append((
+            f"recall@{k} by days since the last training event",
+            {f"recall@{k}/{name}": label for name, label in days.items()},
+        ))  # fmt: skip
+    figure = Figure(figsize=(12, 3.6 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, (title, shown) in zip(axes, panels, strict=True):
+        _bars(axis, report, shown)
+        axis.set_title(title, fontsize=10)
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def _bars(axis: Any, report: dict[str, Any], shown: dict[str, str]) -> None:
+    """Draw metrics of every model side by side, each with its interval."""
+    results = report["results"]
     width = 0.8 / len(results)
-    for place, (name, metrics) in enumerate(results.items()):
-        for axis, names in ((left, whole), (right, [prefix + n for n in shown])):
-            x = [i + place * width for i in range(len(names))]
-            axis.bar(x, [metrics.get(n, 0.0) for n in names], width, label=name)
-    sized = [f"{name}\nn={slices[name]:,}" for name in shown]
-    for axis, labels in ((left, whole), (right, sized)):
-        axis.set_xticks([i + 0.4 - width / 2 for i in range(len(labels))], labels)
-        axis.grid(axis="y", alpha=0.3)
-    left.set_title("test split, whole catalogue, seen items removed")
-    right.set_title(f"recall@{k} by popularity in training, and of users without a history")
-    left.legend()
-    figure.savefig(path, dpi=120)
+    for place, (model, metrics) in enumerate(results.items()):
+        bounds = report["intervals"][model]
+        x = [i + place * width for i in range(len(shown))]
+        y = [metrics.get(name, 0.0) for name in shown]
+        ends = [bounds.get(name, (v, v)) for name, v in zip(shown, y, strict=True)]
+        # A skewed few users may leave the value outside of the percentiles.
+        reach = [[max(0.0, v - low) for v, (low, _) in zip(y, ends, strict=True)],
+                 [max(0.0, high - v) for v, (_, high) in zip(y, ends, strict=True)]]  # fmt: skip
+        axis.bar(x, y, width, yerr=reach, label=model, error_kw={"elinewidth": 1, "capsize": 2})
+    middle = [i + 0.4 - width / 2 for i in range(len(shown))]
+    axis.set_xticks(middle, list(shown.values()), fontsize=9)
+    axis.grid(axis="y", alpha=0.3)
+
+
+def plot_comparison(
+    title: str, differences: dict[str, tuple[float, float, float, float]],
+    before: dict[str, float], path: Path,
+) -> None:  # fmt: skip
+    """Draw by how much of the first run's value each metric of the second differs.
+
+    Args:
+        title: what is compared.
+        differences: metric -> difference, low and high end of its interval, and p-value.
+        before: metric -> value of the first run; one of 0 has no share and is left out.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    shown = [name for name in differences if before[name] > 0]
+    figure = Figure(figsize=(9, 1.5 + 0.4 * len(shown)), layout="constrained")
+    axis = figure.subplots()
+    for place, name in enumerate(reversed(shown)):
+        middle, low, high = (100 * v / before[name] for v in differences[name][:3])
+        sure = low > 0 or high < 0
+        axis.plot([low, high], [place, place], color="tab:blue" if sure else "tab:gray", lw=3)
+        axis.plot(middle, place, "o", color="black")
+        axis.annotate(
+            f"p = {differences[name][3]:.4f}", (1.01, place), fontsize=9, va="center",
+            xycoords=("axes fraction", "data"),
+        )  # fmt: skip
+    axis.set_yticks(range(len(shown)), list(reversed(shown)))
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_xlabel("difference, % of the first run's value, with its 95% interval over users")
+    axis.set_title(title, fontsize=10)
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from rich.markup import escape
 
-from twotower import __version__, checkpoints, inspection, serving, steps
+from twotower import __version__, checkpoints, evaluations, inspection, serving, steps
 from twotower.data.demo_log import DemoLogConfig
 from twotower.errors import UserError, did_you_mean
 from twotower.job import Job
@@ -96,6 +96,12 @@ def build_parser() -> ArgumentParser:
     tools = ArgumentParser(description="Look at a checkpoint, or rewrite it.", exit_on_error=False)
     commands_.add_subcommand("checkpoint", tools, help=tools.description)
     checkpoints.add_commands(tools, ArgumentParser)
+    pair = ArgumentParser(
+        description="Compare two evaluations on the same queries: what differs, and by chance?",
+        exit_on_error=False,
+    )
+    evaluations.add_arguments(pair)
+    commands_.add_subcommand("compare", pair, help=pair.description)
     for name, (text, _) in JOB_COMMANDS.items():
         command = ArgumentParser(description=f"{text} {CLOSING}", exit_on_error=False)
         command.add_argument("--config", action="config", help="YAML file of the job.")
@@ -180,6 +186,8 @@ def dispatch(arguments: list[str]) -> int:
         return 0
     if name == "checkpoint":
         return checkpoints.run(options)
+    if name == "compare":
+        return evaluations.compare(options)
     job = Job(**{f.name: options[f.name] for f in fields(Job)})
     job.validate()
     return JOB_COMMANDS[name][1](job, options) or 0

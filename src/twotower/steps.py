@@ -6,7 +6,7 @@ fingerprint of the configuration, of the step before and, for the log, of the fi
     run_dir/
       prepared/      see `twotower.data.prepare`
       train/         see `twotower.train.checkpoint`
-      evaluation/    metrics.json, evaluation.png
+      evaluation/    see `twotower.train.evaluation.report`
       bundles/<n>/   see `twotower.export.bundle`
       server/        Triton's model repository, logs and server.json
 
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from twotower.errors import UserError
+from twotower.evaluations import show_evaluation
 from twotower.export.bundle import bundle_versions, read_bundle
 from twotower.files import (
     atomic_directory,
@@ -33,11 +34,11 @@ from twotower.files import (
     only_writer,
     partial_path,
     recover,
-    write_json,
 )
 from twotower.job import Job
 from twotower.launching import processes_of, show_plan, train_in_processes
-from twotower.show import console, facts, long_work, table
+from twotower.show import console, facts, long_work
+from twotower.train.config import QUERIES
 from twotower.train.launch import LAUNCHED, end_with_parent, find_place
 from twotower.train.summary import check_training, is_tracked, read_summary
 
@@ -154,31 +155,17 @@ def evaluate(job: Job) -> None:
     target = job.path("evaluation")
     data, trained = _trained(job)
     mark = _evaluation_mark(job, trained)
-    if _mark_of(target / "metrics.json") == mark:
+    # An evaluation of before there were queries in it is made again.
+    if _mark_of(target / "metrics.json") == mark and (target / QUERIES).exists():
         return _unchanged("evaluate", target)
     from twotower.train.checkpoint.towers import load_towers
-    from twotower.train.evaluation import compare_with_baselines
-    from twotower.train.plots import plot_evaluation
+    from twotower.train.evaluation import compare_with_baselines, write_report
 
     with console.status("evaluating over the whole catalogue"), atomic_directory(target) as partial:
         model = load_towers(job.path("train"))
-        report = compare_with_baselines(model, data, job.evaluate, job.seed)
-        write_json(partial / "metrics.json", {"fingerprint": mark, **report})
-        k = int(job.evaluate.monitor.rsplit("@", 1)[1])
-        results, slices = report["results"], report["slices"]
-        plot_evaluation(results, slices, k, partial / "evaluation.png")
-    names = [f"{m}@{k}" for k in job.evaluate.k for m in ("recall", "ndcg", "mrr", "hit_rate")]
-    rows = {name: name for name in (*names, f"coverage@{k}")}
-    rows |= {f"recall@{k}/{n}": f"recall@{k}, {n} (n={size:,})" for n, size in slices.items()}
-    table(
-        f"evaluate: {report['queries']:,} test queries, {len(data.items):,} items",
-        ["metric", *(f">{name}" for name in results)],
-        [
-            [label, *(f"{r[n]:.4f}" for r in results.values())]
-            for n, label in rows.items()
-            if n in results["two towers"]
-        ],
-    )
+        report, queries = compare_with_baselines(model, data, job.evaluate, job.seed)
+        write_report(partial, {"fingerprint": mark, **report}, queries, job.evaluate.monitor_k)
+    show_evaluation(report, job.evaluate, len(data.items))
     console.print(f"written to {target}, picture in {target / 'evaluation.png'}")
 
 

@@ -1,11 +1,7 @@
-"""Judging retrieval over the whole catalogue, never over a sample of it.
+"""What the towers and two baselines answer to the queries of a split.
 
-What a query is, `twotower.data.queries` says.
-
-Metrics follow the usual definitions: recall@k is the share of a query's relevant items among its
-first k, NDCG@k has binary gains and the ideal order of min(k, relevant) items below it, MRR@k is
-the inverse rank of the first hit, hit rate@k says whether there is one; each is the mean over
-queries. Coverage@k is the share of the catalogue that is answered to anyone.
+Always from the whole catalogue, never from a sample of it. What a query is,
+`twotower.data.queries` says.
 
 Shape legend: `Q` queries, `N` items, `D` width, `K` results.
 """
@@ -13,7 +9,6 @@ Shape legend: `Q` queries, `N` items, `D` width, `K` results.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +20,10 @@ from twotower.data.prepared import PreparedDataset
 from twotower.data.queries import Queries, split_queries
 from twotower.errors import UserError
 from twotower.kernels.top_k_inner_product import top_k_inner_product
-from twotower.towers.catalogue import catalogue_vectors, gather_parts, part_of_rank
+from twotower.towers.catalogue import gather_parts, part_of_rank
 from twotower.train.config import EvaluateConfig
 
 I64 = npt.NDArray[np.int64]
-Metrics = dict[str, float]
 
 # By split: how to come by events of items that their users have not taken before.
 REMEDIES = {
@@ -146,94 +140,3 @@ def answer_by_cooccurrence(data: PreparedDataset, queries: Queries, k: int, size
         best, rows = score.topk(k)
         answers.append(rows.masked_fill(best == -torch.inf, -1).numpy())
     return np.concatenate(answers)
-
-
-def popularity_slices(train_count: I64) -> dict[str, npt.NDArray[np.bool_]]:
-    """Return which items are head, torso and tail (a third of training events each) and cold."""
-    order = np.argsort(-train_count, kind="stable")
-    before = np.cumsum(train_count[order]) - train_count[order]
-    third = np.minimum(3 * before // max(int(train_count.sum()), 1), 2)
-    part = np.empty(len(order), np.int64)
-    part[order] = third
-    part[train_count == 0] = 3
-    return {name: part == i for i, name in enumerate(("head", "torso", "tail", "cold"))}
-
-
-def slice_sizes(queries: Queries, data: PreparedDataset) -> dict[str, int]:
-    """Return how many relevant items, or queries of new users, the recall of a slice is over."""
-    slices = popularity_slices(data.train_count)
-    sizes = {name: int(members[queries.relevant].sum()) for name, members in slices.items()}
-    return sizes | {"new users": int((np.diff(queries.seen_offset) == 0).sum())}
-
-
-def score_answers(answers: I64, queries: Queries, data: PreparedDataset, ks: list[int]) -> Metrics:
-    """Return every metric of answers (Q, K), for each k and, for recall, by popularity slice."""
-    n, q = len(data.items), len(answers)
-    counts = np.diff(queries.relevant_offset)
-    pairs = np.repeat(np.arange(q), counts) * n + queries.relevant
-    hits = np.isin(np.arange(q)[:, None] * n + answers, pairs) & (answers >= 0)
-    discount = 1 / np.log2(np.arange(answers.shape[1]) + 2)
-    ideal = np.concatenate([[0], np.cumsum(discount)])
-    out: Metrics = {}
-    for k in ks:
-        top = hits[:, :k]
-        rank = np.where(top.any(1), top.argmax(1) + 1, 0)
-        out[f"recall@{k}"] = float((top.sum(1) / counts).mean())
-        out[f"ndcg@{k}"] = float(
-            ((top * discount[:k]).sum(1) / ideal[np.minimum(counts, top.shape[1])]).mean()
-        )
-        out[f"mrr@{k}"] = float(np.where(rank > 0, 1 / np.maximum(rank, 1), 0).mean())
-        out[f"hit_rate@{k}"] = float(top.any(1).mean())
-        shown = np.unique(answers[:, :k])
-        out[f"coverage@{k}"] = float((shown >= 0).sum() / n)
-        for name, members in popularity_slices(data.train_count).items():
-            total = int(members[queries.relevant].sum())
-            if total:
-                found = int((top & members[answers[:, :k]]).sum())
-                out[f"recall@{k}/{name}"] = found / total
-        new = np.diff(queries.seen_offset) == 0
-        if new.any():
-            out[f"recall@{k}/new users"] = float((top.sum(1) / counts)[new].mean())
-    return out
-
-
-def evaluate_towers(
-    model: Any, builder: BatchBuilder, queries: Queries, ks: list[int], batch_size: int,
-    device: torch.device,
-) -> Metrics:  # fmt: skip
-    """Return the metrics of a `TwoTower` on `queries`."""
-    item_ND = catalogue_vectors(model.item_vectors, builder, device, batch_size)
-    answers = answer(model.query_vectors, item_ND, builder, queries, max(ks), batch_size)
-    return score_answers(answers, queries, builder.data, ks)
-
-
-def compare_with_baselines(
-    model: Any, data: PreparedDataset, config: EvaluateConfig, seed: int
-) -> dict[str, Any]:
-    """Return the test metrics of the towers and of two baselines.
-
-    Returns:
-        `split`; `queries`, their number; `slices`, the size of each; `results`, model -> metrics.
-
-    Raises:
-        UserError: as `judged_queries`.
-    """
-    queries = judged_queries(data, 2, config, seed)
-    k, size = max(config.k), config.batch_size
-    results = {
-        "two towers": evaluate_towers(
-            model, BatchBuilder(data), queries, config.k, size, torch.device("cpu")
-        ),
-        "popularity": score_answers(
-            answer_by_popularity(data, queries, k, size), queries, data, config.k
-        ),
-        "co-occurrence": score_answers(
-            answer_by_cooccurrence(data, queries, k, size), queries, data, config.k
-        ),
-    }
-    return {
-        "split": "test",
-        "queries": len(queries.event),
-        "slices": slice_sizes(queries, data),
-        "results": results,
-    }
