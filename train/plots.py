@@ -187,3 +187,40 @@ def plot_comparison(
     axis.set_title(title, fontsize=10)
     axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+def plot_sweep(
+    objective: str, trials: list[tuple[int, str, float | None]], importance: dict[str, float],
+    path: Path,
+) -> None:  # fmt: skip
+    """Draw what each trial of a sweep reached, the best so far, and what each key matters.
+
+    Args:
+        objective: what is made as high as can be.
+        trials: number, state and the objective reached, in order.
+        importance: key -> share; none where it is not known.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11 if importance else 7, 4), layout="constrained")
+    axes = figure.subplots(1, 2 if importance else 1, squeeze=False)[0]
+    colors = {"complete": "tab:blue", "pruned": "tab:gray"}
+    for state, color in colors.items():
+        found = [(n, v) for n, s, v in trials if s == state and v is not None]
+        axes[0].plot([n for n, _ in found], [v for _, v in found], "o", color=color, label=state)
+    best, so_far = float("-inf"), []
+    for number, state, value in trials:
+        if state == "complete" and value is not None:
+            best = max(best, value)
+            so_far.append((number, best))
+    axes[0].step(*zip(*so_far, strict=True), where="post", color="tab:orange", label="best so far")
+    axes[0].set_xlabel("trial")
+    axes[0].set_ylabel(objective)
+    axes[0].grid(alpha=0.3)
+    axes[0].legend(fontsize=9)
+    if importance:
+        names = sorted(importance, key=lambda name: importance[name])
+        axes[1].barh(names, [importance[name] for name in names])
+        axes[1].set_title("importance for being in the best quarter (PED-ANOVA)", fontsize=10)
+    figure.savefig(path, dpi=110)

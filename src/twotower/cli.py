@@ -25,8 +25,8 @@ from twotower.show import console, facts
 
 CLOSING = "Any key of the YAML can be given on the command line: --train.batch_size=4096."
 TRAINING_LIBRARIES = {
-    "duckdb", "fbgemm_gpu", "lightning", "matplotlib", "onnx", "onnxscript", "safetensors", "scipy",
-    "torch", "torchrec", "triton", "wandb",
+    "duckdb", "fbgemm_gpu", "lightning", "matplotlib", "onnx", "onnxscript", "optuna",
+    "safetensors", "scipy", "torch", "torchrec", "triton", "wandb",
 }  # fmt: skip
 RECOMMEND = "Ask the running server for a user's recommendations, without what the user has seen."
 
@@ -44,6 +44,13 @@ def demo_log(config: DemoLogConfig) -> None:
     facts("demo-log", {**counts, "written to": config.output})
 
 
+def sweep(job: Job, _: Namespace) -> None:
+    """Search the settings that validate best."""
+    from twotower.sweep.sweep import sweep as search
+
+    search(job)
+
+
 def run(job: Job, _: Namespace) -> None:
     """Do every step, then answer for three users from a real server."""
     for step in (steps.prepare, steps.train, steps.evaluate, steps.export):
@@ -59,6 +66,7 @@ JOB_COMMANDS: dict[str, tuple[str, Callable[[Job, Namespace], int | None]]] = {
     ),
     "prepare": ("Read a log and write the prepared dataset.", lambda job, _: steps.prepare(job)),
     "train": ("Train the towers, or resume a killed run.", lambda job, _: steps.train(job)),
+    "sweep": ("Search the settings that validate best, and write the best job.", sweep),
     "evaluate": (
         "Judge the towers over the whole catalogue, beside two baselines.",
         lambda job, _: steps.evaluate(job),

@@ -5,14 +5,21 @@ It spans all rooms, so it stands above them, and it needs no torch: a serving ho
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from twotower.data.inspect.config import InspectConfig
 from twotower.data.schema import DataConfig
 from twotower.errors import UserError
 from twotower.export.config import ExportConfig
+from twotower.files import partial_path
 from twotower.serve.config import ServeConfig
+from twotower.sweep.config import SweepConfig
+from twotower.sweep.space import check_space
 from twotower.towers.config import ModelConfig
 from twotower.train.config import EvaluateConfig, TrackingConfig, TrainConfig
 
@@ -43,6 +50,8 @@ class Job:
     """How Triton serves the bundle."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where runs are tracked."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """How the best settings are searched."""
 
     def validate(self) -> None:
         """Refuse settings that no run could satisfy.
@@ -57,10 +66,50 @@ class Job:
             raise UserError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         for section in (
             self.data, self.inspect, self.model, self.train, self.evaluate, self.export,
-            self.serve, self.tracking,
+            self.serve, self.tracking, self.sweep,
         ):  # fmt: skip
             section.validate()
+        check_space(self)
 
     def path(self, name: str) -> Path:
         """Return a path below `run_dir`."""
         return Path(self.run_dir) / name
+
+
+def write_job(job: Job, path: Path, keys: Iterable[str], header: str) -> None:
+    """Write a job as YAML, atomically: what differs from the defaults, and some keys in any case.
+
+    Args:
+        job: the job.
+        path: of the YAML.
+        keys: dotted, that are written though they have their default.
+        header: text of the comment above.
+    """
+    content = _differing(job)
+    for key in keys:
+        inner, value, (*sections, name) = content, job, key.split(".")
+        for section in sections:
+            inner, value = inner.setdefault(section, {}), getattr(value, section)
+        inner[name] = getattr(value, name)
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines())
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    partial = partial_path(path)
+    partial.write_text(comment + text)
+    partial.replace(path)
+
+
+def _differing(value: Any) -> Any:
+    """Return a configuration as JSON-like values, without fields that have their default."""
+    if isinstance(value, list):
+        return [_differing(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _differing(each) for key, each in value.items()}
+    if not is_dataclass(value):
+        return value
+    out = {}
+    for f in fields(value):
+        own = getattr(value, f.name)
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if own != default:
+            out[f.name] = _differing(own)
+    return out

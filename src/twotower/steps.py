@@ -73,8 +73,12 @@ def prepare(job: Job) -> None:
         console.print(f"[yellow]skipped[/yellow] {escape(reason)}")
 
 
-def _prepared(job: Job) -> PreparedDataset:
-    """Open the prepared dataset, refusing one of other inputs."""
+def open_prepared(job: Job) -> PreparedDataset:
+    """Open the prepared dataset of a job.
+
+    Raises:
+        UserError: when it is of other inputs.
+    """
     from twotower.data.prepare.plan import make_plan
     from twotower.data.prepared import PreparedDataset
 
@@ -92,8 +96,8 @@ def train(job: Job) -> None:
     place = find_place()
     end_with_parent()
     console.quiet = place is not None and place.rank > 0
-    data = _prepared(job)
-    mark = _train_mark(job, data)
+    data = open_prepared(job)
+    mark = train_mark(job, data)
     if _mark_of(target / "train.json") == mark and _sound("train", check_training, target):
         return _unchanged("train", target)
     processes = processes_of(job.train)
@@ -127,7 +131,7 @@ NO_INPUT = (
 )  # fmt: skip
 
 
-def _train_mark(job: Job, data: PreparedDataset) -> str:
+def train_mark(job: Job, data: PreparedDataset) -> str:
     """Fingerprint what the weights depend on; of the evaluation, what chooses the epoch."""
     chooses = [job.evaluate.monitor, job.evaluate.max_queries]
     training = {key: value for key, value in asdict(job.train).items() if key not in NO_INPUT}
@@ -141,9 +145,9 @@ def _evaluation_mark(job: Job, trained: dict[str, Any]) -> str:
 
 def _trained(job: Job) -> tuple[PreparedDataset, dict[str, Any]]:
     """Return the dataset and the summary of its training, refusing one of other inputs."""
-    data, target = _prepared(job), job.path("train")
+    data, target = open_prepared(job), job.path("train")
     summary = read_summary(target)
-    if summary["fingerprint"] != _train_mark(job, data):
+    if summary["fingerprint"] != train_mark(job, data):
         raise UserError(
             f"{target}: was trained from other data or settings: run `twotower train` again"
         )

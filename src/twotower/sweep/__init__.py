@@ -1,0 +1,1 @@
+"""Searching a job's best settings: the space, the trials, and what they leave."""
