@@ -29,7 +29,7 @@ I64 = npt.NDArray[np.int64]
 Answer = Callable[[Queries, int], I64]
 BLOCK = 1024
 ALS_GRID = {
-    "factors": (32, 64, 128), "regularization": (0.01, 0.1, 1.0, 10.0), "alpha": (1.0, 5.0, 20.0),
+    "factors": (32, 64, 128), "regularization": (0.1, 10.0, 100.0), "alpha": (1.0, 5.0, 20.0, 60.0),
 }  # fmt: skip
 EASE_GRID = (50.0, 200.0, 500.0, 1000.0)
 

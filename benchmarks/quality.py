@@ -6,7 +6,7 @@
 Every row answers the same test queries, over the whole catalogue, without what the query's user
 had before. The seconds are those of `twotower train`, or of a baseline's one fit and its answers;
 what was tried on validation is not counted. The result is written to
-benchmarks/results/quality-<recipe>.json.
+benchmarks/results/quality-<recipe>.json, row by row: a run that is cut short leaves what it has.
 
 A variant is a line of VARIANTS: dotted keys of the YAML and their values. A feature is found by its
 name, and left out by null: {"data.item.genres": None}.
@@ -103,8 +103,11 @@ def trained(config: dict[str, Any], folder: Path) -> tuple[PreparedDataset, Any,
     )  # fmt: skip
 
 
-def show(name: str, row: dict[str, Any]) -> None:
-    """Print a row of the table."""
+def add(name: str, row: dict[str, Any], result: dict[str, Any]) -> None:
+    """Print a row of the table and write it."""
+    result["rows"][name] = row
+    packages = ("twotower", "torch", "implicit", "scipy")
+    write_result(f"quality-{result['recipe']}", result, packages)
     recall, ndcg = (row["metrics"][f"{m}@{K}"] for m in ("recall", "ndcg"))
     more = " ".join(f"{k}={v:g}" for k, v in row.get("settings", {}).items())
     print(f"{name:20} {recall:9.4f} {ndcg:9.4f} {row['seconds']:8.0f}  {more}", flush=True)
@@ -129,7 +132,7 @@ def main() -> None:
         if name not in variants:
             raise SystemExit(f"no variant '{name}', expected some of {', '.join(variants)}")
     judge = EvaluateConfig(k=[K])
-    rows: dict[str, Any] = {}
+    result: dict[str, Any] = {"recipe": arguments.recipe, "rows": {}}
     asked: Queries | None = None
     print(f"{arguments.recipe:20} {'recall@20':>9} {'NDCG@20':>9} {'seconds':>8}")
     with tempfile.TemporaryDirectory() as folder:
@@ -140,19 +143,15 @@ def main() -> None:
             queries = judged_queries(data, 2, judge, config["seed"])
             if asked is not None and not _same(asked, queries):
                 raise SystemExit(f"{name}: has other test queries than {names[0]}")
-            asked = queries
+            asked, result["queries"] = queries, len(queries.event)
             metrics = evaluate_towers(
                 towers, BatchBuilder(data), queries, [K], judge.batch_size, torch.device("cpu")
             )
-            rows[name] = {"changes": variants[name], "seconds": round(seconds, 1),
-                          "metrics": metrics}  # fmt: skip
-            show(name, rows[name])
+            row = {"changes": variants[name], "seconds": round(seconds, 1), "metrics": metrics}
+            add(name, row, result)
         validation = judged_queries(data, 1, judge, config["seed"])
         for name, row in baselines(data, validation, queries, K, "ndcg"):
-            rows[name] = row
-            show(name, row)
-    result = {"recipe": arguments.recipe, "queries": len(queries.event), "rows": rows}
-    write_result(f"quality-{arguments.recipe}", result, ("twotower", "torch", "implicit", "scipy"))
+            add(name, row, result)
 
 
 if __name__ == "__main__":

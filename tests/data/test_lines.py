@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -223,3 +225,22 @@ def test_broken_lines_can_be_skipped_and_are_counted(tmp_path) -> None:
 def test_a_text_file_without_its_format_says_how_to_read_it(tmp_path) -> None:
     with pytest.raises(UserError, match=r"or set data\.format to user_lines"):
         lines(tmp_path, "1 2\n", format="table", split=Split())
+
+
+def test_users_and_items_of_lines_may_have_tables(tmp_path) -> None:
+    (tmp_path / "items.csv").write_text("item_id,genre\n5,rock\n6,jazz\n99,jazz\n")
+    item = [Feature(name="item_id", kind="id"), Feature(name="genre", kind="id")]
+    data = lines(tmp_path, TRAIN, "1 8\n", items="items.csv", item=item)
+    assert data.items["raw.genre"].to_pylist()[:2] == ["rock", "jazz"]
+    assert data.items["id"].to_pylist()[-1] == 99, "an item that nobody took is a candidate"
+
+
+def test_events_of_a_table_are_held_out_too(make, tmp_path) -> None:
+    log = {"user_id": [1] * 5 + [2], "item_id": list("abcdea"), "timestamp": [1, 2, 3, 4, 5, 1]}
+    test = {"user_id": [1, 2], "item_id": ["b", "c"], "timestamp": [9, 9]}
+    pq.write_table(pa.table(test), tmp_path / "test.parquet")
+    rule = Split(kind="given", test_files=str(tmp_path / "test.parquet"), held_out="last",
+                 validation=0.4)  # fmt: skip
+    data = make(log, split=rule)
+    assert asked(data, 1) == {1: (["a", "b", "c"], ["d", "e"])}
+    assert asked(data, 2) == {2: (["a"], ["c"])}
