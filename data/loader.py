@@ -23,7 +23,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from twotower.data.batches import Batch, BatchBuilder
+from twotower.data.batches import Batch, BatchBuilder, id_keys
+from twotower.data.log.sources import is_own_id
 from twotower.data.prepared import PreparedDataset
 from twotower.data.sequences import Windows
 from twotower.data.shuffle import Shuffle
@@ -65,6 +66,48 @@ class ExtraItems:
     catalogue: bool = False
 
 
+class IdDropout:
+    """Shows items by out-of-vocabulary rows of their own id's table, which new items have.
+
+    So the rows learn to stand for no knowledge, and the other features what they can tell
+    (Volkovs et al. 2017, "DropoutNet").
+
+    Args:
+        data: the prepared dataset.
+        share: of the items.
+
+    Raises:
+        UserError: when items have no id among their features, or one without a vocabulary.
+    """
+
+    def __init__(self, data: PreparedDataset, share: float) -> None:
+        self.share = share
+        self.places: dict[int, int] = {}  # of the key -> out-of-vocabulary rows
+        keys = id_keys(data.config)
+        for f in data.config.item:
+            if not is_own_id(data.config, "item", f):
+                continue
+            if data.config.table(f.table_name).slots is not None:
+                raise UserError(
+                    f"train.id_dropout: table '{f.table_name}' has dynamic ids, whose shared rows "
+                    "learn from ids without a slot: set it to 0"
+                )
+            rows = data.config.table(f.table_name).oov_rows
+            self.places[keys.index(f"item.{f.name}")] = rows
+        if not self.places:
+            raise UserError(
+                "train.id_dropout: no feature of data.item is the item's own id: set it to 0"
+            )
+
+    def __call__(self, batch: Batch, random: np.random.Generator) -> None:
+        """Hide ids in a batch that nothing else reads yet."""
+        values, offset = batch.ids.values().numpy(), batch.ids.offset_per_key()
+        for place, rows in self.places.items():
+            own = values[offset[place] : offset[place + 1]]
+            hidden = random.random(len(own)) < self.share
+            own[hidden] = random.integers(0, rows, int(hidden.sum()))
+
+
 class TrainLoader:
     """Shuffled training batches of one rank.
 
@@ -78,6 +121,8 @@ class TrainLoader:
         workers: processes that build batches ahead; 0 builds them here when they are asked for.
         pin_memory: whether to hand out pinned memory, for asynchronous copies to a GPU.
         extra: given the queries of a step, the items beside the events' own.
+        id_dropout: share of items that a step shows by an out-of-vocabulary row of their own id's
+            table, as a new item is shown.
         every_position: whether examples are windows of histories, of which every entry is a query
             (`twotower.data.sequences`), and whose items are shared by the ranks.
 
@@ -87,8 +132,8 @@ class TrainLoader:
 
     def __init__(
         self, data: PreparedDataset, batch_size: int, seed: int, *, rank: int = 0, ranks: int = 1,
-        workers: int = 0, pin_memory: bool = False, every_position: bool = False,
-        extra: Callable[[float], ExtraItems] | None = None,
+        workers: int = 0, pin_memory: bool = False, id_dropout: float = 0.0,
+        every_position: bool = False, extra: Callable[[float], ExtraItems] | None = None,
     ) -> None:  # fmt: skip
         kind = _Windows if every_position else _Events
         self.batches = kind(BatchBuilder(data), seed, rank, ranks)
@@ -99,6 +144,8 @@ class TrainLoader:
                 f"{data.path}: {self.length} training {what} do not suffice for {ranks} "
                 "processes: train on fewer"
             )
+        if id_dropout:
+            self.batches.hidden = IdDropout(data, id_dropout)
         self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
         if extra is not None:
             self.batches.extra = extra(self.queries_a_step)
@@ -183,10 +230,17 @@ class _Events(Dataset[Batch]):
     def __init__(self, builder: BatchBuilder, seed: int, rank: int, ranks: int) -> None:
         self.builder, self.seed, self.rank, self.ranks = builder, seed, rank, ranks
         self.extra = ExtraItems()
+        self.hidden: IdDropout | None = None
         self.items = len(builder.data.items)
         self.length = self.queries = builder.data.section(0).stop
 
     def __getitem__(self, part: Part) -> Batch:
+        batch = self._batch(part)
+        if self.hidden is not None:
+            self.hidden(batch, self._random(part, self.rank))
+        return batch
+
+    def _batch(self, part: Part) -> Batch:
         rows = self._order(part)(np.arange(part.low, part.high))
         if self.extra.catalogue:
             everything = self._mine(np.arange(self.items))
@@ -203,8 +257,10 @@ class _Events(Dataset[Batch]):
 
     def _drawn(self, part: Part) -> I64:
         """Return items drawn for the step, the same on any number of ranks."""
-        random = np.random.default_rng([self.seed % 2**64, part.epoch, part.step])
-        return random.integers(0, self.items, self.extra.uniform)
+        return self._random(part).integers(0, self.items, self.extra.uniform)
+
+    def _random(self, part: Part, *more: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed % 2**64, part.epoch, part.step, *more])
 
     def _mine(self, items: I64) -> I64:
         """Return this rank's part of a step's items, with fillers where it is short."""
@@ -225,7 +281,7 @@ class _Windows(_Events):
         """Return how often each item is a positive of an epoch (N,)."""
         return self.windows.target_counts()
 
-    def __getitem__(self, part: Part) -> Batch:
+    def _batch(self, part: Part) -> Batch:
         order = self._order(part)
         rows = order(np.arange(part.low, part.high))
         positive = self.windows.targets(rows)

@@ -58,8 +58,12 @@ class ModelConfig:
     """What reads a history whose pooling is transformer or hstu."""
     dropout: float = 0.0
     """Share of the inputs of each tower's layers dropped in training."""
+    layer_norm: bool = False
+    """Normalise each hidden layer's values (Ba et al. 2016), which deeper towers may need."""
     residual: bool = True
     """Add the pooled embeddings to the last layer, which helps where the log is small."""
+    widths: list[int] = field(default_factory=list)
+    """Fewer coordinates that vectors may be cut to, each trained too (Kusupati et al. 2022)."""
     item_bias: bool = False
     """Leave the last coordinate of an item's vector to its popularity; a query's is 1 there."""
     temperature: float = 0.1
@@ -76,8 +80,17 @@ class ModelConfig:
         for name, width in (("dim", self.dim), *(("hidden", h) for h in self.hidden)):
             if width < 1:
                 raise UserError(f"model.{name} must be >= 1, got {width}")
-        if self.item_bias and self.dim < 2:
-            raise UserError("model.dim must be >= 2 where model.item_bias takes a coordinate of it")
+        least = 1 + self.item_bias
+        for name, width in (("dim", self.dim), *(("widths", w) for w in self.widths)):
+            if width < least:
+                raise UserError(
+                    f"model.{name} must be >= {least} where model.item_bias takes a coordinate of "
+                    f"it, got {width}"
+                )
+        if sorted({*self.widths, self.dim}) != [*self.widths, self.dim]:
+            raise UserError(
+                f"model.widths must rise and stay below model.dim ({self.dim}), got {self.widths}"
+            )
         if self.interaction not in INTERACTIONS:
             raise UserError(
                 f"model.interaction must be one of {', '.join(INTERACTIONS)}, got "

@@ -38,6 +38,22 @@ class AttentionPool(nn.Module):
         return (entry_BLD * weight_BL.unsqueeze(-1)).sum(1)
 
 
+def cut(vector_BD: Tensor, width: int, item_bias: bool) -> Tensor:
+    """Return vectors of fewer coordinates (B, width), as valid as the whole ones.
+
+    Args:
+        vector_BD: of a tower, whose `model.widths` has the width.
+        width: coordinates that are kept; the last of them is that of the item's bias, if any.
+        item_bias: whether the vectors have it.
+    """
+    if width == vector_BD.shape[1]:
+        return vector_BD
+    if not item_bias:
+        return F.normalize(vector_BD[:, :width], dim=-1)
+    direction = F.normalize(vector_BD[:, : width - 1], dim=-1)
+    return torch.cat([direction, vector_BD[:, -1:]], dim=-1)
+
+
 class Tower(nn.Module):
     """Pools one side's features, lets them meet and transforms them.
 
@@ -77,7 +93,10 @@ class Tower(nn.Module):
             self.interaction = CrossInteraction(width, config.cross_layers, config.cross_rank)
         layers: list[nn.Module] = []
         for hidden in config.hidden:
-            layers += [nn.Linear(width, hidden), nn.SiLU()]
+            layers.append(nn.Linear(width, hidden))
+            if config.layer_norm:
+                layers.append(nn.LayerNorm(hidden))
+            layers.append(nn.SiLU())
             width = hidden
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.Sequential(*layers, nn.Linear(width, config.dim))

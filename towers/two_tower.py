@@ -89,7 +89,7 @@ class TwoTower(nn.Module):
         self.collection_of = {
             k: kind for kind in tables for t in tables[kind] for k in t.feature_names
         }
-        self.dim = config.dim
+        self.dim, self.widths, self.item_bias = config.dim, config.widths, config.item_bias
         self.query = Tower(data.query, config)
         self.item = Tower(data.item, config, is_item=True)
         log_temperature = torch.tensor(config.temperature).log()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from twotower.errors import UserError, one_of
+from twotower.train.loss_config import LossConfig
 from twotower.train.negatives_config import NegativesConfig
 
 SHARDINGS = (
@@ -87,6 +88,10 @@ class TrainConfig:
     """Largest norm of the dense parameters' gradients; tables are updated before it is known."""
     accumulate: int = 1
     """Steps whose gradients one update of the dense parameters adds; tables learn at every step."""
+    id_dropout: float = 0.0
+    """Share of items whose own id is hidden in a step, so that their features must tell them."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What is lowered."""
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
     """What a query's positive is compared with."""
     log_q: float = 1.0
@@ -149,8 +154,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"train.{name} must be > 0, got {value}")
+        if not 0 <= self.id_dropout < 1:
+            raise UserError(f"train.id_dropout must be in [0, 1), got {self.id_dropout:g}")
         if not 0 <= self.log_q <= 2:
             raise UserError(f"train.log_q must be an exponent from 0 to 2, got {self.log_q:g}")
+        self.loss.validate()
         self.negatives.validate()
         if self.every_position and (self.negatives.in_batch == 0 or self.negatives.memory):
             raise UserError(

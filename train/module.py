@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -12,9 +13,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from twotower.data.batches import Batch
-from twotower.kernels.sampled_softmax import sampled_softmax
+from twotower.towers.tower import cut
 from twotower.towers.two_tower import TwoTower
 from twotower.train.config import TrainConfig
+from twotower.train.losses import retrieval_loss
 from twotower.train.meters import RANGE, Latest
 from twotower.train.negatives import (
     FILLER_LOG_Q,
@@ -47,6 +49,7 @@ class RetrievalModule(L.LightningModule):
         self.model = model
         self.config = config
         self.steps, self.seed = steps, seed
+        self.widths, self.item_bias = model.widths, model.item_bias
         self.pipeline: SparsePipeline | None = None
         self.latest: Latest | None = None
         # Not saved: it follows from the prepared dataset.
@@ -94,16 +97,7 @@ class RetrievalModule(L.LightningModule):
             query_BD, item_ND = query_BD.bfloat16(), item_ND.bfloat16()
         candidates, positive_B = self._candidates(batch, item_ND)
         with record_function(RANGE + "loss"):
-            loss = sampled_softmax(
-                query_BD,
-                candidates.vector_ND,
-                temperature,
-                log_q_N=candidates.log_q_N,
-                candidate_id_N=candidates.id_N,
-                weight_B=batch.weight_B,
-                positive_B=positive_B,
-                positive="corrected" if self.config.correct_positive else "uncorrected",
-            )
+            loss = self._loss(batch, query_BD, candidates, temperature, positive_B)
         if self.step_is_logged:
             self.latest = Latest(
                 query_BD.detach(), candidates, positive_B, temperature.detach(),
@@ -113,6 +107,24 @@ class RetrievalModule(L.LightningModule):
             loss = loss * share_of_weight(batch.weight_B)
         self._log_loss(loss.detach())
         return loss
+
+    def _loss(
+        self, batch: Batch, query_BD: Tensor, candidates: Candidates, temperature: Tensor,
+        positive_B: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Return the loss, the mean over the widths that vectors may be cut to."""
+        losses = []
+        for width in (*self.widths, query_BD.shape[1]):
+            shorter = replace(
+                candidates, vector_ND=cut(candidates.vector_ND, width, self.item_bias)
+            )  # fmt: skip
+            losses.append(
+                retrieval_loss(
+                    self.config, cut(query_BD, width, self.item_bias), shorter, temperature,
+                    positive_B, batch.weight_B, len(self.log_q_N) - 1,
+                )
+            )  # fmt: skip
+        return torch.stack(losses).mean()
 
     def _candidates(self, batch: Batch, item_ND: Tensor) -> tuple[Candidates, Tensor]:
         """Return what the queries are scored against, and which of it are their positives."""

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from twotower.data.batches import id_keys
 from twotower.data.loader import ExtraItems, TrainLoader
 from twotower.data.prepared import PreparedDataset
-from twotower.data.schema import Split
+from twotower.data.schema import Feature, Split
 from twotower.data.shuffle import Shuffle
+from twotower.data.table import Table
 from twotower.errors import UserError
 
 EVENTS = 103
@@ -116,6 +118,43 @@ def test_further_items_are_those_of_the_step_whatever_the_ranks(data) -> None:
     drawn = np.concatenate(further_items(data, 1, ExtraItems(uniform=2000)))
     counts = np.bincount(drawn, minlength=items)
     assert counts.min() > 0.6 * counts.mean(), "every item alike"
+
+
+def test_hidden_ids_are_those_of_new_items_and_the_rest_is_as_it_was(make) -> None:
+    number = np.arange(600)
+    log = {"user_id": number % 20, "item_id": number % 50, "timestamp": number}
+    items = {"item_id": list(range(50)), "kind": [i % 3 for i in range(50)]}
+    item = [Feature(name="item_id", kind="id"), Feature(name="kind", kind="id")]
+    data = make(log, items=items, item=item)
+    plain, hiding = (list(TrainLoader(data, 64, seed=3, id_dropout=share)) for share in (0.0, 0.25))
+    again = list(TrainLoader(data, 64, seed=3, id_dropout=0.25))
+    rows = data.config.table("item_id").oov_rows
+    hidden = 0
+    for before, after, twice in zip(plain, hiding, again, strict=True):
+        assert after.item_N.equal(before.item_N)
+        for key in id_keys(data.config):
+            was, now = before.ids[key].values(), after.ids[key].values()
+            assert twice.ids[key].values().equal(now), "seeded by the step"
+            if key != "item.item_id":
+                assert now.equal(was), key
+                continue
+            changed = now != was
+            hidden += int(changed.sum())
+            assert (now[changed] < rows).all()
+            assert (was >= rows).all()
+    share = hidden / sum(len(b.item_N) for b in plain)
+    assert 0.15 < share < 0.35
+
+
+def test_hiding_ids_that_are_not_there_is_refused(make) -> None:
+    log = {"user_id": [1, 2] * 5, "item_id": [3, 4] * 5, "timestamp": list(range(10))}
+    items = {"item_id": [3, 4], "kind": ["a", "b"]}
+    without = make(log, items=items, item=[Feature(name="kind", kind="id")])
+    with pytest.raises(UserError, match=r"no feature of data\.item is the item's own id"):
+        TrainLoader(without, 4, seed=0, id_dropout=0.5)
+    slots = make(log, items=items, tables={"item_id": Table(slots=50)})
+    with pytest.raises(UserError, match="table 'item_id' has dynamic ids"):
+        TrainLoader(slots, 4, seed=0, id_dropout=0.5)
 
 
 def test_the_catalogue_stands_for_the_events_items(data) -> None:

@@ -102,7 +102,12 @@ def test_training_twin_and_onnx_agree(name, interaction, residual, dynamic, make
     torch.manual_seed(1)
     rows = {n: t["rows"] for n, t in data.summary["tables"].items()}
     config = ModelConfig(
-        dim=8, hidden=[16], residual=residual, interaction=interaction, item_bias=not residual
+        dim=8,
+        hidden=[16],
+        residual=residual,
+        interaction=interaction,
+        item_bias=not residual,
+        layer_norm=not residual,
     )
     model = TwoTower(data.config, rows, config).eval()
     with torch.no_grad():

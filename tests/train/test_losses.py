@@ -1,0 +1,110 @@
+"""The losses against their formulas, and what they are not given for."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from twotower.errors import UserError
+from twotower.towers.config import ModelConfig
+from twotower.towers.tower import cut
+from twotower.train.config import TrainConfig
+from twotower.train.loss_config import LossConfig
+from twotower.train.losses import retrieval_loss
+from twotower.train.negatives import FILLER_LOG_Q, Candidates
+
+ITEMS, TEMPERATURE = 50, 0.3
+
+
+def case() -> tuple[Tensor, Candidates, Tensor, Tensor]:
+    """Return queries, candidates with hits and a filler, positives and weights."""
+    generator = torch.Generator().manual_seed(0)
+    query, vector = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (7, 12))
+    id_N = torch.tensor([3, 4, 5, 3, 6, 7, 8, 9, 4, 10, 11, -1])
+    log_q = torch.randn(12, generator=generator, dtype=torch.float64)
+    log_q[-1] = FILLER_LOG_Q
+    positive = torch.tensor([0, 1, 2, 3, 0, 5, 9])
+    weight = torch.rand(7, generator=generator)
+    unit = torch.nn.functional.normalize
+    return unit(query), Candidates(unit(vector), id_N, log_q), positive, weight
+
+
+def by_formula(kind: str, **options: float) -> float:
+    query, found, positive, weight = case()
+    losses = []
+    for q, p in zip(query, positive.tolist(), strict=True):
+        own = float(q @ found.vector_ND[p])
+        others = [j for j in range(len(found.id_N)) if found.id_N[j] != found.id_N[p]]
+        score = {j: float(q @ found.vector_ND[j]) / TEMPERATURE for j in others}
+        if kind == "bilateral":
+            mass = sum(math.exp(score[j] - float(found.log_q_N[j])) for j in others)
+            losses.append(math.log(mass) - own / options["positive_temperature"])
+            continue
+        value = {j: math.exp(-float(found.log_q_N[j])) for j in range(12)}
+        number = sum(v > 0 for v in value.values())
+        mean = sum(value.values()) / number
+        power = 1 - options["calibration"] * (1 - number / (ITEMS - 1))
+        losses.append(
+            (power * math.log1p(math.exp(-own / TEMPERATURE))
+             + sum(value[j] / mean * math.log1p(math.exp(score[j])) for j in others))
+            / (number + 1)
+        )  # fmt: skip
+    total = sum(loss * float(w) for loss, w in zip(losses, weight, strict=True))
+    return total / float(weight.sum())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kind": "bilateral", "positive_temperature": 0.2}, {"kind": "bce", "calibration": 0.0},
+     {"kind": "bce", "calibration": 0.9}],
+)  # fmt: skip
+def test_losses_are_their_formulas_and_their_gradients_too(options, monkeypatch) -> None:
+    from twotower.train import losses
+
+    monkeypatch.setattr(losses, "BLOCK", 3)  # blocks, and a rest
+    config = TrainConfig(loss=LossConfig(**options), correct_positive=False)
+    query, found, positive, weight = case()
+
+    def loss(query: Tensor, vector: Tensor, temperature: Tensor) -> Tensor:
+        candidates = Candidates(vector, found.id_N, found.log_q_N)
+        return retrieval_loss(
+            config, query, candidates, temperature, positive, weight.double(), ITEMS
+        )
+
+    leaves = [query, found.vector_ND, torch.tensor(TEMPERATURE, dtype=torch.float64)]
+    got = float(loss(*leaves))
+    # Scores are summed in fp32 by these two.
+    assert got == pytest.approx(by_formula(**options), rel=2e-6)
+    inputs = [leaf.clone().requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(loss, inputs, eps=1e-3, atol=2e-3, rtol=2e-2)
+
+
+def test_vectors_that_are_cut_are_vectors_of_their_own() -> None:
+    whole = torch.nn.functional.normalize(torch.randn(5, 8, generator=torch.manual_seed(0)))
+    torch.testing.assert_close(cut(whole, 3, False).norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(cut(whole, 3, False), torch.nn.functional.normalize(whole[:, :3]))
+    biased = cut(whole, 3, True)
+    assert biased.shape == (5, 3)
+    torch.testing.assert_close(biased[:, :2].norm(dim=1), torch.ones(5))
+    assert torch.equal(biased[:, 2], whole[:, 7]), "the bias stays"
+    assert cut(whole, 8, True) is whole
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TrainConfig(loss=LossConfig(kind="hinge")), "train.loss.kind must be one of softmax, bi"),
+        (TrainConfig(loss=LossConfig(calibration=0.5)), "calibration is of the loss bce, and trai"),
+        (TrainConfig(loss=LossConfig(kind="bce", label_smoothing=0.1)), "label_smoothing is of th"),
+        (TrainConfig(loss=LossConfig(kind="bce", calibration=2)), r"calibration must be in \[0, 1"),
+        (TrainConfig(loss=LossConfig(kind="bilateral", positive_temperature=0)), "must be > 0"),
+        (TrainConfig(id_dropout=1), r"train.id_dropout must be in \[0, 1\), got 1"),
+        (ModelConfig(widths=[32, 16]), r"model.widths must rise and stay below model.dim \(64\)"),
+        (ModelConfig(widths=[64]), r"model.widths must rise and stay below model.dim \(64\)"),
+        (ModelConfig(widths=[1, 8], item_bias=True), "model.widths must be >= 2 where model.item"),
+    ],
+)
+def test_what_no_loss_has_is_refused(config, message) -> None:
+    with pytest.raises(UserError, match=message):
+        config.validate()

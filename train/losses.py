@@ -1,0 +1,93 @@
+"""The losses of retrieval, behind one interface.
+
+    softmax    mean_i [ lse_j x_ij - x_ip ]                    over the corrected candidates
+    bilateral  mean_i [ lse_{j != p} x_ij - <q_i, c_p> / t+ ]  (Wu et al. 2024, "BSL")
+    bce        mean_i [ b softplus(-s_ip) + sum_j v_j softplus(s_ij) ] / (K + 1)
+
+with s = <q, c> / temperature, x = s - logQ. In bce (Petrov and Macdonald 2023, "gSASRec"), K
+candidates stand for a catalogue of I items: v is 1 / Q, with a mean of 1, and b = 1 - t (1 - K / I)
+undoes, by the calibration t, that positives are more frequent among the sampled than in truth.
+
+Shape legend: `B` queries, `N` candidates, `D` width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from twotower.kernels.sampled_softmax import sampled_softmax
+from twotower.train.config import TrainConfig
+from twotower.train.negatives import Candidates
+
+# Queries of which bce holds the scores of all candidates at once.
+BLOCK = 1024
+
+
+def retrieval_loss(
+    config: TrainConfig, query_BD: Tensor, candidates: Candidates, temperature: Tensor,
+    positive_B: Tensor, weight_B: Tensor, items: int,
+) -> Tensor:  # fmt: skip
+    """Return the weighted mean loss.
+
+    Args:
+        config: of training.
+        query_BD: query vectors.
+        candidates: what they are scored against.
+        temperature: scalar.
+        positive_B: the candidate that is each query's positive.
+        weight_B: sample weights.
+        items: size of the catalogue.
+    """
+    loss = config.loss
+    if loss.kind == "bce":
+        return _calibrated_bce(
+            query_BD, candidates, temperature, positive_B, weight_B, items, loss.calibration
+        )
+    uncorrected = "corrected" if config.correct_positive else "uncorrected"
+    value = sampled_softmax(
+        query_BD,
+        candidates.vector_ND,
+        temperature,
+        log_q_N=candidates.log_q_N,
+        candidate_id_N=candidates.id_N,
+        weight_B=weight_B,
+        positive_B=positive_B,
+        positive="outside" if loss.kind == "bilateral" else uncorrected,
+        label_smoothing=loss.label_smoothing,
+    )
+    if loss.kind == "bilateral" and loss.positive_temperature is not None:
+        own_B = (query_BD.float() * candidates.vector_ND[positive_B].float()).sum(1)
+        own = (own_B * weight_B).sum() / weight_B.sum().clamp_min(1e-12)
+        value = value + own * (1 / temperature - 1 / loss.positive_temperature)
+    return value
+
+
+def _calibrated_bce(
+    query_BD: Tensor, candidates: Candidates, temperature: Tensor, positive_B: Tensor,
+    weight_B: Tensor, items: int, calibration: float,
+) -> Tensor:  # fmt: skip
+    value_N = (-candidates.log_q_N).exp()  # 0 of fillers
+    number = (value_N > 0).sum()
+    value_N = value_N * (number / value_N.sum().clamp_min(1e-12))
+    share = (number / max(1, items - 1)).clamp_max(1)
+    power = 1 - calibration * (1 - share)
+
+    def block(query: Tensor, vector_ND: Tensor, scale: Tensor, own: Tensor) -> Tensor:
+        score = (query @ vector_ND.T).float() * scale
+        hit = candidates.id_N[own, None] == candidates.id_N[None, :]
+        negative = (F.softplus(score) * value_N).masked_fill(hit, 0).sum(1)
+        at_own = score[torch.arange(len(own), device=own.device), own]
+        return (power * F.softplus(-at_own) + negative) / (number + 1)
+
+    scale = temperature.reciprocal()
+    loss_B = torch.cat([
+        checkpoint(
+            block, query_BD[start : start + BLOCK], candidates.vector_ND, scale,
+            positive_B[start : start + BLOCK], use_reentrant=False,
+        )
+        for start in range(0, len(query_BD), BLOCK)
+    ])  # fmt: skip
+    return (loss_B * weight_B).sum() / weight_B.sum().clamp_min(1e-12)
