@@ -151,7 +151,8 @@ def test_print_config_writes_a_documented_yaml_that_runs(twotower, tmp_path, dem
 
 
 @pytest.mark.parametrize(
-    "command", ["demo-log", "prepare", "train", "evaluate", "export", "serve", "recommend", "run"]
+    "command",
+    ["demo-log", "prepare", "train", "sweep", "evaluate", "export", "serve", "recommend", "run"],
 )
 def test_help_teaches(command, twotower, tmp_path) -> None:
     done = twotower(command, "--help", cwd=tmp_path)

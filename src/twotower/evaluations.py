@@ -40,7 +40,7 @@ def _cell(model: str, name: str, report: dict[str, Any]) -> str:
     if value is None:
         return "-"
     low, high = report["intervals"][model][name]
-    digits = 4 if abs(value) < 10 else 1
+    digits = 4 if abs(value) < 10 else 2 if abs(value) < 100 else 1
     return f"{value:.{digits}f} {_short(low, digits)}-{_short(high, digits)}"
 
 

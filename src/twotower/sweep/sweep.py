@@ -15,6 +15,7 @@ and draws what it would have drawn.
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from pathlib import Path
@@ -31,6 +32,7 @@ from twotower.show import console
 from twotower.sweep.report import best_of, objective_name, show_sweep, write_best, write_trials
 from twotower.sweep.space import draw
 from twotower.sweep.trial import TrialFailed, remove_weights, train_trial, trial_folder
+from twotower.train.launch import find_place
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -45,6 +47,11 @@ def sweep(job: Job) -> None:
         raise UserError(
             "sweep.space is empty: name the keys to search, for instance "
             "sweep: {space: {train.table_lr: {low: 0.01, high: 0.5, log: true}}}"
+        )
+    if find_place() is not None:
+        raise UserError(
+            "twotower sweep was started as one of several processes: start it once, without a "
+            "launcher; each trial starts train.processes of its own"
         )
     steps.prepare(job)
     mark = _mark(job)
@@ -77,13 +84,15 @@ def _open(job: Job, folder: Path, mark: str) -> Study:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        storage = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
-    study = optuna.create_study(
-        storage=storage, study_name=STUDY, direction="maximize", load_if_exists=True,
-        pruner=_pruner(job),
-    )  # fmt: skip
+    journal = folder / "journal.log"
+    _mend(journal)
+    try:
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(journal))), study_name=STUDY,
+            direction="maximize", load_if_exists=True, pruner=_pruner(job),
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{journal}: damaged ({error}): remove {folder} to begin anew") from None
     if study.user_attrs.get("mark", mark) != mark:
         raise UserError(
             f"{folder}: holds the trials of another job, log or space: remove it to begin anew, or "
@@ -91,6 +100,15 @@ def _open(job: Job, folder: Path, mark: str) -> Study:
         )
     study.set_user_attr("mark", mark)
     return study
+
+
+def _mend(journal: Path) -> None:
+    """Settle what a killed sweep left: a line cut short, and a lock. This is the only writer."""
+    for lock in journal.parent.glob(f"{journal.name}.lock*"):
+        lock.unlink()
+    if journal.exists():
+        content = journal.read_bytes()
+        os.truncate(journal, content.rfind(b"\n") + 1)
 
 
 def _pruner(job: Job) -> Any:
