@@ -6,7 +6,8 @@
 Every row answers the same test queries, over the whole catalogue, without what the query's user
 had before. The seconds are those of `twotower train`, or of a baseline's one fit and its answers;
 what was tried on validation is not counted. The result is written to
-benchmarks/results/quality-<recipe>.json, row by row: a run that is cut short leaves what it has.
+benchmarks/results/quality-<recipe>.json, row by row; with --keep, a run goes on from the rows that
+one of the same recipe left there.
 
 A variant is a line of VARIANTS: dotted keys of the YAML and their values. A feature is found by its
 name, and left out by null: {"data.item.genres": None}.
@@ -15,6 +16,7 @@ name, and left out by null: {"data.item.genres": None}.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,7 @@ import numpy as np
 import torch
 import yaml
 from baselines import baselines
-from measure import ROOT, write_result
+from measure import RESULTS, ROOT, write_result
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
@@ -84,23 +86,35 @@ def _entry(features: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return found[0]
 
 
-def trained(config: dict[str, Any], folder: Path) -> tuple[PreparedDataset, Any, float]:
-    """Prepare and train a job; returns the dataset, the towers and the seconds of training."""
-    folder.mkdir()
+def run(command: str, config: dict[str, Any], folder: Path) -> float:
+    """Run one step of a job in a process of its own; returns its seconds."""
+    folder.mkdir(exist_ok=True)
     (folder / "job.yaml").write_text(yaml.safe_dump(config))
     job = [f"--config={folder / 'job.yaml'}", f"--run_dir={folder}", "--tracking.wandb=off"]
-    for command in ("prepare", "train"):
-        started = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-m", "twotower", command, *job],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            raise SystemExit(f"{folder.name}: {done.stderr.strip()}")
-    return (
-        PreparedDataset(folder / "prepared"), load_towers(folder / "train"),
-        time.monotonic() - started,
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "twotower", command, *job],
+        cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{config['name']}, {command}: {done.stderr.strip()}")
+    return time.monotonic() - started
+
+
+def measure_variant(
+    changes: dict[str, Any], config: dict[str, Any], folder: Path, queries: Queries
+) -> dict[str, Any]:
+    """Train a variant and judge it by `queries`; returns its row."""
+    run("prepare", config, folder)
+    seconds = run("train", config, folder)
+    data, judge = PreparedDataset(folder / "prepared"), EvaluateConfig(k=[K])
+    if not _same(queries, judged_queries(data, 2, judge, config["seed"])):
+        raise SystemExit(f"{changes}: has other test queries than the recipe")
+    metrics = evaluate_towers(
+        load_towers(folder / "train"), BatchBuilder(data), queries, [K], judge.batch_size,
+        torch.device("cpu"),
+    )  # fmt: skip
+    return {"changes": changes, "seconds": round(seconds, 1), "metrics": metrics}
 
 
 def add(name: str, row: dict[str, Any], result: dict[str, Any]) -> None:
@@ -122,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", choices=RECIPES, required=True)
     parser.add_argument("--variants", help="names, with commas between; all without it")
+    parser.add_argument("--keep", action="store_true", help="go on from the rows that are there")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data",
                         help="folder of the data sets' folders")  # fmt: skip
     arguments = parser.parse_args()
@@ -131,27 +146,37 @@ def main() -> None:
     for name in names:
         if name not in variants:
             raise SystemExit(f"no variant '{name}', expected some of {', '.join(variants)}")
-    judge = EvaluateConfig(k=[K])
-    result: dict[str, Any] = {"recipe": arguments.recipe, "rows": {}}
-    asked: Queries | None = None
+    text = (ROOT / path).read_text()
+    result: dict[str, Any] = {
+        "recipe": arguments.recipe, "job": yaml.safe_load(text), "queries": 0, "rows": {}
+    }  # fmt: skip
+    file = RESULTS / f"quality-{arguments.recipe}.json"
+    if arguments.keep and file.exists():
+        before = json.loads(file.read_text())
+        if before["job"] == result["job"]:
+            result["rows"] = before["rows"]
     print(f"{arguments.recipe:20} {'recall@20':>9} {'NDCG@20':>9} {'seconds':>8}")
+    judge = EvaluateConfig(k=[K])
     with tempfile.TemporaryDirectory() as folder:
-        for number, name in enumerate(names):
-            config = yaml.safe_load((ROOT / path).read_text())
-            changed(config, {"data.root": str(arguments.data / below), **variants[name]})
-            data, towers, seconds = trained(config, Path(folder, str(number)))
-            queries = judged_queries(data, 2, judge, config["seed"])
-            if asked is not None and not _same(asked, queries):
-                raise SystemExit(f"{name}: has other test queries than {names[0]}")
-            asked, result["queries"] = queries, len(queries.event)
-            metrics = evaluate_towers(
-                towers, BatchBuilder(data), queries, [K], judge.batch_size, torch.device("cpu")
+        jobs = {
+            name: changed(
+                yaml.safe_load(text), {"data.root": str(arguments.data / below), **variants[name]}
             )
-            row = {"changes": variants[name], "seconds": round(seconds, 1), "metrics": metrics}
-            add(name, row, result)
-        validation = judged_queries(data, 1, judge, config["seed"])
-        for name, row in baselines(data, validation, queries, K, "ndcg"):
-            add(name, row, result)
+            for name in [*variants][:1] + names
+        }
+        plain, *_ = jobs.values()
+        run("prepare", plain, Path(folder, "plain"))
+        data = PreparedDataset(Path(folder, "plain", "prepared"))
+        validation, test = (judged_queries(data, s, judge, plain["seed"]) for s in (1, 2))
+        result["queries"] = len(test.event)
+        if not {"popularity", "EASE"} <= set(result["rows"]):
+            for name, row in baselines(data, validation, test, K, "ndcg"):
+                add(name, row, result)
+        for number, name in enumerate(names):
+            if name not in result["rows"]:
+                where = Path(folder, str(number))
+                row = measure_variant(variants[name], jobs[name], where, test)
+                add(name, row, result)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 
 import json
 
+import yaml
+
+from twotower.cli import build_parser
 from twotower.data.prepared import PreparedDataset
+from twotower.job import Job
 
 from .conftest import ROOT
 from .data.line_logs import write_stand_in
@@ -46,3 +50,21 @@ def test_next_item_recipes_read_both_line_formats(tmp_path, twotower) -> None:
         counts.append(PreparedDataset(tmp_path / name / "prepared").summary["counts"])
     assert counts[0] == counts[1]
     assert counts[0]["validation_events"] == counts[0]["test_events"] == 12
+
+
+def test_every_variant_of_the_quality_benchmark_is_a_job(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import quality
+
+    parser = build_parser()
+    for recipe, (path, _) in quality.RECIPES.items():
+        jobs = []
+        for name, changes in quality.VARIANTS[recipe].items():
+            config = yaml.safe_load((ROOT / path).read_text())
+            file = tmp_path / "job.yaml"
+            file.write_text(yaml.safe_dump(quality.changed(config, changes)))
+            options = parser.instantiate(parser.parse_args(["train", "--config", str(file)]))
+            job = Job(**{k: v for k, v in vars(options["train"]).items() if k != "config"})
+            job.validate()
+            assert job not in jobs, f"{recipe}: {name} changes nothing"
+            jobs.append(job)
