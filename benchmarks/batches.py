@@ -103,7 +103,7 @@ def training_rate(data: PreparedDataset, folder: Path, steps: int) -> float:
 
     from twotower.towers.two_tower import TwoTower
     from twotower.train.module import RetrievalModule
-    from twotower.train.negatives import log_q
+    from twotower.train.negatives import PositiveRates
     from twotower.train.strategy import TorchRecStrategy
 
     times: list[float] = []
@@ -116,8 +116,8 @@ def training_rate(data: PreparedDataset, folder: Path, steps: int) -> float:
     towers = TwoTower(data.config, rows, ModelConfig(), table_device="meta")
     counts = torch.from_numpy(data.train_count.copy())
     config = TrainConfig()
-    log_q_N = log_q(counts, config, config.batch_size)
-    module = RetrievalModule(towers, config, log_q_N, 0, steps, seed=0)
+    rates = PositiveRates(counts, steps, learned=False)
+    module = RetrievalModule(towers, config, rates, config.batch_size, steps, seed=0)
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_steps=steps, callbacks=[Clock()], logger=False,
         strategy=TorchRecStrategy(TrainConfig(), 0, lambda plan: None),

@@ -46,7 +46,7 @@ RECIPES = {
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "movielens": {
         "recipe": {},
-        "without logQ": {"train.log_q": False},
+        "without logQ": {"train.log_q": 0},
         "mean pooling": {"data.query.history.pooling": "mean"},
         "ids alone": {"data.item.genres": None, "data.item.year": None},
         "temperature 0.05": {"model.temperature": 0.05},
@@ -54,7 +54,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "kuairand": {
         "recipe": {},
-        "without logQ": {"train.log_q": False},
+        "without logQ": {"train.log_q": 0},
         "mean pooling": {"data.query.history.pooling": "mean"},
         "ids alone": {"data.item.author_id": None, "data.item.tag": None},
         "temperature 0.05": {"model.temperature": 0.05},

@@ -49,7 +49,7 @@ from twotower.towers.config import ModelConfig
 from twotower.towers.two_tower import PREFIX, TwoTower
 from twotower.train.config import TrainConfig
 from twotower.train.module import RetrievalModule
-from twotower.train.negatives import log_q
+from twotower.train.negatives import PositiveRates
 from twotower.train.strategy import TorchRecStrategy
 
 SEED = 0
@@ -222,8 +222,8 @@ def run(folder: Path, size: Size) -> Rounds:
     loader = TrainLoader(data, size.batch, SEED)
     towers = TwoTower(data.config, rows, MODEL, table_device="meta")
     counts = torch.from_numpy(data.train_count.copy())
-    log_q_N = log_q(counts, config, size.batch)
-    module = RetrievalModule(towers, config, log_q_N, 0, size.all_steps, SEED)
+    rates = PositiveRates(counts, -(-int(counts.sum()) // size.batch), learned=False)
+    module = RetrievalModule(towers, config, rates, size.batch, size.all_steps, SEED)
     rounds = Rounds(size, data, rows, config)
     trainer = L.Trainer(
         accelerator="cpu", devices=1, strategy=TorchRecStrategy(config, SEED, lambda plan: None),

@@ -19,6 +19,7 @@ DENSE_OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("fp32", "bf16")
 TABLE_PRECISIONS = ("fp32", "fp16", "bf16")
 SCHEDULES = ("constant", "linear", "cosine")
+LOG_Q_FROM = ("counts", "stream")
 PIPELINES = ("auto", "on", "off")
 # What an evaluation keeps of every query.
 QUERIES = "queries.parquet"
@@ -96,6 +97,8 @@ class TrainConfig:
     """What a query's positive is compared with."""
     log_q: float = 1.0
     """Exponent of the correction for popular items being sampled more often: 1 full, 0 none."""
+    log_q_from: str = "counts"
+    """How often an item is a positive: counts (of the log), or stream (learned from the steps)."""
     correct_positive: bool = True
     """Correct the positive's own term too, though it is there whatever is sampled."""
     precision: str = "fp32"
@@ -165,6 +168,12 @@ class TrainConfig:
                 "train.negatives needs an in_batch share, and none of memory, where "
                 "train.every_position is set: mix in_batch and uniform, or set catalogue"
             )
+        if self.log_q_from == "stream" and (self.every_position or self.negatives.catalogue):
+            raise UserError(
+                "train.log_q_from: stream learns from the events of a step, and with "
+                "train.every_position or train.negatives.catalogue a step has none: set it to "
+                "counts"
+            )
         if self.negatives.in_batch == 0 and self.correct_positive:
             raise UserError(
                 "train.correct_positive must be false where train.negatives.in_batch is 0: a "
@@ -174,7 +183,7 @@ class TrainConfig:
             ("accelerator", ("auto", "cpu", "cuda")), ("pipeline", PIPELINES),
             ("table_optimizer", TABLE_OPTIMIZERS), ("dense_optimizer", DENSE_OPTIMIZERS),
             ("precision", PRECISIONS), ("table_precision", TABLE_PRECISIONS),
-            ("schedule", SCHEDULES), ("sharding", SHARDINGS),
+            ("schedule", SCHEDULES), ("sharding", SHARDINGS), ("log_q_from", LOG_Q_FROM),
         ):  # fmt: skip
             one_of(f"train.{name}", getattr(self, name), known)
         if self.batch_size < 2 * (self.processes or 1):

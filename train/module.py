@@ -22,6 +22,9 @@ from twotower.train.negatives import (
     FILLER_LOG_Q,
     CandidateMemory,
     Candidates,
+    PositiveRates,
+    all_rows,
+    log_q,
     share_of_weight,
 )
 from twotower.train.optimizers import Optimizers, fuse_table_optimizer
@@ -34,16 +37,16 @@ class RetrievalModule(L.LightningModule):
     Args:
         model: the towers; the strategy replaces it by its sharded form.
         config: of training.
-        log_q_N: see `twotower.train.negatives.log_q`.
-        memory: candidates kept of the steps before.
+        rates: how often items are positives.
+        queries: of a step, of all ranks together.
         steps: of the whole training, at most, for the learning rates' schedule. Lightning's own
             estimate would load the loader's batches before its place is restored.
         seed: of what a step draws at random (dropout).
     """
 
     def __init__(
-        self, model: TwoTower, config: TrainConfig, log_q_N: Tensor, memory: int, steps: int,
-        seed: int,
+        self, model: TwoTower, config: TrainConfig, rates: PositiveRates, queries: float,
+        steps: int, seed: int,
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
@@ -52,11 +55,12 @@ class RetrievalModule(L.LightningModule):
         self.widths, self.item_bias = model.widths, model.item_bias
         self.pipeline: SparsePipeline | None = None
         self.latest: Latest | None = None
-        # Not saved: it follows from the prepared dataset.
-        self.register_buffer("log_q_N", log_q_N, persistent=False)
+        self.rates, self.queries = rates, queries
+        # Not saved: it follows from the rates.
+        self.register_buffer("log_q_N", log_q(rates.rate_N, config, queries), persistent=False)
         self.memory: CandidateMemory | None = None
-        if memory:
-            self.memory = CandidateMemory(memory, model.dim)
+        if size := config.negatives.sizes(queries)["memory"]:
+            self.memory = CandidateMemory(size, model.dim)
         fuse_table_optimizer(model, config)
 
     def on_train_epoch_start(self) -> None:
@@ -128,6 +132,8 @@ class RetrievalModule(L.LightningModule):
 
     def _candidates(self, batch: Batch, item_ND: Tensor) -> tuple[Candidates, Tensor]:
         """Return what the queries are scored against, and which of it are their positives."""
+        if self.rates.learned:
+            self._learn_rates(batch)
         negatives, own = self.config.negatives, len(batch.weight_B)
         # Otherwise positives are places among the items of all ranks already.
         shared = negatives.catalogue or self.config.every_position
@@ -143,6 +149,12 @@ class RetrievalModule(L.LightningModule):
         if self.memory is not None:
             found = self._with_memory(self.memory, found, own)
         return found, positive_B
+
+    def _learn_rates(self, batch: Batch) -> None:
+        """Correct by what the steps before have shown, then learn from this one's positives."""
+        self.log_q_N = log_q(self.rates.rate_N, self.config, self.queries)
+        item_B = batch.item_N[: len(batch.weight_B)]
+        self.rates.observe(all_rows(item_B) if self.trainer.world_size > 1 else item_B)
 
     def _with_memory(self, memory: CandidateMemory, now: Candidates, own: int) -> Candidates:
         """Return candidates with those of the steps before, and remember this step's positives."""

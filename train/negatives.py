@@ -25,7 +25,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows_BD: Tensor) -> Tensor:
-        return _all_rows(rows_BD)
+        return all_rows(rows_BD)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class _Gather(torch.autograd.Function):
         return mine_BD.to(kind)
 
 
-def _all_rows(rows: Tensor) -> Tensor:
+def all_rows(rows: Tensor) -> Tensor:
     """Return the rows of all ranks, which each has as many of."""
     ranks = dist.get_world_size()
     gathered = rows.new_empty(rows.shape[0] * ranks, *rows.shape[1:])
@@ -52,17 +52,18 @@ def _all_rows(rows: Tensor) -> Tensor:
 
 # exp(-1e4) is 0, and 0 times a loss of 1e4 is too, which of infinity it is not.
 FILLER_LOG_Q = 1e4
+# Of the newest gap in a learned rate's average, which so remembers about 20 occurrences.
+RATE_MOMENTUM = 0.05
 
 
-def log_q(count_N: Tensor, config: TrainConfig, queries: float) -> Tensor:
+def log_q(rate_N: Tensor, config: TrainConfig, queries: float) -> Tensor:
     """Return the log of how often each item is expected among a step's candidates.
 
-    An item's positives are drawn as often as training has it, at least once; where sources are
-    mixed their expectations add up, so one candidate's correction does not depend on its source
-    (the balance heuristic of Veach and Guibas 1995).
+    Where sources are mixed their expectations add up, so one candidate's correction does not
+    depend on its source (the balance heuristic of Veach and Guibas 1995).
 
     Args:
-        count_N: how often each item is a positive of an epoch.
+        rate_N: how often each item is a positive of a step, in the mean.
         config: of training; its exponent is applied.
         queries: of a step, of all ranks together.
 
@@ -70,18 +71,63 @@ def log_q(count_N: Tensor, config: TrainConfig, queries: float) -> Tensor:
         (N + 1,): the last is of item -1, the loader's filler, which no softmax is to count.
     """
     if config.negatives.catalogue:
-        expected_N = torch.ones(len(count_N), dtype=torch.float64)
+        expected_N = torch.ones_like(rate_N)
     else:
         sizes = config.negatives.sizes(queries)
-        frequency_N = count_N.double().clamp_min(1) / count_N.sum()
+        share_N = rate_N / queries
         # A query's own positive is none of its negatives.
         in_batch = max(0, sizes["in_batch"] - 1)
-        expected_N = in_batch * frequency_N
+        expected_N = in_batch * share_N
         if config.every_position:  # each once, however many queries have it
-            expected_N = -torch.expm1(in_batch * torch.log1p(-frequency_N.clamp_max(1 - 1e-9)))
-        expected_N += sizes["memory"] * frequency_N + sizes["uniform"] / len(count_N)
+            expected_N = -torch.expm1(in_batch * torch.log1p(-share_N.clamp_max(1 - 1e-9)))
+        expected_N = expected_N + sizes["memory"] * share_N + sizes["uniform"] / len(rate_N)
     log_q_N = config.log_q * expected_N.log().float()
-    return torch.cat([log_q_N, torch.tensor([FILLER_LOG_Q])])
+    return torch.cat([log_q_N, log_q_N.new_tensor([FILLER_LOG_Q])])
+
+
+class PositiveRates(nn.Module):
+    """How often each item is a positive of a step: counted before, or learned from the steps.
+
+    Learned rates (Yi et al. 2019, "Sampling-bias-corrected neural modeling", algorithm 2) follow a
+    log that drifts: a moving average of the steps between an item's occurrences, here divided by
+    how many a step has, since each of them is a candidate.
+
+    Args:
+        count_N: how often each item is a positive of an epoch.
+        steps: of an epoch.
+        learned: whether rates are learned; else they are the counts', at least one an epoch.
+    """
+
+    gap_N: Tensor
+    last_N: Tensor
+    step: Tensor
+
+    def __init__(self, count_N: Tensor, steps: int, learned: bool) -> None:
+        super().__init__()
+        self.learned = learned
+        gap_N = steps / count_N.double().clamp_min(1)
+        if learned:
+            gap_N = torch.full_like(gap_N, float(steps))
+        # What is counted follows from the prepared dataset.
+        self.register_buffer("gap_N", gap_N, persistent=learned)
+        self.register_buffer("last_N", torch.zeros_like(count_N), persistent=learned)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=learned)
+
+    @property
+    def rate_N(self) -> Tensor:
+        """Occurrences a step (N,), fp64."""
+        return self.gap_N.reciprocal()
+
+    def observe(self, id_B: Tensor) -> None:
+        """Learn from a step's positives, of all ranks; -1 is none."""
+        self.step += 1
+        item_C, count_C = torch.unique(id_B[id_B >= 0], return_counts=True)
+        gap_C = (self.step - self.last_N[item_C]) / count_C
+        # The first occurrence says nothing of what lies between two.
+        known_C = self.last_N[item_C] > 0
+        moved_C = self.gap_N[item_C].lerp(gap_C.double(), RATE_MOMENTUM)
+        self.gap_N[item_C] = torch.where(known_C, moved_C, self.gap_N[item_C])
+        self.last_N[item_C] = self.step
 
 
 @dataclass
@@ -101,7 +147,7 @@ class Candidates:
     def of_all_ranks(self) -> Candidates:
         """Return those of all ranks, rank by rank; vectors get the sum of all ranks' gradients."""
         vector_ND: Tensor = _Gather.apply(self.vector_ND)
-        return Candidates(vector_ND, _all_rows(self.id_N), _all_rows(self.log_q_N))
+        return Candidates(vector_ND, all_rows(self.id_N), all_rows(self.log_q_N))
 
 
 class CandidateMemory(nn.Module):

@@ -76,8 +76,9 @@ class TorchRecStrategy(DDPStrategy):
                 module.model.module.item.compile()
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(self.root_device))
-        if module.memory is not None:
-            module.memory.to(self.root_device)
+        for part in (module.memory, module.rates):
+            if part is not None:
+                part.to(self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -142,11 +143,12 @@ class TorchRecStrategy(DDPStrategy):
             self._say_unsaved(error)
 
     def _module_state(self) -> dict[str, Any]:
-        """Return the state of what is no optimizer; the memory's tensors are the live ones."""
+        """Return the state of what is no optimizer; but for the model's, the live tensors."""
         module = self.lightning_module
         nested = {"model": module.model.state_dict()}
-        if module.memory is not None:
-            nested["memory"] = module.memory.state_dict()
+        for name, part in (("memory", module.memory), ("rates", module.rates)):
+            if part is not None:
+                nested[name] = part.state_dict()
         return nested
 
     def finish_saving(self) -> None:

@@ -44,7 +44,7 @@ from twotower.train.config import EvaluateConfig, TrackingConfig, TrainConfig
 from twotower.train.launch import Place, meeting_point
 from twotower.train.meters import Meters
 from twotower.train.module import RetrievalModule
-from twotower.train.negatives import log_q
+from twotower.train.negatives import PositiveRates
 from twotower.train.pipeline import PipelinedLoader
 from twotower.train.plots import plot_curves, read_metrics
 from twotower.train.sharding import TABLE_TYPES, Plan
@@ -136,9 +136,9 @@ def train(
     queries = loader.queries_a_step
     steps = config.max_epochs * -(-len(loader) // config.accumulate)
     steps = min(steps, config.max_steps or steps)
-    log_q_N = log_q(torch.from_numpy(loader.positive_counts()), config, queries)
-    memory = config.negatives.sizes(queries)["memory"]
-    module = RetrievalModule(towers, config, log_q_N, memory, steps, seed)
+    counts = torch.from_numpy(loader.positive_counts())
+    rates = PositiveRates(counts, len(loader), config.log_q_from == "stream")
+    module = RetrievalModule(towers, config, rates, queries, steps, seed)
     if config.pipeline == "on" or (config.pipeline == "auto" and cuda):
         loader = PipelinedLoader(loader, module)
     wandb = wandb_logger(partial, tracking, name, job) if place.rank == 0 else None

@@ -8,7 +8,7 @@ from torch import Tensor
 from twotower.errors import UserError
 from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.train.config import TrainConfig
-from twotower.train.negatives import FILLER_LOG_Q, CandidateMemory, log_q
+from twotower.train.negatives import FILLER_LOG_Q, CandidateMemory, PositiveRates, log_q
 from twotower.train.negatives_config import NegativesConfig
 
 ITEMS, WIDTH, BATCH, TEMPERATURE = 30, 8, 256, torch.tensor(0.5)
@@ -29,11 +29,16 @@ def world() -> tuple[Tensor, Tensor, Tensor]:
     return query, item, torch.arange(1, ITEMS + 1).flip(0).pow(1.1).round().long()
 
 
+def rates(count: Tensor) -> Tensor:
+    """Return the positives of a step of each item."""
+    return BATCH * count / count.sum().double()
+
+
 def gradient(query: Tensor, item: Tensor, positive: int, config: TrainConfig, draw) -> Tensor:
     """Return the slope of one query's loss by all items, with candidates drawn for it."""
     leaf = item.clone().requires_grad_()
     id_N, positive_B = draw(positive)
-    corrections = log_q(world()[2], config, BATCH)[id_N]
+    corrections = log_q(rates(world()[2]), config, BATCH)[id_N]
     own = int(positive_B)
     if config.negatives.in_batch == 0 and not config.negatives.catalogue:
         corrections[own] = FILLER_LOG_Q
@@ -114,11 +119,38 @@ def test_expectations_add_up_over_the_sources() -> None:
     )
     frequency = np.array([0.6, 0.3, 0.1, 0.1])  # an item without an event counts as one with one
     expected = np.log(frequency * (100 + 61) + 40 / 4)
-    found = log_q(count, config, 101)
+    found = log_q(count.double().clamp_min(1) * 10.1, config, 101)
     np.testing.assert_allclose(found[:-1], expected, rtol=1e-6)
     assert found[-1] == FILLER_LOG_Q, "of the filler, item -1"
     half = TrainConfig(batch_size=101, negatives=config.negatives, log_q=0.5)
-    np.testing.assert_allclose(log_q(count, half, 101)[:-1], expected / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        log_q(count.double().clamp_min(1) * 10.1, half, 101)[:-1], expected / 2, rtol=1e-6
+    )
+
+
+def test_counted_rates_are_those_of_an_epoch() -> None:
+    found = PositiveRates(torch.tensor([6, 3, 1, 0]), 5, learned=False)
+    torch.testing.assert_close(found.rate_N, torch.tensor([1.2, 0.6, 0.2, 0.2]).double())
+    assert found.state_dict() == {}, "they follow from the log"
+
+
+def test_learned_rates_follow_the_steps() -> None:
+    truth = torch.tensor([40.0, 8.0, 2.0, 0.5, 0.1])
+    rng = np.random.default_rng(0)
+    found = PositiveRates(torch.ones(6, dtype=torch.int64), 100, learned=True)
+
+    def steps(number: int, rate: Tensor) -> None:
+        for _ in range(number):
+            drawn = np.repeat(np.arange(5), rng.poisson(rate.numpy()))
+            found.observe(torch.from_numpy(np.append(rng.permutation(drawn), -1)))
+
+    steps(3000, truth)
+    ratio = found.rate_N[:5] / truth
+    # Averages of some 20 gaps, whose deviation is their mean where occurrences are rare.
+    assert ((ratio > 0.5) & (ratio < 2)).all(), ratio
+    assert found.rate_N[5] == 0.01, "never seen: as one an epoch"
+    steps(300, truth.flip(0))
+    assert found.rate_N[4] > 10 * found.rate_N[0], "the log has drifted"
 
 
 def test_the_memory_keeps_the_newest() -> None:
@@ -147,6 +179,8 @@ def test_the_memory_keeps_the_newest() -> None:
         ({"candidates": 9}, {}, "negatives.candidates follows from train.batch_size"),
         ({"catalogue": True, "in_batch": 0.5, "uniform": 0.5}, {}, "catalogue compares with every"),
         ({"in_batch": 0, "uniform": 1, "candidates": 9}, {}, "correct_positive must be false wh"),
+        ({"catalogue": True}, {"log_q_from": "stream"}, "log_q_from: stream learns from the event"),
+        ({}, {"log_q_from": "stram"}, "log_q_from must be one of counts, stream, got 'stram'; did"),
         ({}, {"log_q": -1.0}, "log_q must be an exponent from 0 to 2, got -1"),
     ],
 )
