@@ -180,7 +180,7 @@ def test_the_memory_keeps_the_newest() -> None:
         ({"catalogue": True, "in_batch": 0.5, "uniform": 0.5}, {}, "catalogue compares with every"),
         ({"in_batch": 0, "uniform": 1, "candidates": 9}, {}, "correct_positive must be false wh"),
         ({"catalogue": True}, {"log_q_from": "stream"}, "log_q_from: stream learns from the event"),
-        ({}, {"log_q_from": "stram"}, "log_q_from must be one of counts, stream, got 'stram'; did"),
+        ({}, {"log_q_from": "streams"}, "log_q_from must be one of counts, stream, got 'streams'"),
         ({}, {"log_q": -1.0}, "log_q must be an exponent from 0 to 2, got -1"),
     ],
 )
