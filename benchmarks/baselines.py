@@ -7,7 +7,6 @@ without a history is answered by popularity. ALS and EASE choose their settings 
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,10 +27,12 @@ I64 = npt.NDArray[np.int64]
 # From queries and a cut-off to the items answered (Q, K).
 Answer = Callable[[Queries, int], I64]
 BLOCK = 1024
+# Where the search for settings begins is the middle one of each.
 ALS_GRID = {
-    "factors": (32, 64, 128), "regularization": (0.1, 10.0, 100.0), "alpha": (1.0, 5.0, 20.0, 60.0),
+    "factors": (16, 32, 64, 128, 256), "regularization": (0.1, 1.0, 10.0, 100.0, 1000.0),
+    "alpha": (0.5, 1.0, 5.0, 20.0, 60.0),
 }  # fmt: skip
-EASE_GRID = (50.0, 200.0, 500.0, 1000.0)
+EASE_GRID = {"regularization": (5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0)}
 
 
 def training_matrix(data: PreparedDataset) -> sp.csr_matrix:
@@ -79,11 +80,18 @@ def fit_als(taken: sp.csr_matrix, **settings: Any) -> Answer:
 def fit_ease(taken: sp.csr_matrix, regularization: float) -> Answer:
     """Return the answers of EASE (Steck 2019): a linear model of items on items, in closed form."""
     known = np.flatnonzero(np.asarray(taken.sum(0)).ravel())
-    gram = (taken[:, known].T @ taken[:, known]).toarray().astype(np.float64)
-    gram[np.diag_indices(len(known))] += regularization
-    inverse = np.linalg.inv(gram)
+    taken_by = taken[:, known].astype(np.float64)
+    users, items = taken_by.shape
+    if users < items:
+        # The same inverse, through the smaller side (Woodbury's identity).
+        small = np.linalg.inv((taken_by @ taken_by.T).toarray() + regularization * np.eye(users))
+        inverse = -(taken_by.T @ (small @ taken_by)) / regularization
+        inverse[np.diag_indices(items)] += 1 / regularization
+    else:
+        gram = (taken_by.T @ taken_by).toarray()
+        inverse = np.linalg.inv(gram + regularization * np.eye(items))
     weight = (inverse / -np.diag(inverse)).astype(np.float32)
-    weight[np.diag_indices(len(known))] = 0
+    weight[np.diag_indices(items)] = 0
 
     def answer(queries: Queries, k: int) -> I64:
         history = histories(queries, taken.shape[1])[:, known]
@@ -136,16 +144,44 @@ def baselines(
     ):  # fmt: skip
         started = time.monotonic()
         yield name, row(started, score(lambda q, k, f=simple: f(data, q, k, size), test))  # type: ignore[misc]
-    als = [
-        dict(zip(ALS_GRID, values, strict=True)) for values in itertools.product(*ALS_GRID.values())
-    ]
-    ease = [{"regularization": value} for value in EASE_GRID]
-    for name, fit, grid in (("ALS", fit_als, als), ("EASE", fit_ease, ease)):
-        tried = []
-        for settings in grid:
-            judged = score(fit(taken, **settings), validation)[f"{metric}@{k}"]
-            tried.append({**settings, f"validation {metric}@{k}": round(judged, 5)})
-        best = grid[int(np.argmax([t[f"validation {metric}@{k}"] for t in tried]))]
+    for name, fit, grid in (("ALS", fit_als, ALS_GRID), ("EASE", fit_ease, EASE_GRID)):
+        best, tried = climb(
+            grid,
+            lambda s, fit=fit: score(fit(taken, **s), validation)[f"{metric}@{k}"],  # type: ignore[misc]
+        )
         started = time.monotonic()
         metrics = score(fit(taken, **best), test)
         yield name, row(started, metrics, settings=best, tried=tried)
+
+
+def climb(
+    grid: dict[str, tuple[float, ...]], judge: Callable[[dict[str, float]], float]
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Return the settings from which no step to a neighbour is better, and all that were tried.
+
+    Args:
+        grid: setting -> its values, ascending.
+        judge: what is to be highest.
+    """
+    known: dict[tuple[int, ...], float] = {}
+
+    def settings(place: tuple[int, ...]) -> dict[str, float]:
+        return {name: grid[name][i] for name, i in zip(grid, place, strict=True)}
+
+    def value(place: tuple[int, ...]) -> float:
+        if place not in known:
+            known[place] = judge(settings(place))
+        return known[place]
+
+    place, before = tuple(len(values) // 2 for values in grid.values()), None
+    while place != before:
+        before = place
+        for axis, values in enumerate(grid.values()):
+            for step in (-1, 1):
+                while 0 <= place[axis] + step < len(values):
+                    next_ = (*place[:axis], place[axis] + step, *place[axis + 1 :])
+                    if value(next_) <= value(place):
+                        break
+                    place = next_
+    tried = [{**settings(p), "validation": round(v, 5)} for p, v in known.items()]
+    return settings(place), tried

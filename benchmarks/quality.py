@@ -38,6 +38,8 @@ from twotower.train.config import EvaluateConfig
 from twotower.train.evaluation import evaluate_towers, judged_queries
 
 K = 20
+# Of validation, what the settings of ALS and EASE are chosen by.
+SETTINGS_QUERIES = 2000
 # Where a recipe is, and the folder of its data below --data.
 RECIPES = {
     "movielens": ("configs/movielens.yaml", "ml-latest-small"),
@@ -167,7 +169,9 @@ def main() -> None:
         plain, *_ = jobs.values()
         run("prepare", plain, Path(folder, "plain"))
         data = PreparedDataset(Path(folder, "plain", "prepared"))
-        validation, test = (judged_queries(data, s, judge, plain["seed"]) for s in (1, 2))
+        few = EvaluateConfig(k=[K], max_queries=SETTINGS_QUERIES)
+        validation = judged_queries(data, 1, few, plain["seed"])
+        test = judged_queries(data, 2, judge, plain["seed"])
         result["queries"] = len(test.event)
         if not {"popularity", "EASE"} <= set(result["rows"]):
             for name, row in baselines(data, validation, test, K, "ndcg"):

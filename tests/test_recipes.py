@@ -2,10 +2,14 @@
 
 import json
 
+import numpy as np
+import pytest
+import scipy.sparse as sp
 import yaml
 
 from twotower.cli import build_parser
 from twotower.data.prepared import PreparedDataset
+from twotower.data.queries import Queries
 from twotower.job import Job
 
 from .conftest import ROOT
@@ -68,3 +72,33 @@ def test_every_variant_of_the_quality_benchmark_is_a_job(tmp_path, monkeypatch) 
             job.validate()
             assert job not in jobs, f"{recipe}: {name} changes nothing"
             jobs.append(job)
+
+
+@pytest.mark.parametrize("users", [6, 30])
+def test_the_benchmarks_ease_is_the_closed_form_without_the_history(users, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from baselines import fit_ease
+
+    rng = np.random.default_rng(users)
+    taken = (rng.random((users, 9)) < 0.4).astype(np.float32)
+    taken[:, 4] = 0  # an item that training never saw
+    known = [0, 1, 2, 3, 5, 6, 7, 8]
+    inverse = np.linalg.inv(taken[:, known].T @ taken[:, known] + 2 * np.eye(8))
+    score = taken[:, known] @ (np.eye(8) - inverse / np.diag(inverse))
+    score[taken[:, known] > 0] = -np.inf
+    rows, seen = np.nonzero(taken)
+    offset = np.searchsorted(rows, np.arange(users + 1))
+    asked = Queries(np.arange(users), np.empty(0), np.zeros(users + 1), seen, offset)
+    answers = fit_ease(sp.csr_matrix(taken), 2.0)(asked, 3)
+    for row in range(users):
+        assert answers[row].tolist() == np.array(known)[np.argsort(-score[row])[:3]].tolist()
+
+
+def test_the_search_for_a_baselines_settings_climbs_to_the_best(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from baselines import climb
+
+    grid = {"a": (1.0, 2.0, 3.0, 4.0, 5.0), "b": (1.0, 2.0, 3.0)}
+    best, tried = climb(grid, lambda s: -((s["a"] - 5) ** 2) - (s["b"] - 1) ** 2 * 3)
+    assert best == {"a": 5.0, "b": 1.0}
+    assert len(tried) < 15

@@ -164,7 +164,9 @@ def _try(study: Study, trial: Trial, job: Job) -> None:
                     if epoch not in study.trials[number].intermediate_values:
                         trial.report(by_step[step], epoch)
                     status.update(f"{of}: epoch {epoch + 1}, {name} {by_step[step]:.4f}")
-            return bool(told) and trial.should_prune()
+                    if trial.should_prune():
+                        return True
+            return False
 
         try:
             value = train_trial(job, number, values, judge)

@@ -92,7 +92,9 @@ def train_trial(
         raise SystemExit(128 + signal.SIGTERM)
     if process.returncode:
         raise TrialFailed(_last_line(folder / "train.log", process.returncode))
-    judge(read_metrics(folder / "train").get(monitor, {}))
+    # Epoch by epoch here too, so that nothing depends on when the file was looked at.
+    if judge(read_metrics(folder / "train").get(monitor, {})):
+        return None
     return float(read_summary(folder / "train")["score"])
 
 
