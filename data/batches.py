@@ -157,6 +157,8 @@ class BatchBuilder:
         user, item = c["user"][rows].astype(np.int64), c["item"][rows].astype(np.int64)
         weight = c["weight"][rows] if "weight" in c else np.ones(len(rows), np.float32)
         bags, columns = self._query(user, rows, c["history_to"][rows])
+        if not self.config.ordered:
+            bags |= self._others(user, item)
         columns = {key: _behind(value, fillers) for key, value in columns.items()}
         items = [_behind(item, fillers, -1)] if own else []
         items += [extra] if extra is not None else []
@@ -220,6 +222,21 @@ class BatchBuilder:
                 norm = self._normalisers.get(key)
                 columns[key] = values if norm is None else norm.apply(values)
         return bags, columns
+
+    def _others(self, user: I64, item: I64) -> dict[str, Bag]:
+        """Return histories of all training items of each user but the event's own."""
+        bags: dict[str, Bag] = {}
+        end = self.data.train_end[user]
+        for f in self.config.histories():
+            start = np.maximum(self.data.history_from[user], end - f.length)
+            entries, lengths = gather(self.data.timeline, start, end)
+            owner = np.repeat(np.arange(len(user)), lengths)
+            other = entries != item[owner]
+            values, _ = gather(self.data.history_rows(f.table_name), start, end)
+            bags[f"query.{f.name}"] = (
+                values[other], np.bincount(owner[other], minlength=len(user))
+            )  # fmt: skip
+        return bags
 
     def _batch(
         self, bags: dict[str, Bag], columns: dict[str, Array], item: I64,

@@ -144,6 +144,12 @@ class TrainLoader:
                 f"{data.path}: {self.length} training {what} do not suffice for {ranks} "
                 "processes: train on fewer"
             )
+        if not data.config.ordered and len(data.late_training):
+            raise UserError(
+                f"{data.path}: data.ordered is false, but {len(data.late_training)} users have "
+                "training events timed after held-out ones, which their histories would hold: "
+                "give held-out events later times, or set it to true"
+            )
         if id_dropout:
             self.batches.hidden = IdDropout(data, id_dropout)
         self.batch_size, self.rank, self.ranks = batch_size, rank, ranks

@@ -203,6 +203,21 @@ class PreparedDataset:
         return np.diff(np.append(self.history_from, len(self.timeline))) - self.events_of
 
     @cached_property
+    def train_end(self) -> Array:
+        """Where the training part of each user's timeline ends (U,), if that comes first in it."""
+        users = self.event_columns["user"][: self.section(0).stop]
+        trained = np.bincount(users, minlength=len(self.users))
+        return self.history_from + self.prior_lengths + trained
+
+    @cached_property
+    def late_training(self) -> Array:
+        """Users (rows) with training events after held-out ones."""
+        c, stop = self.event_columns, self.section(0).stop
+        last = np.full(len(self.users), np.iinfo(np.int64).min)
+        np.maximum.at(last, c["user"][:stop], c["time"][:stop])
+        return np.unique(c["user"][stop:][c["time"][stop:] < last[c["user"][stop:]]])
+
+    @cached_property
     def train_count(self) -> Array:
         """Training events of each item (N,)."""
         return array(self.items, "train_count")

@@ -167,6 +167,9 @@ class DataConfig:
     """Which ids an embedding table has rows for, where the defaults do not fit."""
     display: list[str] = field(default_factory=list)
     """Columns of items shown beside an answer, for instance a title."""
+    ordered: bool = True
+    """Whether a user's events have an order; without one (as where a random share was held out) a
+    training event's history holds the user's other training events, earlier or not."""
     split: Split = field(default_factory=Split)
     """How events are divided."""
     memory_gb: float = 4.0
@@ -247,6 +250,11 @@ class DataConfig:
                     "data.split.validation is the share of each user's training events that is "
                     f"held out, above 0 and below 1; got {split.validation:g}"
                 )
+        if not self.ordered and split.kind != "given":
+            raise UserError(
+                f"data.ordered is false, but data.split.kind: {split.kind} divides by the order of "
+                "events: set data.ordered to true, or the split to given"
+            )
         if not 0 <= split.seed < 2**32:
             raise UserError(f"data.split.seed must be from 0 to {2**32 - 1}, got {split.seed}")
         if split.kind != "temporal":

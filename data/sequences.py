@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from twotower.data.batches import Batch, BatchBuilder, Entries
-from twotower.data.prepared import gather
+from twotower.data.prepared import PreparedDataset, gather
 from twotower.data.schema import ENCODERS, Feature
 from twotower.errors import UserError
 
@@ -35,12 +35,10 @@ class Windows:
 
     def __init__(self, builder: BatchBuilder) -> None:
         self.builder, self.data = builder, builder.data
-        self.history = _history_of(builder.config.query)
-        _refuse_late_training(builder)
-        events, trained = self.data.events_of, self.data.section(0).stop
-        trained_of = np.bincount(self.data.event_columns["user"][:trained], minlength=len(events))
-        size_U = self.data.prior_lengths + trained_of
+        self.history = _history_of(builder.config.query, builder.config.ordered)
+        _refuse_late_training(self.data)
         start_U = self.data.history_from.astype(np.int64)
+        size_U = self.data.train_end - start_U
         length = self.history.length
         # The first item of all has nothing before it to predict it from.
         number_U = -(-np.maximum(size_U - 1, 0) // length)
@@ -89,9 +87,13 @@ class Windows:
         )  # fmt: skip
 
 
-def _history_of(features: list[Feature]) -> Feature:
+def _history_of(features: list[Feature], ordered: bool) -> Feature:
     """Return the history that an encoder reads, refusing features that entries have not."""
     key = "train.every_position"
+    if not ordered:
+        raise UserError(
+            f"{key} predicts what comes next, and data.ordered is false: set it to true"
+        )
     encoded = [f for f in features if f.pooling in ENCODERS]
     if len(encoded) != 1:
         raise UserError(
@@ -112,16 +114,12 @@ def _history_of(features: list[Feature]) -> Feature:
     return encoded[0]
 
 
-def _refuse_late_training(builder: BatchBuilder) -> None:
+def _refuse_late_training(data: PreparedDataset) -> None:
     """Refuse a split that gives a user training events after held-out ones."""
-    c, trained = builder.data.event_columns, builder.data.section(0).stop
-    last = np.full(len(builder.data.users), np.iinfo(np.int64).min)
-    np.maximum.at(last, c["user"][:trained], c["time"][:trained])
-    late = np.flatnonzero(c["time"][trained:] < last[c["user"][trained:]])
-    if len(late):
-        user = builder.data.users["id"][int(c["user"][trained + late[0]])].as_py()
+    if len(data.late_training):
+        user = data.users["id"][int(data.late_training[0])].as_py()
         raise UserError(
             "train.every_position needs each user's training events to be the first; user "
-            f"{user!r} is one of those with some after held-out ones: use a temporal or "
-            "leave_last_out split, or set it to false"
+            f"{user!r} is one of {len(data.late_training)} with some after held-out ones: use a "
+            "temporal or leave_last_out split, or set it to false"
         )

@@ -101,6 +101,43 @@ LOG = {
 }  # fmt: skip
 
 
+def test_order_is_needed_to_say_what_comes_next(make) -> None:
+    log = LOG | {"split": ["train"] * 5 + ["test"] + ["train"] * 5 + ["test"]}
+    data = make(log, query=[history()], split=Split(kind="given", column="split"), ordered=False)
+    with pytest.raises(UserError, match=r"train\.every_position .* data.ordered is false"):
+        TrainLoader(data, 4, seed=0, every_position=True)
+
+
+@given(st.data())
+@settings(
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_without_an_order_a_history_holds_the_others_and_never_the_target(make, data) -> None:
+    sizes = data.draw(st.lists(st.integers(2, 9), min_size=2, max_size=4))
+    users = [u for u, size in enumerate(sizes) for _ in range(size)]
+    items = data.draw(st.lists(st.integers(0, 6), min_size=len(users), max_size=len(users)))
+    items[:2] = [0, 1]
+    ends = np.cumsum(sizes) - 1
+    split = ["test" if i in ends else "train" for i in range(len(users))]
+    log = {"user_id": users, "item_id": items, "timestamp": [*range(len(users))], "split": split}
+    made = make(
+        log, query=[history(pooling="mean", length=50), USER], ordered=False,
+        split=Split(kind="given", column="split"),
+    )  # fmt: skip
+    c, n = made.event_columns, made.section(0).stop
+    batch = BatchBuilder(made).events(np.arange(n))
+    rows = made.items["history.history"].to_pylist()
+    for place, entries in enumerate(batch.ids["query.history"].to_dense()):
+        own, user = int(c["item"][place]), c["user"][place]
+        others = [int(i) for i in c["item"][:n][c["user"][:n] == user] if i != own]
+        assert sorted(entries.tolist()) == sorted(rows[i] for i in others)
+    late = ["test", "train", *split[2:]]
+    broken = make(log | {"split": late}, query=[history(pooling="mean")], ordered=False,
+                  split=Split(kind="given", column="split"))  # fmt: skip
+    with pytest.raises(UserError, match=r"data.ordered is false, but \d users have training"):
+        TrainLoader(broken, 4, seed=0)
+
+
 @pytest.mark.parametrize(
     ("query", "split", "message"),
     [
@@ -110,7 +147,7 @@ LOG = {
          "feature 'device' is of the event"),
         ([history(), Feature(name="other", kind="history", table="item_id")], "leave_last_out",
          "history 'other' is pooled by mean, which would show an entry what came after"),
-        ([history()], "given", "user 1 is one of those with some after held-out ones"),
+        ([history()], "given", "user 1 is one of 1 with some after held-out ones"),
     ],
 )  # fmt: skip
 def test_what_entries_cannot_have_is_refused(make, query, split, message) -> None:
