@@ -6,6 +6,7 @@ fingerprint of the configuration, of the step before and, for the log, of the fi
     run_dir/
       prepared/      see `twotower.data.prepare`
       train/         see `twotower.train.checkpoint`
+      sweep/         see `twotower.sweep.sweep`
       evaluation/    see `twotower.train.evaluation.report`
       bundles/<n>/   see `twotower.export.bundle`
       server/        Triton's model repository, logs and server.json
