@@ -167,7 +167,8 @@ class TwoTower(nn.Module):
                 length_B = batch.ids[key].lengths()
                 inputs[f.name] = tower.pool_sum(f, found[kind][key], length_B)
             else:
-                inputs[f.name] = tower.pool(f, *_padded(found[kind][key], f))
+                age_BL = batch.dense.get(f"{side}.{f.times_name}")
+                inputs[f.name] = tower.pool(f, *_padded(found[kind][key], f), age_BL)
         vector_BD: Tensor = tower(inputs)
         return vector_BD
 
