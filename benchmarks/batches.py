@@ -90,7 +90,7 @@ def rate(loader: Any, batches: int) -> float:
     iterator = iter(loader)
     next(iterator)
     started = time.perf_counter()
-    taken = sum(len(b.item_B if hasattr(b, "item_B") else b["item"])
+    taken = sum(len(b.item_N if hasattr(b, "item_N") else b["item"])
                 for b in itertools.islice(iterator, batches))  # fmt: skip
     seconds = time.perf_counter() - started
     del iterator

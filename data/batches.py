@@ -21,7 +21,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from twotower.data.encode import Normaliser
+from twotower.data.encode import Normaliser, entry_ages
 from twotower.data.prepared import (
     Column,
     PreparedDataset,
@@ -60,7 +60,8 @@ class Batch(Pipelineable):
 
     Attributes:
         ids: every id feature of both towers; stride max(B, N).
-        dense: `<tower>.<name>` -> (B or N, width) float32, for numbers and vectors.
+        dense: `<tower>.<name>` -> (B or N, width) float32, for numbers, vectors and,
+            where a history has time gaps, its entries' ages (`twotower.data.encode.entry_ages`).
         item_N: catalogue row of each item, -1 for a filler, which has no ids.
         positive_B: which of the items is a query's positive.
         weight_B: sample weight, 0 of a filler.
@@ -210,6 +211,9 @@ class BatchBuilder:
                 if start is None:
                     start = np.maximum(self.data.history_from[user], history_to - f.length)
                 bags[key] = gather(self.data.history_rows(f.table_name), start, history_to)
+                if f.time_gaps:
+                    seconds, lengths = gather(self.data.timeline_seconds, start, history_to)
+                    columns[f"query.{f.times_name}"] = entry_ages(seconds, lengths, f.length)
                 continue
             rows = event if f.source == "interactions" else user
             if key in self._ids:
@@ -325,6 +329,8 @@ def encoded_batch(config: DataConfig, tower: str, columns: dict[str, pa.Array]) 
         column, size = columns[f.name], len(columns[f.name])
         if f.kind in ID_KINDS:
             bags[f"{t}.{f.name}"] = id_column(column).take(np.arange(size))
+            if f.time_gaps:
+                floats[f"{t}.{f.times_name}"] = dense(columns[f.times_name])
         else:
             floats[f"{t}.{f.name}"] = dense(column)
     return make_batch(config, bags, floats, size)

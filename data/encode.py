@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.data.schema import ID_KINDS, DataConfig, Feature, TensorSpec
+from twotower.data.schema import ID_KINDS, PAD_INT64, DataConfig, Feature, TensorSpec
 from twotower.data.vocabulary import DynamicIds, Vocabulary
 
 
@@ -64,13 +64,19 @@ class Encoder:
 
     def specs(self, config: DataConfig, tower: str) -> list[TensorSpec]:
         """Return the raw tensors of a tower's request."""
-        return [
-            TensorSpec(
-                name=f.name, kind=f.kind, dtype=self._dtype(f), length=_length(f)
-            )
-            for t, f in config.features()
-            if t == tower
-        ]  # fmt: skip
+        specs = []
+        for f in config.query if tower == "query" else config.item:
+            length = _length(f)
+            specs.append(
+                TensorSpec(name=f.name, kind=f.kind, dtype=self._dtype(f), length=length)
+            )  # fmt: skip
+            if f.time_gaps:
+                specs.append(
+                    TensorSpec(
+                        name=f.times_name, kind="times", dtype="int64", length=length, of=f.name
+                    )
+                )
+        return specs
 
     def _dtype(self, feature: Feature) -> str:
         if feature.kind in ID_KINDS:
@@ -81,12 +87,34 @@ class Encoder:
         self, config: DataConfig, tower: str, rows: list[dict[str, Any]]
     ) -> dict[str, pa.Array]:
         """Encode requests given as plain Python values, one dictionary a row."""
-        features = config.query if tower == "query" else config.item
+        features = {f.name: f for t, f in config.features() if t == tower}
         out = {}
-        for spec, feature in zip(self.specs(config, tower), features, strict=True):
-            values = [row[spec.name] for row in rows]
-            out[spec.name] = self.encode(tower, feature, pa.array(values, arrow_type(spec)))
+        for spec in self.specs(config, tower):
+            raw = pa.array([row[spec.name] for row in rows], arrow_type(spec))
+            if spec.kind == "times":
+                seconds = pc.fill_null(raw.flatten(), PAD_INT64).to_numpy(zero_copy_only=False)
+                ages = entry_ages(seconds, np.diff(raw.offsets.to_numpy()), spec.length)
+                out[spec.name] = pa.FixedSizeListArray.from_arrays(ages.reshape(-1), spec.length)
+            else:
+                out[spec.name] = self.encode(tower, features[spec.name], raw)
         return out
+
+
+def entry_ages(
+    seconds: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], width: int
+) -> npt.NDArray[np.float32]:
+    """Return how long before the latest of its list each entry happened (B, width), in seconds.
+
+    Args:
+        seconds: times of the entries, list after list; `PAD_INT64` where it is not known.
+        lengths: of the lists (B,), at most `width`.
+        width: of a row, padded behind; what is padding or not known has the age -1.
+    """
+    time = np.full((len(lengths), width), PAD_INT64)
+    time[np.arange(width) < lengths[:, None]] = seconds
+    with np.errstate(over="ignore"):
+        age = (time.max(axis=1, keepdims=True) - time).astype(np.float32)
+    return np.where(time == PAD_INT64, np.float32(-1), age)
 
 
 def _length(feature: Feature) -> int:

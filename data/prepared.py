@@ -23,7 +23,7 @@ from twotower.data.encode import Encoder, Normaliser
 from twotower.data.log.scan import SPLIT_NAMES
 from twotower.data.prepare.plan import FORMAT
 from twotower.data.prepare.spool import read_arrow
-from twotower.data.schema import Columns, DataConfig, Earlier, Feature, Split
+from twotower.data.schema import PAD_INT64, Columns, DataConfig, Earlier, Feature, Split
 from twotower.data.table import Table
 from twotower.data.vocabulary import DynamicIds, Vocabulary
 from twotower.errors import UserError
@@ -174,6 +174,14 @@ class PreparedDataset:
         """Item rows of all users' histories, oldest first."""
         return array(self._read("timeline.arrow"), "item")
 
+    @cached_property
+    def timeline_seconds(self) -> Array:
+        """When each of the timeline happened, where a history has time gaps.
+
+        Seconds since 1970; `PAD_INT64` where it is not known.
+        """
+        return array(self._read("timeline.arrow"), "seconds")
+
     def history_rows(self, table: str) -> Array:
         """Return the timeline as rows, or keys, of an embedding table that a history uses."""
         if table not in self._history_rows:
@@ -236,17 +244,23 @@ class PreparedDataset:
         normalisers = {k: Normaliser(**v) for k, v in self.summary["normalisers"].items()}
         return Encoder(vocabularies=vocabularies, normalisers=normalisers)
 
+    def timeline_slice(self, user: int) -> slice:
+        """Return where a user's part of the timeline is."""
+        ends = np.append(self.history_from[1:], len(self.timeline))
+        return slice(self.history_from[user], ends[user])
+
     def timeline_of(self, user: int) -> Array:
         """Return all item rows of a user, oldest first."""
-        ends = np.append(self.history_from[1:], len(self.timeline))
-        return self.timeline[self.history_from[user] : ends[user]]
+        return self.timeline[self.timeline_slice(user)]
 
     def user_row(self, user: Any) -> int | None:
         """Return the row of a raw user id, None for one that the log does not know."""
         row = pc.index(self.users["id"], pa.scalar(user, self.users["id"].type)).as_py()
         return None if row < 0 else int(row)
 
-    def raw_query(self, user: int | None, event: int | None, history: Array) -> dict[str, Any]:
+    def raw_query(
+        self, user: int | None, event: int | None, history: Array, seconds: Array | None = None
+    ) -> dict[str, Any]:
         """Return the request that asks for a user.
 
         Args:
@@ -254,13 +268,18 @@ class PreparedDataset:
                 missing ids and average numbers.
             event: row of the event whose context is sent; without one, context is as unknown.
             history: item rows, oldest first; cut to each feature's length.
+            seconds: when each of them happened, as in `timeline_seconds`; None for not known.
         """
         out: dict[str, Any] = {}
         for f in self.config.query:
             context = f.source == "interactions"
             if f.kind == "history":
-                newest = history[max(0, len(history) - f.length) :]
+                window = slice(max(0, len(history) - f.length), None)
+                newest = history[window]
                 out[f.name] = self.items["id"].take(pa.array(newest)).to_pylist()
+                if f.time_gaps:
+                    known = [None] * len(newest) if seconds is None else seconds[window].tolist()
+                    out[f.times_name] = [None if t == PAD_INT64 else t for t in known]
             elif context and event is not None:
                 out[f.name] = self._raw_context(f, event)
             elif not context and user is not None:

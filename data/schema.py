@@ -62,6 +62,9 @@ class Feature:
     pooling: str = "mean"
     """How a list becomes one vector: mean, sum, attention (learned, knows the order) or, for a
     history, transformer or hstu (shaped by model.encoder)."""
+    time_gaps: bool = False
+    """transformer or hstu: know the time between entries; a request may send `<name>_times`, the
+    seconds since 1970 of each entry, None where it is not known."""
     separator: str | None = None
     """Splits a string column into ids, for instance '|' in CSV files."""
     pattern: str | None = None
@@ -71,6 +74,11 @@ class Feature:
     def source_column(self) -> str:
         """The column's name in the log."""
         return self.column or self.name
+
+    @property
+    def times_name(self) -> str:
+        """Name of the tensor of a history's times, where it has `time_gaps`."""
+        return f"{self.name}_times"
 
     @property
     def table_name(self) -> str:
@@ -185,6 +193,10 @@ class DataConfig:
         """Return the query features of kind history."""
         return [f for f in self.query if f.kind == "history"]
 
+    def timed_histories(self) -> list[Feature]:
+        """Return the histories whose encoders know the time between entries."""
+        return [f for f in self.histories() if f.time_gaps]
+
     def table(self, name: str) -> Table:
         """Return the settings of embedding table `name`."""
         return self.tables.get(name, Table())
@@ -208,6 +220,12 @@ class DataConfig:
         for tower, feature in self.features():
             _validate_feature(tower, feature)
         one_of("data.format", self.format, ("table", *LINE_FORMATS))
+        for history in self.timed_histories():
+            if history.times_name in {f.name for f in self.query}:
+                raise UserError(
+                    f"data.query: '{history.times_name}' is the name of the times of "
+                    f"'{history.name}', which has time_gaps: rename the feature"
+                )
         one_of("data.split.kind", self.split.kind, SPLITS)
         one_of("data.split.held_out", self.split.held_out, ("none", "random", "last"))
         one_of("data.columns.timestamp_unit", self.columns.timestamp_unit, TIME_UNITS)
@@ -250,6 +268,11 @@ class DataConfig:
                     "data.split.validation is the share of each user's training events that is "
                     f"held out, above 0 and below 1; got {split.validation:g}"
                 )
+        if not self.ordered and self.timed_histories():
+            raise UserError(
+                "data.ordered is false, so that histories have no times: remove time_gaps from "
+                f"'{self.timed_histories()[0].name}', or set data.ordered to true"
+            )
         if not self.ordered and split.kind != "given":
             raise UserError(
                 f"data.ordered is false, but data.split.kind: {split.kind} divides by the order of "
@@ -343,6 +366,11 @@ def _validate_feature(tower: str, feature: Feature) -> None:
             f"{key}: pooling {feature.pooling} reads a history in its order, and {feature.kind} "
             "has none: choose mean, sum or attention"
         )
+    if feature.time_gaps and feature.pooling not in ENCODERS:
+        raise UserError(
+            f"{key}: time_gaps are for pooling {' or '.join(ENCODERS)}, got pooling "
+            f"{feature.pooling}: change one of them"
+        )
     if feature.kind == "history" and tower == "item":
         raise UserError(f"{key}: a history belongs to the query tower: move it to data.query")
     if feature.kind == "vector" and (feature.width is None or feature.width < 1):
@@ -363,13 +391,15 @@ class TensorSpec:
     name: str
     """The tensor's name."""
     kind: str
-    """The feature's kind."""
+    """The feature's kind, or times."""
     dtype: str
     """string, int64 or float32."""
     length: int
-    """Exact size of id (1), number (1) and vector; most entries of ids and history."""
+    """Exact size of id (1), number (1) and vector; most entries of ids, history and times."""
+    of: str = ""
+    """times: the history whose entries they are of; a request may leave them out."""
 
     @property
     def is_list(self) -> bool:
         """Whether the number of entries varies from request to request."""
-        return self.kind in ("ids", "history")
+        return self.kind in ("ids", "history", "times")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from twotower.data.encode import Encoder
 from twotower.data.schema import ID_KINDS, Feature, TensorSpec
 from twotower.data.vocabulary import DynamicIds
-from twotower.export.id_nodes import constant, row_nodes, slot_nodes
+from twotower.export.id_nodes import age_nodes, constant, row_nodes, slot_nodes
 from twotower.towers.tower import Tower
 from twotower.towers.two_tower import TwoTower
 
@@ -56,17 +56,21 @@ class PaddedTower(nn.Module):
         """Return (B, D).
 
         Args:
-            columns: one a feature: rows (B, L) int64 with -1 for padding, or (B, W) float32.
+            columns: one a feature: rows (B, L) int64 with -1 for padding, or (B, W) float32; after
+                the rows of a history with time gaps, their ages (B, L) float32.
         """
         inputs: dict[str, Tensor] = {}
-        for f, column in zip(self.features, columns, strict=True):
+        rest = iter(columns)
+        for f in self.features:
+            column = next(rest)
             if f.kind not in ID_KINDS:
                 inputs[f.name] = column
                 continue
             mask_BL = column >= 0
             weight = self.tables[self.place[f.table_name]]
             entry_BLD = nn.functional.embedding(column.clamp_min(0), weight)
-            inputs[f.name] = self.tower.pool(f, entry_BLD, mask_BL)
+            age_BL = next(rest) if f.time_gaps else None
+            inputs[f.name] = self.tower.pool(f, entry_BLD, mask_BL, age_BL)
         vector: Tensor = self.tower(inputs)
         return vector
 
@@ -75,10 +79,15 @@ def tower_graph(model: TwoTower, side: str, specs: list[TensorSpec]) -> Any:
     """Return the second half as an ONNX model with inputs `<feature>_encoded`."""
     twin = PaddedTower(model, side).eval()
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
-    example, dynamic = [], []
+    example: list[Tensor] = []
+    dynamic: list[dict[int, Any]] = []
     for spec in specs:
         shape: dict[int, Any] = {0: batch}
-        if spec.kind in ID_KINDS:
+        if spec.kind == "times":
+            history = next(i for i, s in enumerate(specs) if s.name == spec.of)
+            example.append(torch.zeros(example[history].shape))
+            shape = dynamic[history]
+        elif spec.kind in ID_KINDS:
             length = min(spec.length, 3) if spec.is_list else 1
             example.append(torch.zeros(2, length, dtype=torch.int64))
             # A window of one entry has nothing to vary.
@@ -106,12 +115,13 @@ def encoding_graph(encoder: Encoder, model: TwoTower, side: str, specs: list[Ten
 
     No feature's name holds a colon, so names made with one meet none.
     """
-    features = [f for t, f in model.data.features() if t == side]
+    features = {f.name: f for t, f in model.data.features() if t == side}
     nodes: list[Any] = []
     initializers: list[Any] = []
     inputs, outputs = [], []
-    for spec, feature in zip(specs, features, strict=True):
-        entries: Any = f"{spec.name}_length" if spec.is_list else spec.length
+    for spec in specs:
+        feature = features[spec.of or spec.name]
+        entries: Any = f"{feature.name}_length" if spec.is_list else spec.length
         inputs.append(
             helper.make_tensor_value_info(spec.name, ELEMENT[spec.dtype], ["batch", entries])
         )
@@ -125,6 +135,8 @@ def encoding_graph(encoder: Encoder, model: TwoTower, side: str, specs: list[Ten
                 nodes += slot_nodes(spec, slots, out, initializers)
             else:
                 nodes += row_nodes(spec, vocabulary, out, initializers)
+        elif spec.kind == "times":
+            nodes += age_nodes(spec.name, out, initializers)
         elif spec.kind == "number":
             norm = encoder.normalisers[f"{side}.{spec.name}"]
             mean, std = (

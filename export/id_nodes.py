@@ -1,4 +1,4 @@
-"""ONNX nodes from raw ids to rows of an embedding table: by a vocabulary, or by dynamic slots.
+"""ONNX nodes from raw ids to rows of an embedding table, and from times to ages.
 
 Padding becomes -1. No feature's name holds a colon, so names made with one meet none.
 """
@@ -41,6 +41,20 @@ def row_nodes(
         helper.make_node("Mod", [f"{name}:hash64", oov], [f"{name}:fallback"]),
         *_or_nodes(name, f"{name}:known", f"{name}:fallback", out, initializers),
     ]  # fmt: skip
+
+
+def age_nodes(name: str, out: str, initializers: list[Any]) -> list[Any]:
+    """Return nodes for: times in seconds -> `twotower.data.encode.entry_ages`."""
+    pad = constant(f"{name}:pad", np.array(PAD_INT64, np.int64), initializers)
+    axis = constant(f"{name}:axis", np.array([1], np.int64), initializers)
+    unknown = constant(f"{name}:unknown", np.array(-1, np.float32), initializers)
+    return [
+        helper.make_node("ReduceMax", [name, axis], [f"{name}:latest"], keepdims=1),
+        helper.make_node("Sub", [f"{name}:latest", name], [f"{name}:since"]),
+        helper.make_node("Cast", [f"{name}:since"], [f"{name}:age"], to=TensorProto.FLOAT),
+        helper.make_node("Equal", [name, pad], [f"{name}:is_pad"]),
+        helper.make_node("Where", [f"{name}:is_pad", unknown, f"{name}:age"], [out]),
+    ]
 
 
 def slot_nodes(

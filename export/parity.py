@@ -43,8 +43,10 @@ def golden_rows(data: PreparedDataset, specs: list[TensorSpec], count: int, seed
     ids, rows = data.items["id"], []
     for i, event in enumerate(test.start + np.sort(chosen)):
         user = int(c["user"][event])
-        seen = data.timeline[data.history_from[user] : c["history_to"][event]]
-        row = data.raw_query(user, int(event), seen)
+        line = slice(data.history_from[user], c["history_to"][event])
+        seen = data.timeline[line]
+        seconds = data.timeline_seconds[line] if data.config.timed_histories() else None
+        row = data.raw_query(user, int(event), seen, seconds)
         # Every other query filters what the user has seen.
         exclude = np.unique(seen) if i % 2 == 0 else np.empty(0, np.int64)
         row["exclude"] = ids.take(exclude).to_pylist()
@@ -53,6 +55,8 @@ def golden_rows(data: PreparedDataset, specs: list[TensorSpec], count: int, seed
         for spec in specs:
             if spec.kind == "id":
                 row[spec.name] = UNSEEN_ID[spec.dtype]
+            elif spec.kind == "times":
+                row[spec.name] = [None] * (i % 2)
             elif spec.is_list:
                 row[spec.name] = [UNSEEN_ID[spec.dtype]] * (i % 2)
     return rows
@@ -101,6 +105,8 @@ def raw_tensors(specs: Sequence[TensorSpec], rows: Sequence[Row]) -> dict[str, n
             (len(rows), width), PAD_STRING if text else PAD_INT64, object if text else np.int64
         )
         for i, entries in enumerate(lists):
+            if spec.kind == "times":
+                entries = [PAD_INT64 if e is None else e for e in entries]
             padded[i, : len(entries)] = entries
         out[spec.name] = padded
     return out

@@ -146,7 +146,7 @@ class RecommendClient:
 
         Args:
             features: every feature of the model by name: an id or None, a list of ids, a number,
-                a list of floats.
+                a list of floats. The times of a history may be left out.
             k: number of items; the server's default without it.
             exclude: item ids that may not be answered, for instance those seen.
 

@@ -68,6 +68,10 @@ class TritonPythonModel:
         columns: dict[str, np.ndarray[Any, Any]] = {}
         for spec in self.schema["features"]:
             tensor = pb_utils.get_input_tensor_by_name(request, spec["name"])
+            if spec["kind"] == "times":
+                history = columns[spec["of"]]
+                columns[spec["name"]] = self.times(spec, history, tensor)
+                continue
             if tensor is None:
                 raise Refused(f"{spec['name']} is missing: send every feature of the model")
             columns[spec["name"]] = self.column(spec, tensor.as_numpy())
@@ -114,6 +118,20 @@ class TritonPythonModel:
                     f"send the {newest} {length}"
                 )
             value = value[:, :length]
+        return value
+
+    def times(
+        self, spec: dict[str, Any], history: np.ndarray[Any, Any], tensor: Any
+    ) -> np.ndarray[Any, Any]:
+        """Return the seconds of a history's entries; none are known of times that do not come."""
+        if tensor is None:
+            return np.full(history.shape, PAD_INT64)
+        value = self.column(spec, tensor.as_numpy())
+        if value.shape != history.shape:
+            raise Refused(
+                f"{spec['name']} has the shape {list(value.shape)}, {spec['of']} "
+                f"{list(history.shape)}: send one time an entry"
+            )
         return value
 
     @staticmethod

@@ -85,7 +85,12 @@ def schema_of(bundle: Bundle, config: ServeConfig) -> dict[str, Any]:
 def render_config(bundle: Bundle, config: ServeConfig, environment: Path) -> str:
     """Return the model's configuration as protobuf text."""
     m = bundle.manifest
-    inputs = [_tensor(spec.name, spec.dtype, _size(spec), ragged=spec.is_list) for spec in m.query]
+    inputs = [
+        _tensor(
+            s.name, s.dtype, _size(s), ragged=s.is_list, optional=s.kind == "times"
+        )
+        for s in m.query
+    ]  # fmt: skip
     # Rows of one batch may exclude different numbers of items.
     inputs.append(_tensor("exclude", m.item_id_dtype, -1, ragged=True, optional=True))
     inputs.append(_entry(name="k", data_type="TYPE_INT32", dims=1, optional=True))

@@ -21,6 +21,8 @@ from twotower.errors import UserError, did_you_mean
 WIRE = {"string": "BYTES", "int64": "INT64", "float32": "FP32"}
 Tensors = dict[str, tuple[str, npt.NDArray[Any]]]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+# 35,000 years: what is more is in milliseconds, or another number.
+MAX_SECONDS = 1 << 40
 # Of what came, a line holds only the beginning.
 BRIEF = reprlib.Repr()
 BRIEF.maxstring = BRIEF.maxother = BRIEF.maxlong = 60
@@ -77,6 +79,10 @@ def encode(
             raise UserError(f"the model has no feature '{name}'{did_you_mean(str(name), names)}")
     tensors: Tensors = {}
     for spec in schema.features:
+        if spec.kind == "times":
+            history = tensors[spec.of][1]
+            tensors[spec.name] = ("INT64", _times(spec, features, history))
+            continue
         if spec.name not in features:
             raise UserError(
                 f"feature '{spec.name}' ({spec.kind}, {spec.dtype}) is missing: send None for an "
@@ -122,6 +128,30 @@ def _feature(spec: TensorSpec, value: Any) -> npt.NDArray[Any]:
             f"{spec.length}: send the {newest} {spec.length}"
         )
     return _ids(spec.dtype, [_id(spec.name, spec.dtype, v) for v in entries])
+
+
+def _times(
+    spec: TensorSpec, features: Mapping[str, Any], history: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    """Return when each entry of a history happened; none is known of times that do not come."""
+    if spec.name not in features:
+        return np.full(history.shape, PAD_INT64)
+    key = f"feature '{spec.name}'"
+    entries = _list(key, features[spec.name])
+    for value in entries:
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if value is not None and not (whole and abs(int(value)) < MAX_SECONDS):
+            raise UserError(
+                f"{key} must hold whole seconds since 1970, or None where it is not known, got "
+                f"{_shown(value)}"
+            )
+    times = _ids("int64", [PAD_INT64 if value is None else int(value) for value in entries])
+    if times.shape != history.shape:
+        raise UserError(
+            f"{key} has {len(entries)} entries, the {spec.of} another number: send one an entry, "
+            "None where it is not known, or leave the list out"
+        )
+    return times
 
 
 def _list(name: str, value: Any, *, ordered: bool = True) -> list[Any]:

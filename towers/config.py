@@ -87,6 +87,10 @@ class ModelConfig:
                     f"model.{name} must be >= {least} where model.item_bias takes a coordinate of "
                     f"it, got {width}"
                 )
+        if self.dim % 4:
+            raise UserError(
+                f"model.dim must be a multiple of 4, as FBGEMM's tables need, got {self.dim}"
+            )
         if sorted({*self.widths, self.dim}) != [*self.widths, self.dim]:
             raise UserError(
                 f"model.widths must rise and stay below model.dim ({self.dim}), got {self.widths}"

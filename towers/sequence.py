@@ -5,7 +5,7 @@ follows Zhai et al. 2024: SiLU of the scores in place of their softmax, so that 
 something there is counts too, gated by a projection of the entry itself.
 
 Shape legend: `B` batch, `L` entries of a list, `T` entries that there are (or B x L), `D` embedding
-width, `W` some width, `H` heads, `K` width of a head.
+width, `W` some width, `H` heads, `K` width of a head, `G` buckets of time gaps.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.towers.config import EncoderConfig
+
+# The first bucket is of gaps that are not known, the next below a second, each other to twice the
+# one before: the last begins at 4 years.
+GAP_BOUNDS = [2.0**i for i in range(28)]
 
 
 class Lists:
@@ -84,13 +88,14 @@ class TransformerBlock(nn.Module):
         )
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x_TD: Tensor, lists: Lists) -> Tensor:
+    def forward(self, x_TD: Tensor, lists: Lists, gap_BHLL: Tensor | None) -> Tensor:
         """Return the entries' next states (T, D)."""
         projected = self.query_key_value(self.attention_norm(x_TD))
         q_BHLK, k_BHLK, v_BHLK = lists.parts(projected, 3, self.heads)
-        mixed_BHLK = F.scaled_dot_product_attention(
-            q_BHLK, k_BHLK, v_BHLK, attn_mask=lists.sees_BLL.unsqueeze(1)
-        )
+        sees_BHLL = lists.sees_BLL.unsqueeze(1)
+        if gap_BHLL is not None:
+            sees_BHLL = gap_BHLL.masked_fill(~sees_BHLL, -torch.inf).to(q_BHLK.dtype)
+        mixed_BHLK = F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, attn_mask=sees_BHLL)
         mixed_TD = lists.take(mixed_BHLK.transpose(1, 2).flatten(2))
         x_TD = x_TD + self.dropout(self.joined(mixed_TD))
         next_TD: Tensor = x_TD + self.dropout(self.layers(self.layers_norm(x_TD)))
@@ -118,12 +123,14 @@ class HstuBlock(nn.Module):
         self.joined = nn.Linear(dim, dim)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x_TD: Tensor, lists: Lists) -> Tensor:
+    def forward(self, x_TD: Tensor, lists: Lists, gap_BHLL: Tensor | None) -> Tensor:
         """Return the entries' next states (T, D)."""
         normed_TD = self.entry_norm(x_TD)
         projected = F.silu(self.query_key_value(normed_TD))
         q_BHLK, k_BHLK, v_BHLK = lists.parts(projected, 3, self.heads)
         score_BHLL = q_BHLK @ k_BHLK.transpose(-1, -2) + self.distance_bias[:, lists.distance_LL]
+        if gap_BHLL is not None:
+            score_BHLL = score_BHLL + gap_BHLL
         # Divided by the window, not by how many there are: whether they are many counts.
         weight_BHLL = F.silu(score_BHLL) * (lists.sees_BLL.unsqueeze(1) / self.length)
         mixed_TD = lists.take((weight_BHLL @ v_BHLK).transpose(1, 2).flatten(2))
@@ -140,11 +147,22 @@ class SequenceEncoder(nn.Module):
         dim: of an entry.
         length: most entries of a list.
         config: of the encoder.
+        time_gaps: whether `encode` is given the entries' ages. How much an entry attends to an
+            earlier one then has a term by the time between them, of each head of each layer: the
+            bias of HSTU, and after TiSASRec (Li et al. 2020) of the Transformer.
     """
 
-    def __init__(self, kind: str, dim: int, length: int, config: EncoderConfig) -> None:
+    def __init__(
+        self, kind: str, dim: int, length: int, config: EncoderConfig, *, time_gaps: bool = False
+    ) -> None:
         super().__init__()
         self.scale = dim**0.5
+        self.gap_bias: nn.Parameter | None = None
+        if time_gaps:
+            terms = config.layers * config.heads
+            self.gap_bias = nn.Parameter(torch.zeros(len(GAP_BOUNDS) + 2, terms))
+            self.gap_bounds: Tensor
+            self.register_buffer("gap_bounds", torch.tensor(GAP_BOUNDS), persistent=False)
         self.recency: nn.Parameter | None = None
         if kind == "transformer":
             self.recency = nn.Parameter(0.02 * torch.randn(length, dim))
@@ -158,7 +176,7 @@ class SequenceEncoder(nn.Module):
         # States begin as long as embeddings, which the towers add them to.
         nn.init.constant_(self.norm.weight, 1 / self.scale)
 
-    def encode(self, entry_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    def encode(self, entry_BLD: Tensor, mask_BL: Tensor, age_BL: Tensor | None = None) -> Tensor:
         """Return the state of each entry (B, L, D), to which later entries contribute nothing.
 
         The Transformer counts places from the list's newest entry, as SASRec's padding does, so
@@ -168,6 +186,8 @@ class SequenceEncoder(nn.Module):
             entry_BLD: embeddings, oldest first; about of unit length.
             mask_BL: which of them there are; the others lie before, behind or between, and their
                 states mean nothing.
+            age_BL: seconds from each entry to the latest of its list, -1 where they are not known;
+                of an encoder with time gaps.
         """
         lists = Lists(mask_BL)
         x_TD = lists.take(entry_BLD) * self.scale
@@ -175,15 +195,43 @@ class SequenceEncoder(nn.Module):
             newer_T = lists.take(newer_entries(mask_BL).unsqueeze(-1)).squeeze(-1)
             x_TD = x_TD + F.embedding(newer_T, self.recency)
         x_TD = self.dropout(x_TD)
-        for block in self.blocks:
-            x_TD = block(x_TD, lists)
+        for block, gap_BHLL in zip(self.blocks, self._gap_terms(age_BL), strict=True):
+            x_TD = block(x_TD, lists, gap_BHLL)
         return lists.place(self.norm(x_TD))
 
-    def forward(self, entry_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    def _gap_terms(self, age_BL: Tensor | None) -> list[Tensor | None]:
+        """Return what each layer adds to its scores (B, H, L, L)."""
+        layers = len(self.blocks)
+        if self.gap_bias is None or age_BL is None:
+            return [None] * layers
+        terms_BLLG = F.embedding(gap_buckets(age_BL, self.gap_bounds), self.gap_bias)
+        return list(terms_BLLG.permute(0, 3, 1, 2).chunk(layers, dim=1))
+
+    def forward(self, entry_BLD: Tensor, mask_BL: Tensor, age_BL: Tensor | None = None) -> Tensor:
         """Return the newest entry's state (B, D), zeros for an empty list; see `encode`."""
         newest_BL = mask_BL & (newer_entries(mask_BL) == 0)
-        newest_BD: Tensor = (self.encode(entry_BLD, mask_BL) * newest_BL.unsqueeze(-1)).sum(1)
+        state_BLD = self.encode(entry_BLD, mask_BL, age_BL)
+        newest_BD: Tensor = (state_BLD * newest_BL.unsqueeze(-1)).sum(1)
         return newest_BD
+
+
+def gap_buckets(age_BL: Tensor, bounds_G: Tensor) -> Tensor:
+    """Return the bucket of the time from each entry back to each (B, L, L), int64.
+
+    It is 0 where either time is not known, and otherwise 1 and how many bounds the time reaches.
+    Comparisons alone, since two runtimes may round a logarithm to either side of a bound.
+
+    Args:
+        age_BL: seconds to the latest entry, -1 where it is not known.
+        bounds_G: ascending, in seconds.
+    """
+    gap_BLL = age_BL.unsqueeze(1) - age_BL.unsqueeze(2)
+    if torch.compiler.is_exporting():  # ONNX has no search
+        reached_BLL = (gap_BLL.unsqueeze(-1) >= bounds_G).to(torch.int64).sum(-1)
+    else:
+        reached_BLL = torch.bucketize(gap_BLL, bounds_G, right=True)
+    known_BL = age_BL >= 0
+    return (reached_BLL + 1) * (known_BL.unsqueeze(1) & known_BL.unsqueeze(2))
 
 
 def newer_entries(mask_BL: Tensor) -> Tensor:

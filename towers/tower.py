@@ -73,7 +73,9 @@ class Tower(nn.Module):
         self.pools = nn.ModuleDict()
         for f in features:
             if f.pooling in ENCODERS:
-                pool: nn.Module = SequenceEncoder(f.pooling, config.dim, f.length, config.encoder)
+                pool: nn.Module = SequenceEncoder(
+                    f.pooling, config.dim, f.length, config.encoder, time_gaps=f.time_gaps
+                )
             elif f.pooling == "attention" and f.kind != "id":
                 pool = AttentionPool(config.dim, f.length)
             else:
@@ -101,18 +103,30 @@ class Tower(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.Sequential(*layers, nn.Linear(width, config.dim))
 
-    def pool(self, feature: Feature, entry_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """Pool padded entries; see `pool_sum` for entries that are summed already."""
+    def pool(
+        self, feature: Feature, entry_BLD: Tensor, mask_BL: Tensor, age_BL: Tensor | None = None
+    ) -> Tensor:
+        """Pool padded entries; see `pool_sum` for entries that are summed already.
+
+        Args:
+            feature: whose entries they are.
+            entry_BLD: embeddings, of a history oldest first.
+            mask_BL: which of them there are.
+            age_BL: of a history with time gaps, see `SequenceEncoder.encode`.
+        """
         if (name := f"pool_{feature.name}") in self.pools:
-            pooled: Tensor = self.pools[name](entry_BLD, mask_BL)
+            ages = [age_BL] if feature.time_gaps else []
+            pooled: Tensor = self.pools[name](entry_BLD, mask_BL, *ages)
             return pooled
         sum_BD = (entry_BLD * mask_BL.unsqueeze(-1)).sum(1)
         return self.pool_sum(feature, sum_BD, mask_BL.sum(1))
 
-    def states(self, feature: Feature, entry_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    def states(
+        self, feature: Feature, entry_BLD: Tensor, mask_BL: Tensor, age_BL: Tensor | None
+    ) -> Tensor:
         """Return the state of every entry (B, L, D) of a history that an encoder reads."""
         encoder: Any = self.pools[f"pool_{feature.name}"]
-        state_BLD: Tensor = encoder.encode(entry_BLD, mask_BL)
+        state_BLD: Tensor = encoder.encode(entry_BLD, mask_BL, age_BL)
         return state_BLD
 
     @staticmethod

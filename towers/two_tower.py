@@ -178,7 +178,11 @@ class TwoTower(nn.Module):
             key = f"query.{f.name}"
             if f.pooling in ENCODERS:
                 entry_HLD, mask_HL = _padded(found[self.collection_of[key]][key], longest)
-                state_HLD = self.query.states(f, entry_HLD[:rows], mask_HL[:rows])
+                age_HL = batch.dense.get(f"query.{f.times_name}")
+                state_HLD = self.query.states(
+                    f, entry_HLD[:rows], mask_HL[:rows],
+                    age_HL[:rows, :longest] if age_HL is not None else None,
+                )  # fmt: skip
                 inputs[f.name] = state_HLD.flatten(0, 1)[entries.place_B]
             else:
                 of_user = self._input(self.query, f, key, batch, found, rows)
@@ -199,7 +203,9 @@ class TwoTower(nn.Module):
             return tower.pool_sum(f, found[kind][key][:rows], length_B)
         length = f.length if f.kind in ("ids", "history") else 1
         entry_BLD, mask_BL = _padded(found[kind][key], length)
-        return tower.pool(f, entry_BLD[:rows], mask_BL[:rows])
+        age_BL = batch.dense.get(key.removesuffix(f.name) + f.times_name)
+        age_BL = age_BL[:rows] if age_BL is not None else None
+        return tower.pool(f, entry_BLD[:rows], mask_BL[:rows], age_BL)
 
 
 def _padded(entries: Any, length: int) -> tuple[Tensor, Tensor]:

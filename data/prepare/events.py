@@ -24,7 +24,7 @@ from twotower.data.prepare.entities import context_ids, count_rows, row_map
 from twotower.data.prepare.split import Cuts, hold_out, leave_last_out
 from twotower.data.prepare.spool import Spool
 from twotower.data.prepared import PreparedDataset, array, one_chunk
-from twotower.data.schema import DataConfig
+from twotower.data.schema import PAD_INT64, DataConfig
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -252,7 +252,11 @@ class EventWriter:
         lengths, prior = self.priors.take(low, high)
         start, history_to, line = timeline(user, item, split, time, lengths, prior)
         self.users.append({"history_from": start + self.length})
-        self.timeline.append({"item": line.astype(np.int32)})
+        lines: dict[str, npt.NDArray[Any]] = {"item": line.astype(np.int32)}
+        if self.config.timed_histories():
+            unknown = np.full(len(prior), PAD_INT64)
+            lines["seconds"] = timeline(user, time // 1_000_000, split, time, lengths, unknown)[2]
+        self.timeline.append(lines)
         if table is not None:
             table = _put(table.drop_columns(["split"]), "history_to", history_to + self.length)
             judged = np.ones(len(split), bool)

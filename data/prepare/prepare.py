@@ -6,7 +6,8 @@
       prepared.json       counts, split, normalisers, tables and the fingerprint of the inputs
       events.arrow        training, validation and test, each sorted by (user, time): user, item,
                           time, [weight], history end, context
-      timeline.arrow      each user's items in order; a history is a slice of it, not a copy
+      timeline.arrow      each user's items in order; a history is a slice of it, not a copy; for
+                          time gaps also their seconds since 1970
       users.arrow         raw id, start of the timeline, features raw and encoded
       items.arrow         the catalogue, ascending by raw id: training count, features, display
       contexts/<f>.arrow  the values of a context feature, which events name by number

@@ -53,6 +53,7 @@ def recommend(job: Job, options: Namespace) -> None:
         seen = [_parse_id(i, data, "items") for i in id_list(options.history)]
         for f in data.config.histories():
             features[f.name] = seen[max(0, len(seen) - f.length) :]
+            features.pop(f.times_name, None)
     exclude = seen + [_parse_id(i, data, "items") for i in id_list(options.exclude)]
     url = options.url or _served_url(job)
     with RecommendClient(url, proxy=options.url is not None) as client:
@@ -90,9 +91,11 @@ def request_of(data: PreparedDataset, user: Any) -> tuple[dict[str, Any], list[A
     itself where the model has a feature for it.
     """
     row = data.user_row(user)
-    history = data.timeline_of(row) if row is not None else np.empty(0, np.int64)
+    line = data.timeline_slice(row) if row is not None else slice(0, 0)
+    history = data.timeline[line]
+    seconds = data.timeline_seconds[line] if data.config.timed_histories() else None
     event = data.last_event_of(row) if row is not None else None
-    features = data.raw_query(row, event, history)
+    features = data.raw_query(row, event, history, seconds)
     for f in data.config.query:
         if f.kind == "id" and f.source_column == data.config.columns.user:
             features[f.name] = user

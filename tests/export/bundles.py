@@ -7,7 +7,7 @@ import torch
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
-from twotower.data.schema import Feature
+from twotower.data.schema import ENCODERS, Feature
 from twotower.data.table import Table
 from twotower.export.bundle import Bundle
 from twotower.export.config import ExportConfig
@@ -56,6 +56,28 @@ def dynamic_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundl
             "user_id": Table(slots=200), "item_id": Table(slots=30), "tags": Table(slots=6),
         },
     )  # fmt: skip
+    return _exported(data, folder, "dynamic")
+
+
+def timed_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]:
+    """Export towers whose encoders know the time between entries, of seconds to years."""
+    rng = np.random.default_rng(0)
+    events = {
+        "user_id": rng.integers(0, USERS, EVENTS).tolist(),
+        "item_id": rng.integers(0, ITEMS, EVENTS).tolist(),
+        "timestamp": np.cumsum(np.exp(rng.uniform(0, 14, EVENTS)).astype(np.int64)).tolist(),
+    }
+    data = make(events, query=[
+        Feature(name=kind, kind="history", table="item_id", length=5, pooling=kind, time_gaps=True)
+        for kind in ENCODERS
+    ])  # fmt: skip
+    return _exported(data, folder, "timed")
+
+
+def _exported(
+    data: PreparedDataset, folder: Path, name: str
+) -> tuple[PreparedDataset, TwoTower, Bundle]:
+    """Export towers that have seen a few events and whose every parameter takes part."""
     torch.manual_seed(0)
     config = ModelConfig(dim=8, hidden=[16])
     model = TwoTower(data.config, {n: t["rows"] for n, t in data.summary["tables"].items()}, config)
@@ -73,7 +95,7 @@ def dynamic_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundl
     storage.save(train / "checkpoint", state, {})
     write_summary(train, {"fingerprint": "of a test"})
     bundle = export(
-        data, train, folder / "bundles", config=ExportConfig(), job={}, name="dynamic",
+        data, train, folder / "bundles", config=ExportConfig(), job={}, name=name,
         fingerprint="of a test", metrics={}, seed=0, progress=lambda _: None,
     )  # fmt: skip
     return data, model, bundle

@@ -13,7 +13,7 @@ from twotower.data.schema import ENCODERS, Feature
 from twotower.errors import UserError
 from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.towers.config import EncoderConfig, ModelConfig, model_config
-from twotower.towers.sequence import SequenceEncoder
+from twotower.towers.sequence import GAP_BOUNDS, SequenceEncoder, gap_buckets
 from twotower.towers.two_tower import TwoTower
 
 from ..conftest import EVENTS
@@ -24,10 +24,12 @@ ATOL = 2e-6
 SHAPE = EncoderConfig(layers=2, heads=2)
 
 
-def encoder(kind: str, config: EncoderConfig = SHAPE) -> SequenceEncoder:
+def encoder(
+    kind: str, config: EncoderConfig = SHAPE, *, time_gaps: bool = False
+) -> SequenceEncoder:
     """Return an encoder whose every parameter takes part."""
     torch.manual_seed(0)
-    made = SequenceEncoder(kind, DIM, LENGTH, config).eval()
+    made = SequenceEncoder(kind, DIM, LENGTH, config, time_gaps=time_gaps).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -85,6 +87,31 @@ def test_the_vector_is_the_newest_state_wherever_the_padding_is(kind, lengths, d
         moved_mask[0, shift : shift + length] = True
         moved_vector = made(moved, moved_mask)
         torch.testing.assert_close(vector[row], moved_vector[0], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_the_time_of_an_entry_counts_for_itself_and_for_later_ones_alone(kind) -> None:
+    made = encoder(kind, replace(SHAPE, layers=1), time_gaps=True)
+    entry, mask = lists([LENGTH])
+    age = torch.tensor([[90000.0, 8000.0, 700.0, 60.0, 5.0, 0.0]])
+    other = age.clone()
+    other[:, 2] = 7000
+    changed = (made.encode(entry, mask, age) - made.encode(entry, mask, other)).abs().amax(-1)
+    assert (changed[0] > 1e-4).tolist() == [False, False, True, True, True, True]
+    assert not changed[0, :2].any()
+    unknown = made(entry, mask, torch.full((1, LENGTH), -1.0))
+    assert (made(entry, mask, age) - unknown).abs().max() > 1e-3
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.one_of(st.just(-1.0), st.floats(0, 2e9, width=32)), min_size=2, max_size=5))
+def test_gaps_fall_into_buckets_that_double(ages) -> None:
+    got = gap_buckets(torch.tensor([ages]), torch.tensor(GAP_BOUNDS))[0].tolist()
+    for i, newer in enumerate(ages):
+        for j, older in enumerate(ages):
+            gap = float(np.float32(older) - np.float32(newer))
+            bucket = 1 + sum(gap >= bound for bound in GAP_BOUNDS)
+            assert got[i][j] == (0 if min(older, newer) < 0 else bucket)
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
@@ -194,7 +221,7 @@ def test_towers_with_an_encoder_learn(kind, make) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = []
     for _ in range(20):
-        loss = sampled_softmax(*model(batch), candidate_id_N=batch.item_B)
+        loss = sampled_softmax(*model(batch), candidate_id_N=batch.item_N)
         losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()

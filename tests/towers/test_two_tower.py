@@ -195,6 +195,7 @@ def test_concatenation_is_the_default_and_has_no_further_parameters(make) -> Non
     [({"interaction": "fm"}, "model.interaction must be one of concat, dot, cross, got 'fm'"),
      ({"cross_layers": 0}, "model.cross_layers must be >= 1, got 0"),
      ({"dim": 1, "item_bias": True}, "model.dim must be >= 2 where model.item_bias takes"),
+     ({"dim": 30}, "model.dim must be a multiple of 4, as FBGEMM's tables need, got 30"),
      ({"cross_rank": 0}, "model.cross_rank must be >= 1, got 0")],
 )  # fmt: skip
 def test_an_interaction_that_there_is_not_is_refused(change, words) -> None:
