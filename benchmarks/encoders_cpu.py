@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -65,9 +66,14 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=11)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    encoders = {"torch.nn.TransformerEncoder": peer()}
+    age_BL = torch.rand(BATCH, LENGTH).mul(1e7).sort(dim=1, descending=True).values
+    encoders: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "torch.nn.TransformerEncoder": peer()
+    }
     for kind in ENCODERS:
         encoders[kind] = SequenceEncoder(kind, DIM, LENGTH, CONFIG).encode
+        timed = SequenceEncoder(kind, DIM, LENGTH, CONFIG, time_gaps=True)
+        encoders[f"{kind}, time gaps"] = partial(timed.encode, age_BL=age_BL)
     results: dict[str, Any] = {}
     for mean in MEAN_LENGTHS:
         entry_BLD, mask_BL = lists(mean)
