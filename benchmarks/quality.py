@@ -45,22 +45,40 @@ RECIPES = {
     "movielens": ("configs/movielens.yaml", "ml-latest-small"),
     "kuairand": ("configs/benchmarks/kuairand.yaml", "kuairand-pure"),
 }
+# What any recipe may be given.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "without logQ": {"train.log_q": 0},
+    "half of logQ": {"train.log_q": 0.5},
+    "logQ from the steps": {"train.log_q_from": "stream"},
+    "positive uncorrected": {"train.correct_positive": False},
+    "half uniform": {"train.negatives": {"in_batch": 0.5, "uniform": 0.5}},
+    "half memory": {"train.negatives": {"in_batch": 0.5, "memory": 0.5}},
+    "whole catalogue": {"train.negatives": {"catalogue": True}},
+    "bilateral": {"train.loss": {"kind": "bilateral"}},
+    "bce": {"train.loss": {"kind": "bce"}},
+    "item bias": {"model.item_bias": True},
+    "layer norm": {"model.layer_norm": True},
+    "widths 16, 32": {"model.widths": [16, 32]},
+    "id dropout": {"train.id_dropout": 0.1},
+    "mean pooling": {"data.query.history.pooling": "mean"},
+    "transformer": {"data.query.history.pooling": "transformer"},
+    "hstu": {"data.query.history.pooling": "hstu"},
+    "every position": {
+        "data.query.history.pooling": "transformer", "train.every_position": True,
+        "train.batch_size": 64,
+    },
+    "temperature 0.05": {"model.temperature": 0.05},
+    "temperature 0.2": {"model.temperature": 0.2},
+}  # fmt: skip
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "movielens": {
-        "recipe": {},
-        "without logQ": {"train.log_q": 0},
-        "mean pooling": {"data.query.history.pooling": "mean"},
+        **OPTIONS,
         "ids alone": {"data.item.genres": None, "data.item.year": None},
-        "temperature 0.05": {"model.temperature": 0.05},
-        "temperature 0.2": {"model.temperature": 0.2},
     },
     "kuairand": {
-        "recipe": {},
-        "without logQ": {"train.log_q": 0},
-        "mean pooling": {"data.query.history.pooling": "mean"},
+        **OPTIONS,
         "ids alone": {"data.item.author_id": None, "data.item.tag": None},
-        "temperature 0.05": {"model.temperature": 0.05},
-        "temperature 0.2": {"model.temperature": 0.2},
     },
 }
 
