@@ -158,7 +158,7 @@ BASE = {
     "train.warmup_steps": ({"low": -5, "high": 10}, "train.warmup_steps must be >= 0, got -5"),
     "train.table_optimizer": ({"choices": ["sgd", "adam"]}, "train.table_optimizer must be one of"),
     "train.schedule": ({"low": 1, "high": 2}, "is str, which has no range: give choices"),
-    "train.log_q": ({"choices": [True, 1]}, "choices must be bool, got 1"),
+    "train.correct_positive": ({"choices": [True, 1]}, "choices must be bool, got 1"),
     "train.clip_norm": ({"choices": [None, "1"]}, "choices must be float or null, got '1'"),
     "model.dropout": ({"low": 0.0, "high": 1.0}, "model.dropout must be in [0, 1), got 1.0"),
     "model.hidden": ({"choices": [[64]]}, "at least two values"),
@@ -218,7 +218,7 @@ def test_a_mistake_in_the_section_is_one_line_before_anything_runs(
 
 VALUES = {
     "train.table_lr": st.floats(1e-6, 10), "train.batch_size": st.integers(2, 10**6),
-    "train.clip_norm": st.none() | st.floats(1e-3, 1e3), "train.log_q": st.booleans(),
+    "train.clip_norm": st.none() | st.floats(1e-3, 1e3), "train.log_q": st.floats(0, 2),
     "train.profile": st.none() | st.just([3, 9]), "model.dim": st.integers(1, 512),
     "model.hidden": st.lists(st.integers(1, 512), max_size=3),
     "model.interaction": st.sampled_from(["concat", "dot", "cross"]),

@@ -1,6 +1,7 @@
 """Trouble around the command: one line that says where and what to do, nothing lost or left."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -243,7 +244,7 @@ def test_a_damaged_dataset_is_made_anew_only_where_no_day_would_be_lost(forker, 
     set_up(tmp_path, days=2)
     whole = done(forker, tmp_path)
     manifest = tmp_path / "run" / "prepared" / "prepared.json"
-    other = manifest.read_text().replace('"format": ', '"format": 1')
+    other = re.sub(r'"format": (\d)', r'"format": 1\1', manifest.read_text())
     manifest.write_text(other)
     assert done(forker, tmp_path) == whole, "of another version, and every file is still there"
     (tmp_path / "log" / "day0.parquet").unlink()
