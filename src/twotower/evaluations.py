@@ -11,36 +11,40 @@ from twotower.train.config import EvaluateConfig
 
 
 def show_evaluation(report: dict[str, Any], config: EvaluateConfig, items: int) -> None:
-    """Print the report of an evaluation: every model's metrics with their intervals."""
+    """Print the report of an evaluation: every model's metrics, the towers' with intervals."""
+    from twotower.train.evaluation.report import TOWERS
+
     k, results = config.monitor_k, report["results"]
     rows = {f"{m}@{cut}": f"{m}@{cut}" for cut in config.k
             for m in ("recall", "ndcg", "mrr", "hit_rate")}  # fmt: skip
     beyond = ("coverage", "gini", "novelty", "diversity", "arp", "popularity_bias")
     rows |= {f"{m}@{k}": f"{m}@{k}" for m in beyond}
-    rows |= {f"recall@{k}/{n}": f"recall, {n} (n={s:,})" for n, s in report["slices"].items()}
+    rows |= {f"recall@{k}/{n}": f"recall, {n} ({s:,})" for n, s in report["slices"].items()}
     for metric in ("recall", "ndcg"):
         rows |= {
-            f"{metric}@{k}/{b['name']}": f"{metric}, {b['name']} (n={b['queries']:,})"
+            f"{metric}@{k}/{b['name']}": f"{metric}, {b['name']} ({b['queries']:,})"
             for b in report["decay"]
         }
     table(
         f"evaluate: {report['queries']:,} test queries of {report['users']:,} users, {items:,} "
-        "items; 95% intervals over users",
+        "items; 95% intervals over users (the baselines' are in metrics.json)",
         ["metric", *(f">{name}" for name in results)],
         [
-            [label, *(_cell(model, name, report) for model in results)]
+            [label, *(_cell(model, name, report, model == TOWERS) for model in results)]
             for name, label in rows.items()
             if any(name in metrics for metrics in results.values())
         ],
     )
 
 
-def _cell(model: str, name: str, report: dict[str, Any]) -> str:
+def _cell(model: str, name: str, report: dict[str, Any], with_interval: bool) -> str:
     value = report["results"][model].get(name)
     if value is None:
         return "-"
-    low, high = report["intervals"][model][name]
     digits = 4 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+    if not with_interval:
+        return f"{value:.{digits}f}"
+    low, high = report["intervals"][model][name]
     return f"{value:.{digits}f} {_short(low, digits)}-{_short(high, digits)}"
 
 
