@@ -157,9 +157,10 @@ class BatchBuilder:
         c, fillers = self.data.event_columns, (size or len(rows)) - len(rows)
         user, item = c["user"][rows].astype(np.int64), c["item"][rows].astype(np.int64)
         weight = c["weight"][rows] if "weight" in c else np.ones(len(rows), np.float32)
-        bags, columns = self._query(user, rows, c["history_to"][rows])
+        end = c["history_to"][rows] if self.config.ordered else self.data.train_end[user]
+        bags, columns = self._query(user, rows, end)
         if not self.config.ordered:
-            bags |= self._others(user, item)
+            bags |= self._without_own(bags, user, item, end)
         columns = {key: _behind(value, fillers) for key, value in columns.items()}
         items = [_behind(item, fillers, -1)] if own else []
         items += [extra] if extra is not None else []
@@ -227,20 +228,20 @@ class BatchBuilder:
                 columns[key] = values if norm is None else norm.apply(values)
         return bags, columns
 
-    def _others(self, user: I64, item: I64) -> dict[str, Bag]:
-        """Return histories of all training items of each user but the event's own."""
-        bags: dict[str, Bag] = {}
-        end = self.data.train_end[user]
+    def _without_own(
+        self, bags: dict[str, Bag], user: I64, item: I64, end: I64
+    ) -> dict[str, Bag]:  # fmt: skip
+        """Return the histories that end at `end` of the timeline without each event's own item."""
+        left: dict[str, Bag] = {}
         for f in self.config.histories():
             start = np.maximum(self.data.history_from[user], end - f.length)
             entries, lengths = gather(self.data.timeline, start, end)
             owner = np.repeat(np.arange(len(user)), lengths)
             other = entries != item[owner]
-            values, _ = gather(self.data.history_rows(f.table_name), start, end)
-            bags[f"query.{f.name}"] = (
-                values[other], np.bincount(owner[other], minlength=len(user))
-            )  # fmt: skip
-        return bags
+            values, _ = bags[f"query.{f.name}"]
+            counts = np.bincount(owner[other], minlength=len(user))
+            left[f"query.{f.name}"] = (values[other], counts)
+        return left
 
     def _batch(
         self, bags: dict[str, Bag], columns: dict[str, Array], item: I64,

@@ -58,7 +58,7 @@ class Windows:
 
     def target_counts(self) -> I64:
         """Return how often each item is a positive (N,)."""
-        items, _ = gather(self.data.timeline, self.start_W, self.end_W)
+        items = self.targets(np.arange(len(self)))
         return np.bincount(items, minlength=len(self.data.items))
 
     def targets(self, rows: I64) -> I64:
