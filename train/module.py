@@ -25,6 +25,7 @@ from twotower.train.negatives import (
     PositiveRates,
     all_rows,
     log_q,
+    log_q_of,
     share_of_weight,
 )
 from twotower.train.optimizers import Optimizers, fuse_table_optimizer
@@ -132,12 +133,10 @@ class RetrievalModule(L.LightningModule):
 
     def _candidates(self, batch: Batch, item_ND: Tensor) -> tuple[Candidates, Tensor]:
         """Return what the queries are scored against, and which of it are their positives."""
-        if self.rates.learned:
-            self._learn_rates(batch)
         negatives, own = self.config.negatives, len(batch.weight_B)
         # Otherwise positives are places among the items of all ranks already.
         shared = negatives.catalogue or self.config.every_position
-        log_q_N = self.log_q_N[batch.item_N]
+        log_q_N = self._log_q(batch.item_N)
         if negatives.in_batch == 0 and not shared:
             # Its own query's positive alone, which is not corrected.
             log_q_N[:own] = FILLER_LOG_Q
@@ -148,13 +147,20 @@ class RetrievalModule(L.LightningModule):
                 positive_B = positive_B + self.global_rank * len(item_ND)
         if self.memory is not None:
             found = self._with_memory(self.memory, found, own)
+        if self.rates.learned:
+            # Last: a step is corrected by what those before it have shown.
+            item_B = batch.item_N[:own]
+            self.rates.observe(all_rows(item_B) if self.trainer.world_size > 1 else item_B)
         return found, positive_B
 
-    def _learn_rates(self, batch: Batch) -> None:
-        """Correct by what the steps before have shown, then learn from this one's positives."""
-        self.log_q_N = log_q(self.rates.rate_N, self.config, self.queries)
-        item_B = batch.item_N[: len(batch.weight_B)]
-        self.rates.observe(all_rows(item_B) if self.trainer.world_size > 1 else item_B)
+    def _log_q(self, id_N: Tensor) -> Tensor:
+        """Return the correction of candidates; of rates that are learned, by those of now."""
+        if not self.rates.learned:
+            counted_N: Tensor = self.log_q_N[id_N]
+            return counted_N
+        rate_N, items = self.rates.gap_N[id_N].reciprocal(), len(self.rates.gap_N)
+        now_N = log_q_of(rate_N, self.config, self.queries, items)
+        return now_N.masked_fill(id_N < 0, FILLER_LOG_Q)
 
     def _with_memory(self, memory: CandidateMemory, now: Candidates, own: int) -> Candidates:
         """Return candidates with those of the steps before, and remember this step's positives."""
@@ -162,7 +168,7 @@ class RetrievalModule(L.LightningModule):
         found = Candidates(
             torch.cat([now.vector_ND, memory.vector_MD.to(now.vector_ND.dtype)]),
             torch.cat([now.id_N, id_M]),
-            torch.cat([now.log_q_N, self.log_q_N[id_M]]),
+            torch.cat([now.log_q_N, self._log_q(id_M)]),
         )
         # Every rank's own queries' are its first.
         ranks = self.trainer.world_size

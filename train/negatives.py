@@ -70,6 +70,12 @@ def log_q(rate_N: Tensor, config: TrainConfig, queries: float) -> Tensor:
     Returns:
         (N + 1,): the last is of item -1, the loader's filler, which no softmax is to count.
     """
+    log_q_N = log_q_of(rate_N, config, queries, len(rate_N))
+    return torch.cat([log_q_N, log_q_N.new_tensor([FILLER_LOG_Q])])
+
+
+def log_q_of(rate_N: Tensor, config: TrainConfig, queries: float, items: int) -> Tensor:
+    """Return what `log_q` does of some of a catalogue's items, whose rates they are, (N,)."""
     if config.negatives.catalogue:
         expected_N = torch.ones_like(rate_N)
     else:
@@ -80,9 +86,8 @@ def log_q(rate_N: Tensor, config: TrainConfig, queries: float) -> Tensor:
         expected_N = in_batch * share_N
         if config.every_position:  # each once, however many queries have it
             expected_N = -torch.expm1(in_batch * torch.log1p(-share_N.clamp_max(1 - 1e-9)))
-        expected_N = expected_N + sizes["memory"] * share_N + sizes["uniform"] / len(rate_N)
-    log_q_N = config.log_q * expected_N.log().float()
-    return torch.cat([log_q_N, log_q_N.new_tensor([FILLER_LOG_Q])])
+        expected_N = expected_N + sizes["memory"] * share_N + sizes["uniform"] / items
+    return config.log_q * expected_N.log().float()
 
 
 class PositiveRates(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor
 from twotower.errors import UserError
 from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.train.config import TrainConfig
-from twotower.train.negatives import FILLER_LOG_Q, CandidateMemory, PositiveRates, log_q
+from twotower.train.negatives import FILLER_LOG_Q, CandidateMemory, PositiveRates, log_q, log_q_of
 from twotower.train.negatives_config import NegativesConfig
 
 ITEMS, WIDTH, BATCH, TEMPERATURE = 30, 8, 256, torch.tensor(0.5)
@@ -122,6 +122,9 @@ def test_expectations_add_up_over_the_sources() -> None:
     found = log_q(count.double().clamp_min(1) * 10.1, config, 101)
     np.testing.assert_allclose(found[:-1], expected, rtol=1e-6)
     assert found[-1] == FILLER_LOG_Q, "of the filler, item -1"
+    some = torch.tensor([2, 0, 2])
+    rate = count.double().clamp_min(1) * 10.1
+    assert torch.equal(log_q_of(rate[some], config, 101, 4), found[some])
     half = TrainConfig(batch_size=101, negatives=config.negatives, log_q=0.5)
     np.testing.assert_allclose(
         log_q(count.double().clamp_min(1) * 10.1, half, 101)[:-1], expected / 2, rtol=1e-6
