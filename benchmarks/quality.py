@@ -75,10 +75,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "movielens": {
         **OPTIONS,
         "ids alone": {"data.item.genres": None, "data.item.year": None},
+        "half-life 1 year": {"train.half_life_days": 365},
     },
     "kuairand": {
         **OPTIONS,
         "ids alone": {"data.item.author_id": None, "data.item.tag": None},
+        "half-life 1 day": {"train.half_life_days": 1},
     },
 }
 

@@ -66,6 +66,34 @@ class ExtraItems:
     catalogue: bool = False
 
 
+class Recency:
+    """Weighs training events by their age, so that what is taken now counts more.
+
+    Args:
+        data: the prepared dataset.
+        half_life_days: age at which an event counts half of the newest.
+
+    Raises:
+        UserError: when the log has no times.
+    """
+
+    def __init__(self, data: PreparedDataset, half_life_days: float) -> None:
+        if data.config.format != "table":
+            raise UserError(
+                "train.half_life_days weighs events by their times, and data.format: "
+                f"{data.config.format} has none: remove it"
+            )
+        training = data.event_columns["time"][: data.section(0).stop]
+        age_us = training.max(initial=0) - training
+        # The oldest may count very little, but not nothing: a batch of them alone has a mean.
+        power = np.maximum(-age_us / (half_life_days * 86_400e6), -60)
+        self.weight_E = np.exp2(power).astype(np.float32)
+
+    def __call__(self, event: I64) -> npt.NDArray[np.float32]:
+        """Return the weights of training events, of -1 (older than the log) that of the oldest."""
+        return np.where(event < 0, self.weight_E.min(), self.weight_E[event])
+
+
 class IdDropout:
     """Shows items by out-of-vocabulary rows of their own id's table, which new items have.
 
@@ -123,6 +151,7 @@ class TrainLoader:
         extra: given the queries of a step, the items beside the events' own.
         id_dropout: share of items that a step shows by an out-of-vocabulary row of their own id's
             table, as a new item is shown.
+        half_life_days: age at which an event counts half of the newest; by default all count alike.
         every_position: whether examples are windows of histories, of which every entry is a query
             (`twotower.data.sequences`), and whose items are shared by the ranks.
 
@@ -133,7 +162,8 @@ class TrainLoader:
     def __init__(
         self, data: PreparedDataset, batch_size: int, seed: int, *, rank: int = 0, ranks: int = 1,
         workers: int = 0, pin_memory: bool = False, id_dropout: float = 0.0,
-        every_position: bool = False, extra: Callable[[float], ExtraItems] | None = None,
+        half_life_days: float | None = None, every_position: bool = False,
+        extra: Callable[[float], ExtraItems] | None = None,
     ) -> None:  # fmt: skip
         kind = _Windows if every_position else _Events
         self.batches = kind(BatchBuilder(data), seed, rank, ranks)
@@ -152,6 +182,8 @@ class TrainLoader:
             )
         if id_dropout:
             self.batches.hidden = IdDropout(data, id_dropout)
+        if half_life_days is not None:
+            self.batches.recency = Recency(data, half_life_days)
         self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
         if extra is not None:
             self.batches.extra = extra(self.queries_a_step)
@@ -237,6 +269,7 @@ class _Events(Dataset[Batch]):
         self.builder, self.seed, self.rank, self.ranks = builder, seed, rank, ranks
         self.extra = ExtraItems()
         self.hidden: IdDropout | None = None
+        self.recency: Recency | None = None
         self.items = len(builder.data.items)
         self.length = self.queries = builder.data.section(0).stop
 
@@ -244,10 +277,21 @@ class _Events(Dataset[Batch]):
         batch = self._batch(part)
         if self.hidden is not None:
             self.hidden(batch, self._random(part, self.rank))
+        if self.recency is not None:
+            event = self._events(self._rows(part))
+            batch.weight_B[: len(event)] *= torch.from_numpy(self.recency(event))
         return batch
 
+    def _rows(self, part: Part) -> I64:
+        """Return the examples of a part."""
+        return self._order(part)(np.arange(part.low, part.high))
+
+    def _events(self, rows: I64) -> I64:
+        """Return the training events that are the positives of examples."""
+        return rows
+
     def _batch(self, part: Part) -> Batch:
-        rows = self._order(part)(np.arange(part.low, part.high))
+        rows = self._rows(part)
         if self.extra.catalogue:
             everything = self._mine(np.arange(self.items))
             return self.builder.events(rows, part.size, extra=everything, own=False)
@@ -287,9 +331,13 @@ class _Windows(_Events):
         """Return how often each item is a positive of an epoch (N,)."""
         return self.windows.target_counts()
 
+    def _events(self, rows: I64) -> I64:
+        """Return the training events that are the positives of windows, -1 of older ones."""
+        return self.windows.events(rows)
+
     def _batch(self, part: Part) -> Batch:
         order = self._order(part)
-        rows = order(np.arange(part.low, part.high))
+        rows = self._rows(part)
         positive = self.windows.targets(rows)
         if self.extra.catalogue:
             items = np.arange(self.items)

@@ -47,6 +47,11 @@ class Windows:
         # Of the targets: the entries that predict them lie one before.
         self.end_W = (start_U + size_U)[self.user_W] - back_W * length
         self.start_W = np.maximum(self.end_W - length, start_U[self.user_W] + 1)
+        known_U = self.data.prior_lengths
+        first_U = np.cumsum(size_U - known_U) - (size_U - known_U)
+        # From a place in the timeline to the training event there; earlier ones are from before.
+        self.first_W = first_U[self.user_W]
+        self.shift_W = (first_U - start_U - known_U)[self.user_W]
 
     def __len__(self) -> int:
         return len(self.user_W)
@@ -65,6 +70,14 @@ class Windows:
         """Return the positives of windows, window after window: catalogue rows (B,)."""
         items, _ = gather(self.data.timeline, self.start_W[rows], self.end_W[rows])
         return items.astype(np.int64)
+
+    def events(self, rows: I64) -> I64:
+        """Return the training events that are the positives of windows (B,), -1 of older ones."""
+        lengths = self.end_W[rows] - self.start_W[rows]
+        before = np.cumsum(lengths) - lengths
+        place = np.arange(lengths.sum()) + np.repeat(self.start_W[rows] - before, lengths)
+        event = place + np.repeat(self.shift_W[rows], lengths)
+        return np.where(event < np.repeat(self.first_W[rows], lengths), -1, event)
 
     def batch(self, rows: I64, size: int, items: I64, positive: I64) -> Batch:
         """Return windows of which every entry is a query.

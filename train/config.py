@@ -91,6 +91,8 @@ class TrainConfig:
     """Steps whose gradients one update of the dense parameters adds; tables learn at every step."""
     id_dropout: float = 0.0
     """Share of items whose own id is hidden in a step, so that their features must tell them."""
+    half_life_days: float | None = None
+    """Days after which an event counts half, so that what is taken now counts more."""
     loss: LossConfig = field(default_factory=LossConfig)
     """What is lowered."""
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
@@ -153,7 +155,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise UserError(f"train.{name} must be >= {minimum}, got {value}")
-        for name in ("table_lr", "dense_lr", "clip_norm", "stop_within_s"):
+        for name in ("table_lr", "dense_lr", "clip_norm", "stop_within_s", "half_life_days"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"train.{name} must be > 0, got {value}")

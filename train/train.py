@@ -131,7 +131,8 @@ def train(
     loader: Any = TrainLoader(
         data, config.batch_size, seed, rank=place.rank, ranks=place.ranks, workers=workers,
         pin_memory=cuda, extra=lambda queries: _extra_items(config, queries),
-        id_dropout=config.id_dropout, every_position=config.every_position,
+        id_dropout=config.id_dropout, half_life_days=config.half_life_days,
+        every_position=config.every_position,
     )  # fmt: skip
     queries = loader.queries_a_step
     steps = config.max_epochs * -(-len(loader) // config.accumulate)

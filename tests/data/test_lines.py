@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from twotower.data.loader import TrainLoader
 from twotower.data.log.chunk import BadRows
 from twotower.data.log.files import list_files
 from twotower.data.log.lines import read_lines
@@ -127,6 +128,12 @@ def test_pairs_a_line_are_the_same_log_as_a_line_a_user(tmp_path) -> None:
     for name in ("events", "users", "items"):
         assert getattr(whole, name).equals(getattr(parted, name))
     assert np.array_equal(whole.timeline, parted.timeline)
+
+
+def test_lines_have_no_times_to_weigh_events_by(tmp_path) -> None:
+    message = r"train\.half_life_days weighs events by their times, and data\.format: user_lines"
+    with pytest.raises(UserError, match=message):
+        TrainLoader(lines(tmp_path, TRAIN), 4, seed=0, half_life_days=1)
 
 
 def test_words_are_ids_too_and_a_folder_may_hold_several_files(tmp_path) -> None:

@@ -107,6 +107,21 @@ def further_items(data, ranks: int, extra: ExtraItems, epoch: int = 0) -> list[l
     return steps
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_event_counts_half_after_each_half_life(data, ranks) -> None:
+    days = 1e-4
+    item, time = (data.event_columns[name][: data.section(0).stop] for name in ("item", "time"))
+    seen = {}
+    for rank in range(ranks):
+        for batch in TrainLoader(data, 8, seed=3, rank=rank, ranks=ranks, half_life_days=days):
+            seen |= dict(zip(batch.item_N.tolist(), batch.weight_B.tolist(), strict=True))
+    assert seen.pop(-1, 0) == 0, "fillers"
+    assert sorted(seen) == sorted(item)
+    age_days = (time.max() - time) / 86_400e6
+    np.testing.assert_allclose([seen[i] for i in item], 0.5 ** (age_days / days), rtol=1e-5)
+    assert min(seen.values()) < 0.1 < max(seen.values()) == 1
+
+
 def test_further_items_are_those_of_the_step_whatever_the_ranks(data) -> None:
     items, seven = len(data.items), ExtraItems(uniform=7)
     alone = further_items(data, 1, seven)

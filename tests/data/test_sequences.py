@@ -93,6 +93,14 @@ def test_every_entry_predicts_the_next_one_and_sees_no_later(
     for _, _, item in found:
         counts[list(item_of.values()).index(item)] += 1
     assert loaders[0].positive_counts().tolist() == counts.tolist()
+    windows = Windows(BatchBuilder(data))
+    rows = np.arange(len(windows))[::-1]
+    events, c = windows.events(rows), data.event_columns
+    assert c["item"][events].tolist() == windows.targets(rows).tolist()
+    users = np.repeat(windows.user_W[rows], (windows.end_W - windows.start_W)[rows])
+    assert c["user"][events].tolist() == users.tolist()
+    assert len(np.unique(events)) == len(events)
+    assert (events < data.section(0).stop).all()
 
 
 LOG = {

@@ -3,13 +3,17 @@
 As a script, it is one of those processes.
 """
 
+import faulthandler
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 TIMEOUT_S = 300
 
@@ -23,28 +27,45 @@ def free_ports(count: int) -> list[int]:
 
 
 def run_on_ranks(ranks: int, scenario: str, arguments: dict[str, Any], cwd: Path) -> list[str]:
-    """Run a scenario and return what each rank printed; fail with the output of a rank that did."""
+    """Run a scenario and return what each rank printed; fail with what all did if one fails.
+
+    The ranks meet at stores of this process, one a training, as they would at torchrun's: a port
+    that was free a minute ago may be taken.
+    """
     runs = len(arguments.get("settings", [0]))
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(runs)]
     environment = os.environ | {
         "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-        "PORTS": json.dumps(free_ports(runs)), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1",
+        "PORTS": json.dumps([store.port for store in stores]), "WANDB_MODE": "disabled",
+        "OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, scenario, json.dumps(arguments)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
+    outputs = [cwd / f"rank-{rank}.txt" for rank in range(ranks)]
+    processes = []
+    for rank, path in enumerate(outputs):
+        with path.open("w") as output:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, __file__, scenario, json.dumps(arguments)],
+                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    cwd=cwd, stdout=output, stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
+    end = time.monotonic() + TIMEOUT_S
     try:
-        outputs = [p.communicate(timeout=TIMEOUT_S)[0] for p in processes]
+        while any(p.poll() is None for p in processes) and time.monotonic() < end:
+            if any(p.poll() for p in processes):
+                end = min(end, time.monotonic() + 10)  # the others say what they lost
+            time.sleep(0.05)
+        codes = [p.poll() for p in processes]
     finally:
         for process in processes:
             process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    return outputs
+            process.wait()
+    assert codes == [0] * ranks, "\n".join(
+        f"rank {rank} ended with {code}:\n{path.read_text()}"
+        for rank, (code, path) in enumerate(zip(codes, outputs, strict=True))
+    )
+    return [path.read_text() for path in outputs]
 
 
 def train(prepared: str, settings: list[dict[str, Any]]) -> None:
@@ -164,6 +185,8 @@ def predict(prepared: str, source: str, target: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    # A crash in native code is silent otherwise.
+    faulthandler.enable()
     {"train": train, "negatives": negatives, "predict": predict}[sys.argv[1]](
         **json.loads(sys.argv[2])
     )
