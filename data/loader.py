@@ -91,7 +91,9 @@ class Recency:
 
     def __call__(self, event: I64) -> npt.NDArray[np.float32]:
         """Return the weights of training events, of -1 (older than the log) that of the oldest."""
-        return np.where(event < 0, self.weight_E.min(), self.weight_E[event])
+        weight: npt.NDArray[np.float32] = self.weight_E[event]
+        weight[event < 0] = self.weight_E.min()
+        return weight
 
 
 class IdDropout:
