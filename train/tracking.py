@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import wandb
 from lightning.pytorch.loggers import WandbLogger
 
 from twotower.train.config import Mode, TrackingConfig
 from twotower.train.summary import note_tracked
+
+if TYPE_CHECKING:  # importing it takes half a second, which runs that are not tracked are spared
+    import wandb
 
 # W&B's own 90 s are long for a run that goes on offline; WANDB_INIT_TIMEOUT sets others.
 INIT_TIMEOUT_S = 30.0
@@ -22,6 +24,8 @@ INIT_TIMEOUT_S = 30.0
 
 def _start(directory: Path, tracking: TrackingConfig, **arguments: Any) -> wandb.Run:
     """Start a W&B run, offline where W&B cannot be reached or refuses the key."""
+    import wandb
+
     timeout_s = float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_S))
     modes: tuple[Mode, ...] = (tracking.mode(), "offline")
     for mode in modes:
@@ -76,6 +80,8 @@ def log_bundle(
         run_id: of the W&B run that trained it.
         metrics: of the test split.
     """
+    import wandb
+
     try:
         run = _start(directory, config, id=run_id)
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-TIMEOUT_S = 300
+TIMEOUT_S = 400
 
 
 def free_ports(count: int) -> list[int]:
