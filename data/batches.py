@@ -9,7 +9,7 @@ Shape legend: `B` queries, `N` items.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
@@ -84,6 +85,8 @@ class Batch(Pipelineable):
         weight_B: sample weight, 0 of a filler.
         entries: which of the entries of histories the queries are, where they are not rows.
         entry_items: the items of histories that have `item_features`.
+        outcome_BH: what followed each event (B, H) float32, NaN where it is not known, in the order
+            that the builder was given; None without any.
     """
 
     ids: KeyedJaggedTensor
@@ -93,6 +96,7 @@ class Batch(Pipelineable):
     weight_B: Tensor
     entries: Entries | None = None
     entry_items: EntryItems | None = None
+    outcome_BH: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Return the batch on another device."""
@@ -115,6 +119,7 @@ class Batch(Pipelineable):
             change(self.weight_B),
             replace(self.entries, place_B=change(self.entries.place_B)) if self.entries else None,
             items,
+            change(self.outcome_BH) if self.outcome_BH is not None else None,
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -123,6 +128,8 @@ class Batch(Pipelineable):
         places = [] if self.entries is None else [self.entries.place_B]
         if self.entry_items is not None:
             places += self.entry_items.place_T.values()
+        if self.outcome_BH is not None:
+            places.append(self.outcome_BH)
         for value in (
             *self.dense.values(), self.item_N, self.positive_B, self.weight_B, *places
         ):  # fmt: skip
@@ -135,10 +142,16 @@ def id_keys(config: DataConfig) -> list[str]:
 
 
 class BatchBuilder:
-    """Gathers the columns of a prepared dataset into batches, with no per-row Python."""
+    """Gathers the columns of a prepared dataset into batches, with no per-row Python.
 
-    def __init__(self, data: PreparedDataset) -> None:
+    Args:
+        data: the prepared dataset.
+        outcomes: columns of `data.columns.outcomes` that batches of events hold.
+    """
+
+    def __init__(self, data: PreparedDataset, outcomes: Sequence[str] = ()) -> None:
         self.data = data
+        self.outcomes = [data.outcome(name) for name in outcomes]
         self.config = data.config
         self._ids: dict[str, Column] = {}
         self._dense: dict[str, Array] = {}
@@ -191,10 +204,14 @@ class BatchBuilder:
         items = [_behind(item, fillers, -1)] if own else []
         items += [extra] if extra is not None else []
         positive = np.arange(len(rows) + fillers) if own else _behind(item, fillers)
-        return self._batch(
+        batch = self._batch(
             bags, columns, np.concatenate(items), positive, _behind(weight, fillers),
             entries=entries,
         )  # fmt: skip
+        if self.outcomes:
+            known = torch.from_numpy(np.stack([of[rows] for of in self.outcomes], axis=1))
+            batch.outcome_BH = F.pad(known, (0, 0, 0, fillers), value=torch.nan)
+        return batch
 
     def histories(
         self, user: I64, part: tuple[I64, I64], entries: Entries, items: I64, positive: I64

@@ -110,6 +110,9 @@ class Columns:
     train_on: str = "positives"
     """positives, or all: events below are trained on and stand in histories too; of validation and
     test, those alone that reach `positive_from` are relevant."""
+    outcomes: list[str] = field(default_factory=list)
+    """Columns of numbers kept with the events, for train.heads to predict: what followed an event,
+    for instance a like; null where that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +331,9 @@ class DataConfig:
                 "data.columns.positive_from needs data.columns.label: name the label's column"
             )
         one_of("data.columns.train_on", columns.train_on, ("positives", "all"))
+        for name in columns.outcomes:
+            if columns.outcomes.count(name) > 1:
+                raise UserError(f"data.columns.outcomes: '{name}' stands twice: remove one")
         if columns.train_on == "all" and columns.positive_from is None:
             raise UserError(
                 "data.columns.train_on is all, which says what becomes of events below "
@@ -355,6 +361,7 @@ class DataConfig:
         for key, name in (
             ("columns.weight", self.columns.weight), ("columns.label", self.columns.label),
             ("split.column", self.split.column),
+            ("columns.outcomes", next(iter(self.columns.outcomes), None)),
         ):  # fmt: skip
             if name is not None:
                 raise UserError(
