@@ -335,7 +335,8 @@ class BatchBuilder:
         rows, items = len(item), None
         behind = np.empty(0, np.int64)
         if entries:
-            behind = np.unique(np.concatenate(list(entries.values())))
+            # None, -1, is among them, so that empty histories have something to look up too.
+            behind = np.unique(np.concatenate([[-1], *entries.values()]))
             places = {k: torch.from_numpy(np.searchsorted(behind, v)) for k, v in entries.items()}
             items = EntryItems(rows, len(behind), places)
             # As many rows on every rank, however many items its histories have.
