@@ -76,11 +76,24 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         **OPTIONS,
         "ids alone": {"data.item.genres": None, "data.item.year": None},
         "half-life 1 year": {"train.half_life_days": 365},
+        "item features": {"data.query.history.item_features": ["genres", "year"]},
+        "item features at every position": {
+            **OPTIONS["every position"],
+            "data.query.history.item_features": ["genres", "year"],
+        },
     },
     "kuairand": {
         **OPTIONS,
         "ids alone": {"data.item.author_id": None, "data.item.tag": None},
         "half-life 1 day": {"train.half_life_days": 1},
+        "item features": {"data.query.history.item_features": ["author_id", "tag"]},
+        "heads": {
+            "data.columns.outcomes": ["is_like", "play_time_ms"],
+            "train.heads": {
+                "like": {"column": "is_like", "weight": 0.1},
+                "watch": {"column": "play_time_ms", "kind": "regression", "weight": 0.1},
+            },
+        },
     },
 }
 

@@ -9,14 +9,16 @@ Shape legend: `B` queries, `N` items.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
@@ -55,6 +57,21 @@ class Entries:
 
 
 @dataclass
+class EntryItems:
+    """Items whose features the entries of histories bring, each once.
+
+    Attributes:
+        first: row of the first among the rows of items, behind those of `item_N`.
+        count: their number.
+        place_T: `query.<history>` -> which of them each entry is, history after history.
+    """
+
+    first: int
+    count: int
+    place_T: dict[str, Tensor]
+
+
+@dataclass
 class Batch(Pipelineable):
     """What a step reads.
 
@@ -62,10 +79,14 @@ class Batch(Pipelineable):
         ids: every id feature of both towers; stride max(B, N).
         dense: `<tower>.<name>` -> (B or N, width) float32, for numbers, vectors and,
             where a history has time gaps, its entries' ages (`twotower.data.encode.entry_ages`).
+            Rows of items are followed by those of `entry_items`.
         item_N: catalogue row of each item, -1 for a filler, which has no ids.
         positive_B: which of the items is a query's positive.
         weight_B: sample weight, 0 of a filler.
         entries: which of the entries of histories the queries are, where they are not rows.
+        entry_items: the items of histories that have `item_features`.
+        outcome_BH: what followed each event (B, H) float32, NaN where it is not known, in the order
+            that the builder was given; None without any.
     """
 
     ids: KeyedJaggedTensor
@@ -74,6 +95,8 @@ class Batch(Pipelineable):
     positive_B: Tensor
     weight_B: Tensor
     entries: Entries | None = None
+    entry_items: EntryItems | None = None
+    outcome_BH: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Return the batch on another device."""
@@ -84,6 +107,10 @@ class Batch(Pipelineable):
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Any], Any]) -> Batch:
+        items = self.entry_items
+        if items is not None:
+            places = {key: change(value) for key, value in items.place_T.items()}
+            items = replace(items, place_T=places)
         return Batch(
             change(self.ids),
             {key: change(value) for key, value in self.dense.items()},
@@ -91,12 +118,18 @@ class Batch(Pipelineable):
             change(self.positive_B),
             change(self.weight_B),
             replace(self.entries, place_B=change(self.entries.place_B)) if self.entries else None,
+            items,
+            change(self.outcome_BH) if self.outcome_BH is not None else None,
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until `stream` is done with it."""
         self.ids.record_stream(stream)
         places = [] if self.entries is None else [self.entries.place_B]
+        if self.entry_items is not None:
+            places += self.entry_items.place_T.values()
+        if self.outcome_BH is not None:
+            places.append(self.outcome_BH)
         for value in (
             *self.dense.values(), self.item_N, self.positive_B, self.weight_B, *places
         ):  # fmt: skip
@@ -109,10 +142,16 @@ def id_keys(config: DataConfig) -> list[str]:
 
 
 class BatchBuilder:
-    """Gathers the columns of a prepared dataset into batches, with no per-row Python."""
+    """Gathers the columns of a prepared dataset into batches, with no per-row Python.
 
-    def __init__(self, data: PreparedDataset) -> None:
+    Args:
+        data: the prepared dataset.
+        outcomes: columns of `data.columns.outcomes` that batches of events hold.
+    """
+
+    def __init__(self, data: PreparedDataset, outcomes: Sequence[str] = ()) -> None:
         self.data = data
+        self.outcomes = [data.outcome(name) for name in outcomes]
         self.config = data.config
         self._ids: dict[str, Column] = {}
         self._dense: dict[str, Array] = {}
@@ -158,16 +197,21 @@ class BatchBuilder:
         user, item = c["user"][rows].astype(np.int64), c["item"][rows].astype(np.int64)
         weight = c["weight"][rows] if "weight" in c else np.ones(len(rows), np.float32)
         end = c["history_to"][rows] if self.config.ordered else self.data.train_end[user]
-        bags, columns = self._query(user, rows, end)
+        bags, columns, entries = self._query(user, rows, end)
         if not self.config.ordered:
-            bags |= self._without_own(bags, user, item, end)
+            self._leave_out_own(bags, entries, user, item, end)
         columns = {key: _behind(value, fillers) for key, value in columns.items()}
         items = [_behind(item, fillers, -1)] if own else []
         items += [extra] if extra is not None else []
         positive = np.arange(len(rows) + fillers) if own else _behind(item, fillers)
-        return self._batch(
-            bags, columns, np.concatenate(items), positive, _behind(weight, fillers)
+        batch = self._batch(
+            bags, columns, np.concatenate(items), positive, _behind(weight, fillers),
+            entries=entries,
         )  # fmt: skip
+        if self.outcomes:
+            known = torch.from_numpy(np.stack([of[rows] for of in self.outcomes], axis=1))
+            batch.outcome_BH = F.pad(known, (0, 0, 0, fillers), value=torch.nan)
+        return batch
 
     def histories(
         self, user: I64, part: tuple[I64, I64], entries: Entries, items: I64, positive: I64
@@ -181,20 +225,42 @@ class BatchBuilder:
             items: catalogue rows (N,), -1 for fillers.
             positive: places of the queries' positives (B,).
         """
-        bags, columns = self._query(user, user, part[1], part[0])
+        bags, columns, taken = self._query(user, user, part[1], part[0])
         more = entries.histories - len(user)
         columns = {key: _behind(value, more) for key, value in columns.items()}
         weight = np.ones(len(positive), np.float32)
-        batch = self._batch(bags, columns, items, positive, weight, entries.histories)
+        batch = self._batch(bags, columns, items, positive, weight, entries.histories, taken)
         return replace(batch, entries=entries)
 
     def queries(self, rows: I64) -> Batch:
         """Return the query tower's features of the events at `rows` (B,)."""
         c = self.data.event_columns
         user = c["user"][rows].astype(np.int64)
-        bags, columns = self._query(user, rows, c["history_to"][rows])
-        ones = np.ones(len(rows), np.float32)
-        return make_batch(self.config, bags, columns, len(rows), weight=ones)
+        bags, columns, entries = self._query(user, rows, c["history_to"][rows])
+        none, ones = np.empty(0, np.int64), np.ones(len(rows), np.float32)
+        return self._batch(bags, columns, none, weight=ones, entries=entries)
+
+    def requests(self, tower: str, rows: list[dict[str, Any]]) -> Batch:
+        """Return raw features of one tower, one dictionary a row, as its request carries them."""
+        raw = self.data.encoder.encode_rows(self.config, tower, rows)
+        bags: dict[str, Bag] = {}
+        columns: dict[str, Array] = {}
+        entries: dict[str, I64] = {}
+        for f in (f for t, f in self.config.features() if t == tower):
+            key = f"{tower}.{f.name}"
+            if f.kind not in ID_KINDS:
+                columns[key] = dense(raw[f.name])
+                continue
+            bags[key] = id_column(raw[f.name]).take(np.arange(len(rows)))
+            if f.time_gaps:
+                columns[f"{tower}.{f.times_name}"] = dense(raw[f.times_name])
+            if f.item_features:
+                ids = self.data.items["id"]
+                taken = pa.array([i for row in rows for i in row[f.name]], ids.type)
+                found = pc.fill_null(pc.index_in(taken, value_set=ids), -1)
+                entries[key] = found.to_numpy(zero_copy_only=False).astype(np.int64)
+        none, ones = np.empty(0, np.int64), np.ones(len(rows), np.float32)
+        return self._batch(bags, columns, none, weight=ones, entries=entries)
 
     def items(self, rows: I64) -> Batch:
         """Return the item tower's features of the catalogue's `rows` (N,)."""
@@ -202,9 +268,11 @@ class BatchBuilder:
 
     def _query(
         self, user: I64, event: I64, history_to: I64, history_from: I64 | None = None
-    ) -> tuple[dict[str, Bag], dict[str, Array]]:
+    ) -> tuple[dict[str, Bag], dict[str, Array], dict[str, I64]]:
+        """Return ids, numbers and, of histories with item features, their entries' items."""
         bags: dict[str, Bag] = {}
         columns: dict[str, Array] = {}
+        entries: dict[str, I64] = {}
         for f in self.config.query:
             key = f"query.{f.name}"
             if f.kind == "history":
@@ -215,6 +283,8 @@ class BatchBuilder:
                 if f.time_gaps:
                     seconds, lengths = gather(self.data.timeline_seconds, start, history_to)
                     columns[f"query.{f.times_name}"] = entry_ages(seconds, lengths, f.length)
+                if f.item_features:
+                    entries[key], _ = gather(self.data.timeline, start, history_to)
                 continue
             rows = event if f.source == "interactions" else user
             if key in self._ids:
@@ -226,39 +296,70 @@ class BatchBuilder:
                 values = self._dense[key][rows]
                 norm = self._normalisers.get(key)
                 columns[key] = values if norm is None else norm.apply(values)
-        return bags, columns
+        return bags, columns, entries
 
-    def _without_own(
-        self, bags: dict[str, Bag], user: I64, item: I64, end: I64
-    ) -> dict[str, Bag]:  # fmt: skip
-        """Return the histories that end at `end` of the timeline without each event's own item."""
-        left: dict[str, Bag] = {}
+    def _leave_out_own(
+        self, bags: dict[str, Bag], taken: dict[str, I64], user: I64, item: I64, end: I64
+    ) -> None:
+        """Remove each event's own item from the histories that end at `end` of the timeline."""
         for f in self.config.histories():
             start = np.maximum(self.data.history_from[user], end - f.length)
             entries, lengths = gather(self.data.timeline, start, end)
             owner = np.repeat(np.arange(len(user)), lengths)
             other = entries != item[owner]
-            values, _ = bags[f"query.{f.name}"]
+            key = f"query.{f.name}"
             counts = np.bincount(owner[other], minlength=len(user))
-            left[f"query.{f.name}"] = (values[other], counts)
-        return left
+            bags[key] = (bags[key][0][other], counts)
+            if key in taken:
+                taken[key] = taken[key][other]
 
     def _batch(
         self, bags: dict[str, Bag], columns: dict[str, Array], item: I64,
         positive: I64 | None = None, weight: Array | None = None, queries: int | None = None,
+        entries: dict[str, I64] | None = None,
     ) -> Batch:  # fmt: skip
-        """Return a batch of what queries look up, in as many rows as weights, and of items."""
-        place = np.flatnonzero(item >= 0)
-        for key in (f"item.{f.name}" for f in self.config.item):
-            if key in self._ids:
-                values, lengths = self._ids[key].take(item[place])
-                bags[key] = (values, _spread(lengths, place, len(item)))
-            else:
-                columns[key] = _spread(self._dense[key][item[place]], place, len(item))
+        """Return a batch of what queries look up, in as many rows as weights, and of items.
+
+        Args:
+            bags: of the queries.
+            columns: of the queries.
+            item: catalogue rows, -1 for none.
+            positive: places among them.
+            weight: of the queries.
+            queries: their number, where there are no weights or more rows.
+            entries: `query.<history>` -> catalogue rows of its entries, -1 for none, of those
+                that bring item features.
+        """
         if queries is None:
             queries = 0 if weight is None else len(weight)
-        rows = max(len(item), queries)
-        return make_batch(self.config, bags, columns, rows, item, positive, weight)
+        rows, items = len(item), None
+        behind = np.empty(0, np.int64)
+        if entries:
+            # None, -1, is among them, so that empty histories have something to look up too.
+            behind = np.unique(np.concatenate([[-1], *entries.values()]))
+            places = {k: torch.from_numpy(np.searchsorted(behind, v)) for k, v in entries.items()}
+            items = EntryItems(rows, len(behind), places)
+            # As many rows on every rank, however many items its histories have.
+            most = sum(queries * f.length for f in self.config.histories() if f.item_features)
+            rows += min(most, len(self.data.items) + 1)
+        brought = {name for f in self.config.histories() for name in f.item_features}
+        for f in self.config.item if len(item) or len(behind) else ():
+            key = f"item.{f.name}"
+            wanted = item
+            if len(behind):
+                seen = behind if f.name in brought else np.full(len(behind), -1)
+                wanted = np.concatenate([item, seen])
+            place = np.flatnonzero(wanted >= 0)
+            if key in self._ids:
+                values, lengths = self._ids[key].take(wanted[place])
+                bags[key] = (values, _spread(lengths, place, len(wanted)))
+            else:
+                columns[key] = _spread(self._dense[key][wanted[place]], place, len(wanted))
+        batch = make_batch(
+            self.config, bags, columns, max(rows, queries), item, positive, weight
+        )  # fmt: skip
+        batch.entry_items = items
+        return batch
 
 
 def _behind(values: Array, more: int, value: int = 0) -> Array:
@@ -317,21 +418,3 @@ def make_batch(
     )
     weights = np.ones(0, np.float32) if weight is None else weight
     return Batch(ids, tensors, *numbers, torch.from_numpy(weights))
-
-
-def encoded_batch(config: DataConfig, tower: str, columns: dict[str, pa.Array]) -> Batch:
-    """Return a batch of rows that `Encoder.encode_rows` encoded, for one tower."""
-    bags: dict[str, Bag] = {}
-    floats: dict[str, Array] = {}
-    size = 0
-    for t, f in config.features():
-        if t != tower:
-            continue
-        column, size = columns[f.name], len(columns[f.name])
-        if f.kind in ID_KINDS:
-            bags[f"{t}.{f.name}"] = id_column(column).take(np.arange(size))
-            if f.time_gaps:
-                floats[f"{t}.{f.times_name}"] = dense(columns[f.times_name])
-        else:
-            floats[f"{t}.{f.name}"] = dense(column)
-    return make_batch(config, bags, floats, size)

@@ -14,7 +14,7 @@ with another number of workers too; with another number of ranks its steps hold 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +156,7 @@ class TrainLoader:
         half_life_days: age at which an event counts half of the newest; by default all count alike.
         every_position: whether examples are windows of histories, of which every entry is a query
             (`twotower.data.sequences`), and whose items are shared by the ranks.
+        outcomes: columns of the log that batches of events hold, see `BatchBuilder`.
 
     Raises:
         UserError: when there are fewer examples than ranks, or no windows can be had.
@@ -165,10 +166,10 @@ class TrainLoader:
         self, data: PreparedDataset, batch_size: int, seed: int, *, rank: int = 0, ranks: int = 1,
         workers: int = 0, pin_memory: bool = False, id_dropout: float = 0.0,
         half_life_days: float | None = None, every_position: bool = False,
-        extra: Callable[[float], ExtraItems] | None = None,
+        extra: Callable[[float], ExtraItems] | None = None, outcomes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         kind = _Windows if every_position else _Events
-        self.batches = kind(BatchBuilder(data), seed, rank, ranks)
+        self.batches = kind(BatchBuilder(data, outcomes), seed, rank, ranks)
         self.length = self.batches.length
         if self.length < ranks:
             what = "histories" if every_position else "events"

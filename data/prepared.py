@@ -195,6 +195,10 @@ class PreparedDataset:
         have = self.events.schema.names
         return {name: array(self.events, name) for name in names if name in have}
 
+    def outcome(self, column: str) -> Array:
+        """Return a column of `data.columns.outcomes` (E,), float32, NaN where it is not known."""
+        return array(self.events, f"outcome.{column}")
+
     @cached_property
     def history_from(self) -> Array:
         """Where each user's part of the timeline starts (U,)."""

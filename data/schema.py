@@ -65,6 +65,9 @@ class Feature:
     time_gaps: bool = False
     """transformer or hstu: know the time between entries; a request may send `<name>_times`, the
     seconds since 1970 of each entry, None where it is not known."""
+    item_features: list[str] = field(default_factory=list)
+    """history: features of data.item that are added to each entry's embedding, from the catalogue,
+    so that a request carries ids alone; for an item that is not in it, nothing is added."""
     separator: str | None = None
     """Splits a string column into ids, for instance '|' in CSV files."""
     pattern: str | None = None
@@ -107,6 +110,9 @@ class Columns:
     train_on: str = "positives"
     """positives, or all: events below are trained on and stand in histories too; of validation and
     test, those alone that reach `positive_from` are relevant."""
+    outcomes: list[str] = field(default_factory=list)
+    """Columns of numbers kept with the events, for train.heads to predict: what followed an event,
+    for instance a like; null where that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +203,11 @@ class DataConfig:
         """Return the histories whose encoders know the time between entries."""
         return [f for f in self.histories() if f.time_gaps]
 
+    def entry_features(self, history: Feature) -> list[Feature]:
+        """Return the item features that a history's entries bring, as it names them."""
+        features = {f.name: f for f in self.item}
+        return [features[name] for name in history.item_features]
+
     def table(self, name: str) -> Table:
         """Return the settings of embedding table `name`."""
         return self.tables.get(name, Table())
@@ -226,6 +237,8 @@ class DataConfig:
                     f"data.query: '{history.times_name}' is the name of the times of "
                     f"'{history.name}', which has time_gaps: rename the feature"
                 )
+        for _, f in self.features():
+            self._validate_entry_features(f)
         one_of("data.split.kind", self.split.kind, SPLITS)
         one_of("data.split.held_out", self.split.held_out, ("none", "random", "last"))
         one_of("data.columns.timestamp_unit", self.columns.timestamp_unit, TIME_UNITS)
@@ -249,6 +262,22 @@ class DataConfig:
             raise UserError(f"data.display: '{name}' is a column of the bundle's own: rename it")
         if self.display and self.items is None:
             raise UserError("data.display names columns of data.items, which is not set")
+
+    def _validate_entry_features(self, f: Feature) -> None:
+        key = f"data.query, feature '{f.name}': item_features"
+        known = {g.name: g for g in self.item}
+        for name in f.item_features:
+            if name not in known:
+                raise UserError(
+                    f"{key}: data.item has no feature '{name}'{did_you_mean(name, known)}"
+                )
+            if f.item_features.count(name) > 1:
+                raise UserError(f"{key}: '{name}' stands twice: remove one")
+            if known[name].kind == "id" and known[name].table_name == f.table_name:
+                raise UserError(
+                    f"{key}: '{name}' shares table '{f.table_name}' with the history, whose "
+                    "entries are looked up in it already: remove it"
+                )
 
     def _validate_split(self) -> None:
         split = self.split
@@ -302,6 +331,9 @@ class DataConfig:
                 "data.columns.positive_from needs data.columns.label: name the label's column"
             )
         one_of("data.columns.train_on", columns.train_on, ("positives", "all"))
+        for name in columns.outcomes:
+            if columns.outcomes.count(name) > 1:
+                raise UserError(f"data.columns.outcomes: '{name}' stands twice: remove one")
         if columns.train_on == "all" and columns.positive_from is None:
             raise UserError(
                 "data.columns.train_on is all, which says what becomes of events below "
@@ -329,6 +361,7 @@ class DataConfig:
         for key, name in (
             ("columns.weight", self.columns.weight), ("columns.label", self.columns.label),
             ("split.column", self.split.column),
+            ("columns.outcomes", next(iter(self.columns.outcomes), None)),
         ):  # fmt: skip
             if name is not None:
                 raise UserError(
@@ -370,6 +403,11 @@ def _validate_feature(tower: str, feature: Feature) -> None:
         raise UserError(
             f"{key}: time_gaps are for pooling {' or '.join(ENCODERS)}, got pooling "
             f"{feature.pooling}: change one of them"
+        )
+    if feature.item_features and feature.kind != "history":
+        raise UserError(
+            f"{key}: item_features are of a history's entries, and this is of kind "
+            f"{feature.kind}: remove them"
         )
     if feature.kind == "history" and tower == "item":
         raise UserError(f"{key}: a history belongs to the query tower: move it to data.query")

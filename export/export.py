@@ -21,7 +21,7 @@ from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
 from twotower.export.bundle import Bundle, Manifest, bundle_versions, read_bundle, seal
 from twotower.export.config import ExportConfig
-from twotower.export.graphs import raw_graph, save_graph, write_index
+from twotower.export.graphs import entry_tables, raw_graph, save_graph, write_index
 from twotower.export.parity import (
     check_answers,
     check_item_graph,
@@ -81,14 +81,15 @@ def export(
         ids = data.items["id"]
         np.save(partial / "item_ids.npy", _id_array(ids), allow_pickle=False)
         _write_items(data, partial / "items.parquet")
+        tables = entry_tables(model, data)
         for side, specs in (("query", query), ("item", item)):
             progress(f"{side} graph")
-            save_graph(raw_graph(encoder, model, side, specs), partial / f"{side}.onnx")
+            save_graph(raw_graph(encoder, model, side, specs, tables), partial / f"{side}.onnx")
         write_index(partial / "item_vectors.npy", partial / "index.onnx")
         progress("parity")
         rows = golden_rows(data, query, config.golden_queries, seed)
         k = min(config.golden_k, len(vectors))
-        golden = eager_answers(model, encoder, vectors, data, rows, k)
+        golden = eager_answers(model, vectors, data, rows, k)
         answers = onnx_answers(partial, query, golden, ids.to_pylist())
         parity = {
             "scores": check_answers(golden, answers, config.tolerance, "ONNX Runtime"),

@@ -11,19 +11,26 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from twotower.data.batches import BatchBuilder
 from twotower.data.encode import Encoder
+from twotower.data.prepared import PreparedDataset, one_chunk
 from twotower.data.schema import ID_KINDS, Feature, TensorSpec
 from twotower.data.vocabulary import DynamicIds
-from twotower.export.id_nodes import age_nodes, constant, row_nodes, slot_nodes
+from twotower.export.id_nodes import age_nodes, catalogue_node, constant, row_nodes, slot_nodes
+from twotower.towers.catalogue import catalogue_vectors
 from twotower.towers.tower import Tower
 from twotower.towers.two_tower import TwoTower
 
@@ -41,26 +48,55 @@ ELEMENT = {
 EXTERNAL_BYTES = 1 << 30
 
 
-class PaddedTower(nn.Module):
-    """The inference twin of one side of a `TwoTower`: padded rows in, vectors out."""
+@dataclass(frozen=True)
+class EntryTables:
+    """What the catalogue's items add to the entries of histories with item features.
 
-    def __init__(self, model: TwoTower, side: str) -> None:
+    Attributes:
+        ids: raw ids of the catalogue (N,).
+        vector_ND: by history.
+    """
+
+    ids: pa.Array
+    vector_ND: dict[str, Tensor]
+
+
+class PaddedTower(nn.Module):
+    """The inference twin of one side of a `TwoTower`: padded rows in, vectors out.
+
+    Args:
+        model: the towers.
+        side: query or item.
+        tables: of the histories that have item features.
+    """
+
+    def __init__(self, model: TwoTower, side: str, tables: EntryTables | None = None) -> None:
         super().__init__()
         self.tower: Tower = getattr(model, side)
         self.features: list[Feature] = self.tower.features
         names = sorted({f.table_name for f in self.features if f.kind in ID_KINDS})
         self.place = {name: i for i, name in enumerate(names)}
         self.tables = nn.ParameterList([model.table_weight(name) for name in names])
+        self.entry_place = {f.name: i for i, f in enumerate(f for f in self.features
+                                                            if f.item_features)}  # fmt: skip
+        # Behind the catalogue, what an item that is not in it adds: nothing.
+        self.entry_tables = nn.ParameterList(
+            nn.Parameter(F.pad(tables.vector_ND[name], (0, 0, 0, 1)), requires_grad=False)
+            for name in self.entry_place if tables is not None
+        )  # fmt: skip
 
     def forward(self, *columns: Tensor) -> Tensor:
         """Return (B, D).
 
         Args:
             columns: one a feature: rows (B, L) int64 with -1 for padding, or (B, W) float32; after
-                the rows of a history with time gaps, their ages (B, L) float32.
+                the rows of a history with time gaps, their ages (B, L) float32; behind all, for
+                each history with item features its entries' catalogue rows (B, L) int64, the
+                number of items for one that is not known.
         """
         inputs: dict[str, Tensor] = {}
         rest = iter(columns)
+        items_BL = columns[len(columns) - len(self.entry_place) :]
         for f in self.features:
             column = next(rest)
             if f.kind not in ID_KINDS:
@@ -68,16 +104,25 @@ class PaddedTower(nn.Module):
                 continue
             mask_BL = column >= 0
             weight = self.tables[self.place[f.table_name]]
-            entry_BLD = nn.functional.embedding(column.clamp_min(0), weight)
+            entry_BLD = F.embedding(column.clamp_min(0), weight)
+            if f.item_features:
+                place = self.entry_place[f.name]
+                known_BLD = F.embedding(items_BL[place], self.entry_tables[place])
+                entry_BLD = entry_BLD + known_BLD
             age_BL = next(rest) if f.time_gaps else None
             inputs[f.name] = self.tower.pool(f, entry_BLD, mask_BL, age_BL)
         vector: Tensor = self.tower(inputs)
         return vector
 
 
-def tower_graph(model: TwoTower, side: str, specs: list[TensorSpec]) -> Any:
-    """Return the second half as an ONNX model with inputs `<feature>_encoded`."""
-    twin = PaddedTower(model, side).eval()
+def tower_graph(
+    model: TwoTower, side: str, specs: list[TensorSpec], tables: EntryTables | None = None
+) -> Any:
+    """Return the second half as an ONNX model with inputs `<feature>_encoded`.
+
+    Behind them come `<history>:items_encoded`, of histories with item features.
+    """
+    twin = PaddedTower(model, side, tables).eval()
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     example: list[Tensor] = []
     dynamic: list[dict[int, Any]] = []
@@ -96,12 +141,18 @@ def tower_graph(model: TwoTower, side: str, specs: list[TensorSpec]) -> Any:
         else:
             example.append(torch.zeros(2, spec.length))
         dynamic.append(shape)
+    names = [s.name for s in specs]
+    for history in twin.entry_place:
+        place = next(i for i, s in enumerate(specs) if s.name == history)
+        example.append(torch.zeros_like(example[place]))
+        dynamic.append(dynamic[place])
+        names.append(items_name(history))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             twin, tuple(example), dynamo=True, verbose=False, optimize=True,
-            input_names=[f"{s.name}_encoded" for s in specs], output_names=["vector"],
+            input_names=[f"{name}_encoded" for name in names], output_names=["vector"],
             dynamic_shapes=(tuple(dynamic),), opset_version=OPSET,
         )  # fmt: skip
     assert program is not None
@@ -110,7 +161,25 @@ def tower_graph(model: TwoTower, side: str, specs: list[TensorSpec]) -> Any:
     return graph
 
 
-def encoding_graph(encoder: Encoder, model: TwoTower, side: str, specs: list[TensorSpec]) -> Any:
+def items_name(history: str) -> str:
+    """Return the name, within the graph, of the catalogue rows of a history's entries."""
+    return f"{history}:items"
+
+
+def entry_tables(model: TwoTower, data: PreparedDataset) -> EntryTables:
+    """Return what the catalogue's items add to the entries of histories with item features."""
+    builder, cpu = BatchBuilder(data), torch.device("cpu")
+    vectors = {
+        f.name: catalogue_vectors(partial(model.entry_vectors, f.name), builder, cpu, 8192)
+        for f in data.config.histories() if f.item_features
+    }  # fmt: skip
+    return EntryTables(one_chunk(data.items["id"]), vectors)
+
+
+def encoding_graph(
+    encoder: Encoder, model: TwoTower, side: str, specs: list[TensorSpec],
+    tables: EntryTables | None = None,
+) -> Any:  # fmt: skip
     """Return the first half: raw features to `<feature>:encoded`.
 
     No feature's name holds a colon, so names made with one meet none.
@@ -135,6 +204,10 @@ def encoding_graph(encoder: Encoder, model: TwoTower, side: str, specs: list[Ten
                 nodes += slot_nodes(spec, slots, out, initializers)
             else:
                 nodes += row_nodes(spec, vocabulary, out, initializers)
+            if feature.item_features and tables is not None:
+                items = f"{items_name(spec.name)}:encoded"
+                nodes.append(catalogue_node(spec, tables.ids.to_pylist(), items))
+                outputs.append(helper.make_tensor_value_info(items, kind, ["batch", entries]))
         elif spec.kind == "times":
             nodes += age_nodes(spec.name, out, initializers)
         elif spec.kind == "number":
@@ -151,15 +224,27 @@ def encoding_graph(encoder: Encoder, model: TwoTower, side: str, specs: list[Ten
     return helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
 
 
-def raw_graph(encoder: Encoder, model: TwoTower, side: str, specs: list[TensorSpec]) -> Any:
-    """Return the whole graph: raw features to `vector` (B, D)."""
-    first = encoding_graph(encoder, model, side, specs)
-    second = tower_graph(model, side, specs)
+def raw_graph(
+    encoder: Encoder, model: TwoTower, side: str, specs: list[TensorSpec],
+    tables: EntryTables | None = None,
+) -> Any:  # fmt: skip
+    """Return the whole graph: raw features to `vector` (B, D).
+
+    Args:
+        encoder: of the dataset that the towers were trained on.
+        model: the towers.
+        side: query or item.
+        specs: the raw features.
+        tables: see `entry_tables`; needed where histories have item features.
+    """
+    first = encoding_graph(encoder, model, side, specs, tables)
+    second = tower_graph(model, side, specs, tables)
     # Names of the two halves may not meet, but for the ones that join them.
     second = onnx.compose.add_prefix(second, "tower/", rename_inputs=True, rename_outputs=True)
     merged = onnx.compose.merge_models(
         _same_opsets(first), _same_opsets(second),
-        io_map=[(f"{s.name}:encoded", f"tower/{s.name}_encoded") for s in specs],
+        io_map=[(o.name, f"tower/{o.name.removesuffix(':encoded')}_encoded")
+                for o in first.graph.output],
     )  # fmt: skip
     for node in merged.graph.node:
         for i, output in enumerate(node.output):

@@ -43,6 +43,16 @@ def row_nodes(
     ]  # fmt: skip
 
 
+def catalogue_node(spec: TensorSpec, ids: list[Any], out: str) -> Any:
+    """Return a node for: an id of the catalogue -> its row, padding and others -> their number."""
+    text = spec.dtype == "string"
+    keys = {"keys_strings" if text else "keys_int64s": ids}
+    return helper.make_node(
+        "LabelEncoder", [spec.name], [out], domain="ai.onnx.ml", values_int64s=range(len(ids)),
+        default_int64=len(ids), **keys,
+    )  # fmt: skip
+
+
 def age_nodes(name: str, out: str, initializers: list[Any]) -> list[Any]:
     """Return nodes for: times in seconds -> `twotower.data.encode.entry_ages`."""
     pad = constant(f"{name}:pad", np.array(PAD_INT64, np.int64), initializers)

@@ -14,8 +14,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 import torch
 
-from twotower.data.batches import encoded_batch
-from twotower.data.encode import Encoder
+from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
 from twotower.data.schema import PAD_INT64, PAD_STRING, TensorSpec
 from twotower.errors import UserError
@@ -64,12 +63,11 @@ def golden_rows(data: PreparedDataset, specs: list[TensorSpec], count: int, seed
 
 @torch.no_grad()
 def eager_answers(
-    model: TwoTower, encoder: Encoder, vectors: npt.NDArray[np.float32], data: PreparedDataset,
+    model: TwoTower, vectors: npt.NDArray[np.float32], data: PreparedDataset,
     rows: list[Row], k: int,
 ) -> list[Golden]:  # fmt: skip
     """Answer raw queries with PyTorch: encode, embed, search."""
-    columns = encoder.encode_rows(model.data, "query", rows)
-    query_BD = model.query_vectors(encoded_batch(model.data, "query", columns))
+    query_BD = model.query_vectors(BatchBuilder(data).requests("query", rows))
     ids = data.items["id"].to_pylist()
     row_of = {item: i for i, item in enumerate(ids)}
     golden = []

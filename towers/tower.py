@@ -38,6 +38,37 @@ class AttentionPool(nn.Module):
         return (entry_BLD * weight_BL.unsqueeze(-1)).sum(1)
 
 
+class EntryFeatures(nn.Module):
+    """What the catalogue knows of a history's entries, as one vector each.
+
+    The embeddings that the item tower pools are joined and mapped to the width of an entry, which
+    the vector is added to (the fusion of side features before attention that is common since Hidasi
+    et al. 2016, "Parallel recurrent neural network architectures"). Without a bias: of an item that
+    is not known, or has no features, nothing is added.
+
+    Args:
+        features: of the item tower, in order.
+        dim: width of an embedding, and of the vectors.
+    """
+
+    def __init__(self, features: Sequence[Feature], dim: int) -> None:
+        super().__init__()
+        self.features = list(features)
+        self.joined = nn.Linear(sum(input_width(f, dim) for f in features), dim, bias=False)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the vectors (N, D) of items whose inputs of the item tower they are."""
+        vector_ND: Tensor = self.joined(torch.cat([inputs[f.name] for f in self.features], dim=-1))
+        return vector_ND
+
+
+def input_width(feature: Feature, dim: int) -> int:
+    """Return how wide a feature is where it enters a tower."""
+    if feature.kind in ID_KINDS:
+        return dim
+    return 1 if feature.kind == "number" else feature.width or 0
+
+
 def cut(vector_BD: Tensor, width: int, item_bias: bool) -> Tensor:
     """Return vectors of fewer coordinates (B, width), as valid as the whole ones.
 
@@ -82,11 +113,8 @@ class Tower(nn.Module):
                 continue
             # torch refuses modules named like its own attributes, hence the prefix.
             self.pools[f"pool_{f.name}"] = pool
-        widths = {"number": 1}
-        dense_width = sum(
-            widths.get(f.kind, f.width or 0) for f in features if f.kind not in ID_KINDS
-        )
-        width = dense_width + config.dim * sum(f.kind in ID_KINDS for f in features)
+        dense_width = sum(input_width(f, config.dim) for f in features if f.kind not in ID_KINDS)
+        width = sum(input_width(f, config.dim) for f in features)
         self.interaction: DotInteraction | CrossInteraction | None = None
         if config.interaction == "dot":
             self.interaction = DotInteraction(features, config.dim, dense_width)

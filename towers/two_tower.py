@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import (
     DataType,
@@ -23,13 +24,14 @@ from torchrec.modules.embedding_configs import (
     PoolingType,
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from twotower.data.batches import Batch, Entries
 from twotower.data.schema import ENCODERS, ID_KINDS, DataConfig, Feature
 from twotower.towers.config import ModelConfig
 from twotower.towers.dynamic import DynamicSlots
 from twotower.towers.dynamic_tables import DynamicBags, DynamicLists, plain_tables
-from twotower.towers.tower import Tower
+from twotower.towers.tower import EntryFeatures, Tower
 
 # torch refuses modules named like its own attributes, `type` for instance.
 PREFIX = "table_"
@@ -61,7 +63,10 @@ class TwoTower(nn.Module):
         logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
         self.data = data
         id_features = [(t, f) for t, f in data.features() if f.kind in ID_KINDS]
-        listed = {f.table_name for _, f in id_features if f.pooling not in ("mean", "sum")}
+        listed = {
+            f.table_name for _, f in id_features
+            if f.pooling not in ("mean", "sum") or f.item_features
+        }  # fmt: skip
         tables: dict[str, list[Any]] = {kind: [] for kind in COLLECTIONS}
         for name, rows in table_rows.items():
             keys = [f"{t}.{f.name}" for t, f in id_features if f.table_name == name]
@@ -92,6 +97,10 @@ class TwoTower(nn.Module):
         self.dim, self.widths, self.item_bias = config.dim, config.widths, config.item_bias
         self.query = Tower(data.query, config)
         self.item = Tower(data.item, config, is_item=True)
+        self.entry_features = nn.ModuleDict({
+            f"of_{f.name}": EntryFeatures(data.entry_features(f), config.dim)
+            for f in data.histories() if f.item_features
+        })  # fmt: skip
         log_temperature = torch.tensor(config.temperature).log()
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=config.learn_temperature)
 
@@ -147,11 +156,39 @@ class TwoTower(nn.Module):
 
     def query_vectors(self, batch: Batch) -> Tensor:
         """Return the query vectors (B, D)."""
-        return self._run(self.query, "query", batch, self._look_up(batch))
+        return self._run(self.query, "query", batch, self._look_up(batch), len(batch.weight_B))
 
     def item_vectors(self, batch: Batch) -> Tensor:
         """Return the item vectors (B, D)."""
         return self._run(self.item, "item", batch, self._look_up(batch))
+
+    def entry_vectors(self, history: str, batch: Batch) -> Tensor:
+        """Return what each item (N, D) adds to an entry of a history with item features."""
+        return self._entry_vectors(history, batch, self._look_up(batch), 0, len(batch.item_N))
+
+    def _entry_vectors(
+        self, history: str, batch: Batch, found: dict[str, Any], first: int, count: int
+    ) -> Tensor:
+        """Return what items add to entries, of `count` rows of items from `first`."""
+        features: Any = self.entry_features[f"of_{history}"]
+        vector_ND: Tensor = features({
+            f.name: self._input(self.item, f, f"item.{f.name}", batch, found, first + count)[first:]
+            for f in features.features
+        })  # fmt: skip
+        return vector_ND
+
+    def _entries(
+        self, f: Feature, key: str, batch: Batch, found: dict[str, Any], rows: int | None,
+        length: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return the embeddings of a feature's entries (B, L, D) and which of them there are."""
+        entries = found[self.collection_of[key]][key]
+        value_TD = entries.values()
+        if (items := batch.entry_items) is not None and key in items.place_T:
+            known_ND = self._entry_vectors(f.name, batch, found, items.first, items.count)
+            # A history's rows come first, and all others are empty.
+            value_TD = value_TD + F.embedding(items.place_T[key], known_ND)
+        return _padded(value_TD, entries.lengths()[:rows], length)
 
     def _look_up(self, batch: Batch) -> dict[str, Any]:
         """Return what each collection holds for the batch."""
@@ -177,10 +214,10 @@ class TwoTower(nn.Module):
         for f in self.query.features:
             key = f"query.{f.name}"
             if f.pooling in ENCODERS:
-                entry_HLD, mask_HL = _padded(found[self.collection_of[key]][key], longest)
+                entry_HLD, mask_HL = self._entries(f, key, batch, found, rows, longest)
                 age_HL = batch.dense.get(f"query.{f.times_name}")
                 state_HLD = self.query.states(
-                    f, entry_HLD[:rows], mask_HL[:rows],
+                    f, entry_HLD, mask_HL,
                     age_HL[:rows, :longest] if age_HL is not None else None,
                 )  # fmt: skip
                 inputs[f.name] = state_HLD.flatten(0, 1)[entries.place_B]
@@ -202,14 +239,14 @@ class TwoTower(nn.Module):
             length_B = batch.ids[key].lengths()[:rows]
             return tower.pool_sum(f, found[kind][key][:rows], length_B)
         length = f.length if f.kind in ("ids", "history") else 1
-        entry_BLD, mask_BL = _padded(found[kind][key], length)
+        entry_BLD, mask_BL = self._entries(f, key, batch, found, rows, length)
         age_BL = batch.dense.get(key.removesuffix(f.name) + f.times_name)
         age_BL = age_BL[:rows] if age_BL is not None else None
-        return tower.pool(f, entry_BLD[:rows], mask_BL[:rows], age_BL)
+        return tower.pool(f, entry_BLD, mask_BL, age_BL)
 
 
-def _padded(entries: Any, length: int) -> tuple[Tensor, Tensor]:
-    """Return a JaggedTensor's entries (B, L, D) and which of them exist (B, L)."""
-    entry_BLD = entries.to_padded_dense(length)
-    place_L = torch.arange(length, device=entry_BLD.device)
-    return entry_BLD, place_L[None, :] < entries.lengths()[:, None]
+def _padded(value_TD: Tensor, length_B: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Return the entries of the first lists in rows (B, L, D) and which of them exist (B, L)."""
+    entry_BLD = JaggedTensor(values=value_TD, lengths=length_B).to_padded_dense(longest)
+    place_L = torch.arange(longest, device=entry_BLD.device)
+    return entry_BLD, place_L[None, :] < length_B[:, None]

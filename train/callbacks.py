@@ -20,13 +20,17 @@ from twotower.data.prepared import PreparedDataset
 from twotower.train.checkpoint.numbered import numbered, step_path
 from twotower.train.config import EvaluateConfig, TrainConfig
 from twotower.train.evaluation import evaluate_towers, judged_queries
+from twotower.train.evaluation.outcomes import judge_heads
+from twotower.train.heads import Heads
 
 
 class CatalogueValidation(L.Callback):
-    """Judges the towers over the whole catalogue after every epoch."""
+    """Judges the towers over the whole catalogue, and their heads, after every epoch."""
 
-    def __init__(self, data: PreparedDataset, config: EvaluateConfig, seed: int) -> None:
-        self.config = config
+    def __init__(
+        self, data: PreparedDataset, config: EvaluateConfig, seed: int, heads: Heads | None
+    ) -> None:
+        self.config, self.seed, self.heads = config, seed, heads
         self.builder = BatchBuilder(data)
         self.queries = judged_queries(data, 1, config, seed)
 
@@ -41,6 +45,11 @@ class CatalogueValidation(L.Callback):
             model.module, self.builder, self.queries, self.config.k, self.config.batch_size,
             pl_module.device,
         )  # fmt: skip
+        if self.heads is not None:
+            metrics |= judge_heads(
+                self.heads, model.module, self.builder.data, 1, self.config, self.seed,
+                pl_module.device,
+            )  # fmt: skip
         model.train()
         for name, value in metrics.items():
             if "/" not in name:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from twotower.errors import UserError, one_of
+from twotower.train.heads_config import HeadConfig
 from twotower.train.loss_config import LossConfig
 from twotower.train.negatives_config import NegativesConfig
 
@@ -97,6 +98,8 @@ class TrainConfig:
     """What is lowered."""
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
     """What a query's positive is compared with."""
+    heads: dict[str, HeadConfig] = field(default_factory=dict)
+    """Outcomes of an event that are predicted beside, for instance whether it was liked."""
     log_q: float = 1.0
     """Exponent of the correction for popular items being sampled more often: 1 full, 0 none."""
     log_q_from: str = "counts"
@@ -165,6 +168,13 @@ class TrainConfig:
             raise UserError(f"train.log_q must be an exponent from 0 to 2, got {self.log_q:g}")
         self.loss.validate()
         self.negatives.validate()
+        for name, head in self.heads.items():
+            head.validate(f"train.heads.{name}")
+        if self.heads and self.every_position:
+            raise UserError(
+                "train.heads predict what followed an event, and with train.every_position the "
+                "examples are histories, whose entries do not keep it: remove one of them"
+            )
         if self.every_position and (self.negatives.in_batch == 0 or self.negatives.memory):
             raise UserError(
                 "train.negatives needs an in_batch share, and none of memory, where "

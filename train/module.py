@@ -16,6 +16,7 @@ from twotower.data.batches import Batch
 from twotower.towers.tower import cut
 from twotower.towers.two_tower import TwoTower
 from twotower.train.config import TrainConfig
+from twotower.train.heads import Heads
 from twotower.train.losses import retrieval_loss
 from twotower.train.meters import RANGE, Latest
 from twotower.train.negatives import (
@@ -43,11 +44,12 @@ class RetrievalModule(L.LightningModule):
         steps: of the whole training, at most, for the learning rates' schedule. Lightning's own
             estimate would load the loader's batches before its place is restored.
         seed: of what a step draws at random (dropout).
+        heads: what predicts the outcomes of events, if anything does.
     """
 
     def __init__(
         self, model: TwoTower, config: TrainConfig, rates: PositiveRates, queries: float,
-        steps: int, seed: int,
+        steps: int, seed: int, heads: Heads | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
@@ -56,7 +58,7 @@ class RetrievalModule(L.LightningModule):
         self.widths, self.item_bias = model.widths, model.item_bias
         self.pipeline: SparsePipeline | None = None
         self.latest: Latest | None = None
-        self.rates, self.queries = rates, queries
+        self.rates, self.queries, self.heads = rates, queries, heads
         # Not saved: it follows from the rates.
         self.register_buffer("log_q_N", log_q(rates.rate_N, config, queries), persistent=False)
         self.memory: CandidateMemory | None = None
@@ -110,7 +112,13 @@ class RetrievalModule(L.LightningModule):
             )  # fmt: skip
         if self.trainer.world_size > 1:
             loss = loss * share_of_weight(batch.weight_B)
-        self._log_loss(loss.detach())
+        if self.heads is not None and batch.outcome_BH is not None:
+            own_BD = candidates.vector_ND[positive_B]
+            loss_H = self.heads.losses(query_BD, own_BD, batch.outcome_BH, batch.weight_B)
+            for name, value in zip(self.heads.names, loss_H.detach(), strict=True):
+                self._log_loss(f"train/{name}_loss", value)
+            loss = loss + self.heads.weighted(loss_H)
+        self._log_loss("train/loss", loss.detach(), shown=True)
         return loss
 
     def _loss(
@@ -183,14 +191,14 @@ class RetrievalModule(L.LightningModule):
         """Whether the loggers take what this step logs; elsewhere nothing is worth its cost."""
         return bool((self.global_step + 1) % self.trainer.log_every_n_steps == 0)
 
-    def _log_loss(self, loss: Tensor) -> None:
+    def _log_loss(self, name: str, loss: Tensor, *, shown: bool = False) -> None:
         if not self.step_is_logged:
             return
         if self.trainer.world_size > 1:
             loss = loss.clone()
             dist.all_reduce(loss)
             loss /= self.trainer.world_size
-        self.log("train/loss", loss, prog_bar=True)
+        self.log(name, loss, prog_bar=shown)
 
     def configure_gradient_clipping(self, optimizer: Any, **_: Any) -> None:
         """Clip the dense parameters' gradients, which are those of the joined batch by now."""
@@ -200,4 +208,5 @@ class RetrievalModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the tables' optimizers beside that of the dense parameters."""
-        return Optimizers(self.model, self.config, self.steps)
+        more = {} if self.heads is None else {"heads.weight_HF": self.heads.weight_HF}
+        return Optimizers(self.model, self.config, self.steps, more)

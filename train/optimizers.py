@@ -7,7 +7,7 @@ has no kernel for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,9 +42,12 @@ class Optimizers(CombinedOptimizer):
         model: the sharded towers.
         config: of training.
         steps: of the whole training, at most.
+        more: parameters beside the towers', which the dense optimizer has too.
     """
 
-    def __init__(self, model: Any, config: TrainConfig, steps: int) -> None:
+    def __init__(
+        self, model: Any, config: TrainConfig, steps: int, more: Mapping[str, nn.Parameter]
+    ) -> None:
         self.config, self.steps = config, steps
         replicated: dict[str, nn.Parameter] = {}
         dense: dict[str, nn.Parameter] = {}
@@ -52,6 +55,7 @@ class Optimizers(CombinedOptimizer):
             if parameter.requires_grad:
                 group = replicated if f".{PREFIX}" in name else dense
                 group[name] = parameter
+        dense |= more
         self.dense: list[nn.Parameter] = list(dense.values())
         self.fused = model.fused_optimizer
         parts = [("", self.fused)]

@@ -76,7 +76,7 @@ class TorchRecStrategy(DDPStrategy):
                 module.model.module.item.compile()
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(self.root_device))
-        for part in (module.memory, module.rates):
+        for part in (module.memory, module.rates, module.heads):
             if part is not None:
                 part.to(self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -146,7 +146,8 @@ class TorchRecStrategy(DDPStrategy):
         """Return the state of what is no optimizer; but for the model's, the live tensors."""
         module = self.lightning_module
         nested = {"model": module.model.state_dict()}
-        for name, part in (("memory", module.memory), ("rates", module.rates)):
+        for name in ("memory", "rates", "heads"):
+            part = getattr(module, name)
             if part is not None:
                 nested[name] = part.state_dict()
         return nested

@@ -41,6 +41,7 @@ from twotower.train.checkpoint.numbered import resume_text, step_path
 from twotower.train.checkpoint.storage import newest_whole
 from twotower.train.checkpoint.towers import write_model_spec
 from twotower.train.config import EvaluateConfig, TrackingConfig, TrainConfig
+from twotower.train.heads import Heads
 from twotower.train.launch import Place, meeting_point
 from twotower.train.meters import Meters
 from twotower.train.module import RetrievalModule
@@ -108,7 +109,8 @@ def train(
             f"train.batch_size must be >= 2 a process, got {config.batch_size} for {place.ranks} "
             "processes: raise it, or train on fewer"
         )
-    validation = CatalogueValidation(data, evaluate, seed)
+    heads = Heads(data, model.dim, config.heads) if config.heads else None
+    validation = CatalogueValidation(data, evaluate, seed, heads)
     partial = partial_path(directory)
     folder = partial / "checkpoints"
     cuda = config.accelerator != "cpu" and torch.cuda.is_available()
@@ -133,13 +135,14 @@ def train(
         pin_memory=cuda, extra=lambda queries: _extra_items(config, queries),
         id_dropout=config.id_dropout, half_life_days=config.half_life_days,
         every_position=config.every_position,
+        outcomes=[head.column for head in config.heads.values()],
     )  # fmt: skip
     queries = loader.queries_a_step
     steps = config.max_epochs * -(-len(loader) // config.accumulate)
     steps = min(steps, config.max_steps or steps)
     counts = torch.from_numpy(loader.positive_counts())
     rates = PositiveRates(counts, len(loader), config.log_q_from == "stream")
-    module = RetrievalModule(towers, config, rates, queries, steps, seed)
+    module = RetrievalModule(towers, config, rates, queries, steps, seed, heads)
     if config.pipeline == "on" or (config.pipeline == "auto" and cuda):
         loader = PipelinedLoader(loader, module)
     wandb = wandb_logger(partial, tracking, name, job) if place.rank == 0 else None

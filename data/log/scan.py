@@ -135,6 +135,8 @@ class _Events:
             out[c.label] = "data.columns.label"
         if split.kind == "given" and split.column is not None:
             out[split.column] = "data.split.column"
+        for name in c.outcomes:
+            out.setdefault(name, "data.columns.outcomes")
         for f in self.features:
             out.setdefault(f.source_column, f"data.query, feature '{f.name}'")
         return out
@@ -165,6 +167,8 @@ class _Events:
             spot = Spot(chunk, f.source_column)
             name = "prior" if f.kind == "history" else f"f.{f.name}"
             out[name] = _feature(types, "query", f, "raw_events", name, spot)
+        for name in c.outcomes:
+            out[f"o.{name}"] = as_floats(Spot(chunk, name)).cast(pa.float32())
         self.keep = None
         if c.label is not None and c.positive_from is not None:
             label = as_floats(Spot(chunk, c.label))

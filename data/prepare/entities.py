@@ -107,6 +107,7 @@ def _add_earlier(connection: Any, config: DataConfig, types: IdTypes) -> None:
     """Put the lists of `data.earlier` before the first event, a microsecond an item."""
     columns = column_types(connection, "raw_events")
     more = {"weight": "1.0", "split": "0", "positive": "true"}
+    more |= {f"o.{name}": "'nan'" for name in config.columns.outcomes}
     for f in config.query:
         if f.source == "interactions" and f.kind == "vector":
             more[f"f.{f.name}"] = f"{[0.0] * (f.width or 0)}"

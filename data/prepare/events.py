@@ -126,6 +126,9 @@ class EventWriter:
             order.insert(1, "e.split")
         if self.config.columns.train_on == "all":
             columns.append("e.positive")
+        for name in self.config.columns.outcomes:
+            raw, kept = quoted(f"o.{name}"), quoted(f"outcome.{name}")
+            columns.append(f"coalesce(e.{raw}, 'nan'::FLOAT) AS {kept}")
         for f in self.config.query:
             if f.source != "interactions" or f.kind == "history":
                 continue

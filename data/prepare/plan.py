@@ -61,6 +61,7 @@ def _refuse_names(config: DataConfig) -> None:
             dict.fromkeys(f.table_name for _, f in config.features() if f.kind in ID_KINDS)
         ),
         "data.display": list(dict.fromkeys(config.display)),
+        "data.columns.outcomes": config.columns.outcomes,
     }
     for key, found in names.items():
         for name in found:
@@ -68,7 +69,7 @@ def _refuse_names(config: DataConfig) -> None:
             if like is not None:
                 raise UserError(
                     f"{key}: '{name}' and '{like}' differ only in upper and lower case: rename one"
-                    + (" in the log" if key == "data.display" else "")
+                    + (" in the log" if key in ("data.display", "data.columns.outcomes") else "")
                 )
     for name in names["embedding tables"] + names["data.query"]:
         if "/" in name or "\0" in name or name[:1] == "." or len(name.encode()) > 200:

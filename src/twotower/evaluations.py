@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from twotower.show import console, table
 from twotower.train.config import EvaluateConfig
 
 
-def show_evaluation(report: dict[str, Any], config: EvaluateConfig, items: int) -> None:
+def show_evaluation(
+    report: dict[str, Any], config: EvaluateConfig, items: int, heads: Sequence[str]
+) -> None:
     """Print the report of an evaluation: every model's metrics, the towers' with intervals."""
     from twotower.train.evaluation.report import TOWERS
 
@@ -25,6 +28,7 @@ def show_evaluation(report: dict[str, Any], config: EvaluateConfig, items: int) 
             f"{metric}@{k}/{b['name']}": f"{metric}, {b['name']} ({b['queries']:,})"
             for b in report["decay"]
         }
+    rows |= {f"{head}_{m}": f"{head}: {m}" for head in heads for m in ("auc", "mae", "rmse")}
     table(
         f"evaluate: {report['queries']:,} test queries of {report['users']:,} users, {items:,} "
         "items; 95% intervals over users (the baselines' are in metrics.json)",
@@ -42,7 +46,7 @@ def _cell(model: str, name: str, report: dict[str, Any], with_interval: bool) ->
     if value is None:
         return "-"
     digits = 4 if abs(value) < 10 else 2 if abs(value) < 100 else 1
-    if not with_interval:
+    if not with_interval or name not in report["intervals"][model]:
         return f"{value:.{digits}f}"
     low, high = report["intervals"][model][name]
     return f"{value:.{digits}f} {_short(low, digits)}-{_short(high, digits)}"

@@ -14,7 +14,7 @@ import yaml
 
 from twotower.data.inspect.config import InspectConfig
 from twotower.data.schema import DataConfig
-from twotower.errors import UserError
+from twotower.errors import UserError, did_you_mean
 from twotower.export.config import ExportConfig
 from twotower.files import partial_path
 from twotower.serve.config import ServeConfig
@@ -69,6 +69,13 @@ class Job:
             self.serve, self.tracking, self.sweep,
         ):  # fmt: skip
             section.validate()
+        for name, head in self.train.heads.items():
+            if head.column not in (known := self.data.columns.outcomes):
+                raise UserError(
+                    f"train.heads.{name}.column: '{head.column}' is none of data.columns.outcomes, "
+                    f"which are kept with the events{did_you_mean(head.column, known)}: name it "
+                    "there too"
+                )
         check_space(self)
 
     def path(self, name: str) -> Path:

@@ -163,14 +163,15 @@ def evaluate(job: Job) -> None:
     # An evaluation of before there were queries in it is made again.
     if _mark_of(target / "metrics.json") == mark and (target / QUERIES).exists():
         return _unchanged("evaluate", target)
-    from twotower.train.checkpoint.towers import load_towers
+    from twotower.train.checkpoint.towers import load_heads, load_towers
     from twotower.train.evaluation import compare_with_baselines, write_report
 
     with console.status("evaluating over the whole catalogue"), atomic_directory(target) as partial:
         model = load_towers(job.path("train"))
-        report, queries = compare_with_baselines(model, data, job.evaluate, job.seed)
+        heads = load_heads(job.path("train"), data, model.dim, job.train.heads)
+        report, queries = compare_with_baselines(model, data, job.evaluate, job.seed, heads)
         write_report(partial, {"fingerprint": mark, **report}, queries, job.evaluate.monitor_k)
-    show_evaluation(report, job.evaluate, len(data.items))
+    show_evaluation(report, job.evaluate, len(data.items), list(job.train.heads))
     console.print(f"written to {target}, picture in {target / 'evaluation.png'}")
 
 

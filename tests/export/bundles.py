@@ -74,6 +74,31 @@ def timed_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]
     return _exported(data, folder, "timed")
 
 
+def featured_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]:
+    """Export towers whose histories' entries bring their items' features, however they are read."""
+    rng = np.random.default_rng(0)
+    events = {
+        "user_id": rng.integers(0, USERS, EVENTS).tolist(),
+        "item_id": [f"item {i}" for i in rng.integers(0, ITEMS, EVENTS)],
+        "timestamp": list(range(EVENTS)),
+    }
+    items = {  # the last is of no event
+        "item_id": [f"item {i}" for i in range(ITEMS + 1)],
+        "tags": [[f"tag {i % 7}", f"tag {i % 5}"] for i in range(ITEMS + 1)],
+        "price": rng.random(ITEMS + 1).tolist(),
+    }
+    query = [
+        Feature(name=pooling, kind="history", table="item_id", length=5, pooling=pooling,
+                time_gaps=pooling == "hstu", item_features=["price", "tags"])
+        for pooling in ("mean", "attention", *ENCODERS)
+    ]  # fmt: skip
+    item = [
+        Feature(name="item_id", kind="id"), Feature(name="tags", kind="ids", length=2),
+        Feature(name="price", kind="number"),
+    ]  # fmt: skip
+    return _exported(make(events, items=items, query=query, item=item), folder, "featured")
+
+
 def _exported(
     data: PreparedDataset, folder: Path, name: str
 ) -> tuple[PreparedDataset, TwoTower, Bundle]:

@@ -5,11 +5,11 @@ import onnx
 import pytest
 import torch
 
-from twotower.data.batches import BatchBuilder, encoded_batch
+from twotower.data.batches import BatchBuilder
 from twotower.data.schema import ENCODERS, ID_KINDS, Feature
 from twotower.data.table import Table
 from twotower.errors import UserError
-from twotower.export.graphs import raw_graph, save_graph
+from twotower.export.graphs import entry_tables, raw_graph, save_graph
 from twotower.export.parity import raw_tensors, session
 from twotower.towers.config import INTERACTIONS, ModelConfig
 from twotower.towers.two_tower import TwoTower
@@ -41,7 +41,8 @@ ITEM_KINDS = {
 def pooled(features, pooling):
     from dataclasses import replace
 
-    return [replace(f, pooling=pooling) if f.kind in ("history", "ids") else f for f in features]
+    lists = ("history",) if pooling in ENCODERS else ("history", "ids")
+    return [replace(f, pooling=pooling) if f.kind in lists else f for f in features]
 
 
 def domains(path) -> set[str]:
@@ -74,6 +75,18 @@ CASES |= {f"query {n}, {p}": ([KINDS[n]], list(ITEM_KINDS.values())[:1], p)
           for n in ("history", "one") for p in ENCODERS}  # fmt: skip
 CONTRACT += [(f"query history, {p}", "concat", True, d) for p in ENCODERS for d in (False, True)]
 CONTRACT += [(f"query one, {p}", "concat", True, False) for p in ENCODERS]
+# What a history brings of the catalogue, however it is read.
+BRINGS = Feature(
+    name="history",
+    kind="history",
+    table="item_id",
+    length=3,
+    item_features=["tags", "price", "text"],
+)
+CASES |= {f"entries' features, {p}": ([BRINGS], list(ITEM_KINDS.values()), p)
+          for p in ("mean", "sum", "attention", *ENCODERS)}  # fmt: skip
+CONTRACT += [(f"entries' features, {p}", "concat", True, d)
+             for p in ("mean", "sum", "attention", *ENCODERS) for d in (False, True)]  # fmt: skip
 
 
 def tables_of(features, dynamic) -> dict[str, Table]:
@@ -134,15 +147,15 @@ def test_training_twin_and_onnx_agree(name, interaction, residual, dynamic, make
         ("item", model.item_vectors(builder.items(catalogue)), raw_items),
     ):
         specs = encoder.specs(data.config, side)
-        save_graph(raw_graph(encoder, model, side, specs), tmp_path / "graph.onnx")
+        tables = entry_tables(model, data)
+        save_graph(raw_graph(encoder, model, side, specs, tables), tmp_path / "graph.onnx")
         assert domains(tmp_path / "graph.onnx") <= {"", "ai.onnx.ml", "com.microsoft"}
         graph = session(tmp_path / "graph.onnx")
         assert [i.name for i in graph.get_inputs()] == [s.name for s in specs]
         (served,) = graph.run(["vector"], raw_tensors(specs, raw))
         np.testing.assert_allclose(served, trained.detach().numpy(), atol=atol)
         encode = model.query_vectors if side == "query" else model.item_vectors
-        columns = encoder.encode_rows(data.config, side, raw)
-        encoded = encode(encoded_batch(data.config, side, columns))
+        encoded = encode(builder.requests(side, raw))
         np.testing.assert_allclose(served, encoded.detach().numpy(), atol=atol)
         for place, request in enumerate(raw):
             (alone,) = graph.run(["vector"], raw_tensors(specs, [request]))
@@ -172,8 +185,7 @@ def test_unseen_and_missing_ids_are_answered_as_in_training(
     (served,) = session(tmp_path / "graph.onnx").run(["vector"], raw_tensors(specs, requests))
     for request in requests:
         request["city"] = request["city"] or None
-    columns = data.encoder.encode_rows(data.config, "query", requests)
-    eager = model.query_vectors(encoded_batch(data.config, "query", columns))
+    eager = model.query_vectors(BatchBuilder(data).requests("query", requests))
     np.testing.assert_allclose(served, eager.detach().numpy(), atol=2e-6)
     assert len(np.unique(served.round(5), axis=0)) > answers, "ids make a difference"
 
@@ -191,8 +203,7 @@ def test_features_named_like_parts_of_the_graph_do_not_meet(make, tmp_path) -> N
     save_graph(raw_graph(data.encoder, model, "query", specs), tmp_path / "graph.onnx")
     requests = [data.raw_query(row, None, np.empty(0, np.int64)) for row in range(3)]
     (served,) = session(tmp_path / "graph.onnx").run(["vector"], raw_tensors(specs, requests))
-    columns = data.encoder.encode_rows(data.config, "query", requests)
-    eager = model.query_vectors(encoded_batch(data.config, "query", columns))
+    eager = model.query_vectors(BatchBuilder(data).requests("query", requests))
     np.testing.assert_allclose(served, eager.detach().numpy(), atol=2e-6)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from twotower.data.batches import BatchBuilder, encoded_batch
+from twotower.data.batches import BatchBuilder
 from twotower.data.schema import ENCODERS, Feature
 from twotower.errors import UserError
 from twotower.export.parity import raw_tensors, session
@@ -38,8 +38,7 @@ def test_log_request_and_graph_agree(make, tmp_path) -> None:
     graph = session(bundle.path / "query.onnx")
 
     def served(rows) -> np.ndarray:
-        columns = data.encoder.encode_rows(data.config, "query", rows)
-        eager = model.query_vectors(encoded_batch(data.config, "query", columns)).detach().numpy()
+        eager = model.query_vectors(BatchBuilder(data).requests("query", rows)).detach().numpy()
         (got,) = graph.run(["vector"], raw_tensors(specs, rows))
         # Two blocks of fp32 at width 8.
         np.testing.assert_allclose(got, eager, atol=5e-6)

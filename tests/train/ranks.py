@@ -73,6 +73,7 @@ def train(prepared: str, settings: list[dict[str, Any]]) -> None:
     from twotower.data.prepared import PreparedDataset
     from twotower.towers.config import model_config
     from twotower.train.config import EvaluateConfig, TableSharding, TrackingConfig, TrainConfig
+    from twotower.train.heads_config import HeadConfig
     from twotower.train.launch import Place
     from twotower.train.negatives_config import NegativesConfig
     from twotower.train.train import train
@@ -86,6 +87,8 @@ def train(prepared: str, settings: list[dict[str, Any]]) -> None:
         tables = {n: TableSharding(**t) for n, t in changes.pop("tables", {}).items()}
         if "negatives" in changes:
             changes["negatives"] = NegativesConfig(**changes["negatives"])
+        if "heads" in changes:
+            changes["heads"] = {n: HeadConfig(**h) for n, h in changes["heads"].items()}
         model = model_config({"dim": 16, "hidden": [32], **changes.pop("model", {})})
         config = TrainConfig(**{"tables": tables, **changes})
         config.validate()

@@ -10,6 +10,7 @@ curves.png, csv/, wandb/
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from twotower.towers.config import ModelConfig, model_config
 from twotower.towers.two_tower import TwoTower
 from twotower.train.checkpoint.manifest import MODEL
 from twotower.train.checkpoint.storage import load
+from twotower.train.heads import Heads
+from twotower.train.heads_config import HeadConfig
 from twotower.train.summary import check_training
 
 MODEL_SPEC = "model.json"
@@ -66,3 +69,24 @@ def load_towers(directory: Path, checkpoint: Path | None = None) -> TwoTower:
     path = checkpoint or directory / "checkpoint"
     load(path, {MODEL + name: value for name, value in model.state_dict().items()})
     return model.eval()
+
+
+def load_heads(
+    directory: Path, data: PreparedDataset, dim: int, configs: Mapping[str, HeadConfig]
+) -> Heads | None:
+    """Return the trained heads of a training directory, None where it has none.
+
+    Args:
+        directory: the training directory.
+        data: the dataset that they were trained on.
+        dim: width of the towers' vectors.
+        configs: name -> what each predicts.
+
+    Raises:
+        UserError: when the checkpoint is not as training left it.
+    """
+    if not configs:
+        return None
+    heads = Heads(data, dim, configs)
+    load(directory / "checkpoint", {f"heads/{k}": value for k, value in heads.state_dict().items()})
+    return heads

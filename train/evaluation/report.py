@@ -40,6 +40,8 @@ from twotower.train.evaluation.metrics import (
     score_answers,
     slice_sizes,
 )
+from twotower.train.evaluation.outcomes import judge_heads
+from twotower.train.heads import Heads
 from twotower.train.plots import plot_evaluation
 
 TOWERS = "two towers"
@@ -67,9 +69,13 @@ def evaluate_towers(
 
 
 def compare_with_baselines(
-    model: Any, data: PreparedDataset, config: EvaluateConfig, seed: int
+    model: Any,
+    data: PreparedDataset,
+    config: EvaluateConfig,
+    seed: int,
+    heads: Heads | None = None,
 ) -> tuple[dict[str, Any], pa.Table]:
-    """Return the test metrics of the towers and of two baselines.
+    """Return the test metrics of the towers, their heads' included, and of two baselines.
 
     Returns:
         The report: `split`; `queries`, their number; `users`, theirs; `slices`, the size of each;
@@ -103,7 +109,7 @@ def compare_with_baselines(
     # Of all models at once: every user is drawn as often for each.
     joined = {(name, m): pair for name, of in ratios.items() for m, pair in of.items()}
     bounds = intervals(joined, user_Q, seed)
-    report = {
+    report: dict[str, Any] = {
         "split": "test",
         "queries": len(queries.event),
         "users": len(users),
@@ -116,6 +122,9 @@ def compare_with_baselines(
             for name, of in ratios.items()
         },
     }
+    if heads is not None:
+        cpu = torch.device("cpu")
+        report["results"][TOWERS] |= judge_heads(heads, model, data, 2, config, seed, cpu)
     return report, query_table(data, queries, answers[TOWERS][:, :at], ratios[TOWERS], at)
 
 
