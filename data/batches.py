@@ -22,6 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from twotower.data.encode import Normaliser, entry_ages
+from twotower.data.listed import Listed
 from twotower.data.prepared import (
     Column,
     PreparedDataset,
@@ -66,6 +67,8 @@ class Batch(Pipelineable):
         positive_B: which of the items is a query's positive.
         weight_B: sample weight, 0 of a filler.
         entries: which of the entries of histories the queries are, where they are not rows.
+        listed: how often the lists of the step's queries are expected to bring each item, the same
+            on all ranks, where items are drawn from any.
     """
 
     ids: KeyedJaggedTensor
@@ -74,6 +77,7 @@ class Batch(Pipelineable):
     positive_B: Tensor
     weight_B: Tensor
     entries: Entries | None = None
+    listed: Listed | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Return the batch on another device."""
@@ -91,15 +95,16 @@ class Batch(Pipelineable):
             change(self.positive_B),
             change(self.weight_B),
             replace(self.entries, place_B=change(self.entries.place_B)) if self.entries else None,
+            self.listed.each(change) if self.listed else None,
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until `stream` is done with it."""
         self.ids.record_stream(stream)
-        places = [] if self.entries is None else [self.entries.place_B]
-        for value in (
-            *self.dense.values(), self.item_N, self.positive_B, self.weight_B, *places
-        ):  # fmt: skip
+        more = [] if self.entries is None else [self.entries.place_B]
+        if self.listed is not None:
+            more += [self.listed.id_K, self.listed.expected_K]
+        for value in (*self.dense.values(), self.item_N, self.positive_B, self.weight_B, *more):
             value.record_stream(stream)
 
 

@@ -195,6 +195,17 @@ class PreparedDataset:
         have = self.events.schema.names
         return {name: array(self.events, name) for name in names if name in have}
 
+    @property
+    def keeps_skipped(self) -> bool:
+        """Whether it holds what users were shown and did not take."""
+        return self.config.columns.keeps_skipped
+
+    @cached_property
+    def skipped_columns(self) -> dict[str, Array]:
+        """`user`, `item` and `time` of the skipped events, sorted by (user, time); rows."""
+        table = self._read("skipped.arrow")
+        return {name: array(table, name) for name in table.column_names}
+
     @cached_property
     def history_from(self) -> Array:
         """Where each user's part of the timeline starts (U,)."""
