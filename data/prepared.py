@@ -206,6 +206,11 @@ class PreparedDataset:
         table = self._read("skipped.arrow")
         return {name: array(table, name) for name in table.column_names}
 
+    @property
+    def skipped_waiting(self) -> pa.Table:
+        """Skipped events of users or items that the dataset does not have: raw ids, and time."""
+        return self._read("skipped_waiting.arrow")
+
     @cached_property
     def history_from(self) -> Array:
         """Where each user's part of the timeline starts (U,)."""

@@ -85,8 +85,6 @@ class NegativesConfig:
             raise UserError(
                 f"{key}: shares must add up to 1, got {found or 'none'} = {sum(shares.values()):g}"
             )
-        if self.mining != MiningConfig() and not self.mined:
-            raise UserError(f"{key}.mining says how mined candidates are found: set {key}.mined")
         if self.in_batch == 0 and self.candidates is None:
             raise UserError(
                 f"{key}.candidates must be given where in_batch is 0: it says how many are drawn"

@@ -6,7 +6,8 @@
       prepared.json       counts, split, normalisers, tables and the fingerprint of the inputs
       events.arrow        training, validation and test, each sorted by (user, time): user, item,
                           time, [weight], history end, context
-      skipped.arrow       with a label and positive_from: user, item and time of the events below
+      skipped.arrow       with a label and positive_from: user, item and time of the events below,
+                          and by raw ids in skipped_waiting.arrow where one has no row yet
       timeline.arrow      each user's items in order; a history is a slice of it, not a copy; for
                           time gaps also their seconds since 1970
       users.arrow         raw id, start of the timeline, features raw and encoded
@@ -125,7 +126,7 @@ def _write(
     writer.finish(directory)
     skipped = {}
     if config.columns.keeps_skipped:
-        skipped["skipped"] = write_skipped(connection, config, directory, scratch, previous)
+        skipped["skipped"] = write_skipped(connection, config, types, directory, scratch, previous)
     report("building vocabularies", 0.0)
     events = read_arrow(directory / "events.arrow")
     train = written.counts[0]

@@ -53,7 +53,7 @@ def train(prepared: str, settings: list[dict[str, Any]]) -> None:
     from twotower.towers.config import model_config
     from twotower.train.config import EvaluateConfig, TableSharding, TrackingConfig, TrainConfig
     from twotower.train.launch import Place
-    from twotower.train.negatives_config import NegativesConfig
+    from twotower.train.negatives_config import MiningConfig, NegativesConfig
     from twotower.train.train import train
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -64,7 +64,8 @@ def train(prepared: str, settings: list[dict[str, Any]]) -> None:
         os.environ["MASTER_PORT"] = str(port)
         tables = {n: TableSharding(**t) for n, t in changes.pop("tables", {}).items()}
         if "negatives" in changes:
-            changes["negatives"] = NegativesConfig(**changes["negatives"])
+            mining = MiningConfig(**changes["negatives"].pop("mining", {}))
+            changes["negatives"] = NegativesConfig(**changes["negatives"], mining=mining)
         model = model_config({"dim": 16, "hidden": [32], **changes.pop("model", {})})
         config = TrainConfig(**{"tables": tables, **changes})
         config.validate()
