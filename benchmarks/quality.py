@@ -40,10 +40,13 @@ from twotower.train.evaluation import evaluate_towers, judged_queries
 K = 20
 # Of validation, what the settings of ALS and EASE are chosen by.
 SETTINGS_QUERIES = 2000
-# Where a recipe is, and the folder of its data below --data.
-RECIPES = {
-    "movielens": ("configs/movielens.yaml", "ml-latest-small"),
-    "kuairand": ("configs/benchmarks/kuairand.yaml", "kuairand-pure"),
+# Where a recipe is, the folder of its data below --data, and what of it is changed for all rows:
+# skipped events are those below a label, so they need a recipe that is judged by the others.
+LIKED = {"data.columns.label": "rating", "data.columns.positive_from": 4}
+RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "movielens": ("configs/movielens.yaml", "ml-latest-small", {}),
+    "movielens-liked": ("configs/movielens.yaml", "ml-latest-small", LIKED),
+    "kuairand": ("configs/benchmarks/kuairand.yaml", "kuairand-pure", {}),
 }
 # What any recipe may be given.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -54,6 +57,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "positive uncorrected": {"train.correct_positive": False},
     "half uniform": {"train.negatives": {"in_batch": 0.5, "uniform": 0.5}},
     "half memory": {"train.negatives": {"in_batch": 0.5, "memory": 0.5}},
+    "half mined": {"train.negatives": {"in_batch": 0.5, "mined": 0.5}},
+    "a tenth mined": {"train.negatives": {"in_batch": 0.9, "mined": 0.1}},
     "whole catalogue": {"train.negatives": {"catalogue": True}},
     "bilateral": {"train.loss": {"kind": "bilateral"}},
     "bce": {"train.loss": {"kind": "bce"}},
@@ -81,6 +86,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             **OPTIONS["every position"],
             "data.query.history.item_features": ["genres", "year"],
         },
+    },
+    "movielens-liked": {
+        **OPTIONS,
+        "half skipped": {"train.negatives": {"in_batch": 0.5, "skipped": 0.5}},
+        "a tenth skipped": {"train.negatives": {"in_batch": 0.9, "skipped": 0.1}},
     },
     "kuairand": {
         **OPTIONS,
@@ -175,7 +185,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data",
                         help="folder of the data sets' folders")  # fmt: skip
     arguments = parser.parse_args()
-    path, below = RECIPES[arguments.recipe]
+    path, below, common = RECIPES[arguments.recipe]
     variants = VARIANTS[arguments.recipe]
     names = arguments.variants.split(",") if arguments.variants else list(variants)
     for name in names:
@@ -183,7 +193,8 @@ def main() -> None:
             raise SystemExit(f"no variant '{name}', expected some of {', '.join(variants)}")
     text = (ROOT / path).read_text()
     result: dict[str, Any] = {
-        "recipe": arguments.recipe, "job": yaml.safe_load(text), "queries": 0, "rows": {}
+        "recipe": arguments.recipe, "job": changed(yaml.safe_load(text), common), "queries": 0,
+        "rows": {},
     }  # fmt: skip
     file = RESULTS / f"quality-{arguments.recipe}.json"
     if arguments.keep and file.exists():
@@ -195,7 +206,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         jobs = {
             name: changed(
-                yaml.safe_load(text), {"data.root": str(arguments.data / below), **variants[name]}
+                yaml.safe_load(text),
+                {"data.root": str(arguments.data / below), **common, **variants[name]},
             )
             for name in [*variants][:1] + names
         }

@@ -24,6 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from twotower.data.encode import Normaliser, entry_ages
+from twotower.data.listed import Listed
 from twotower.data.prepared import (
     Column,
     PreparedDataset,
@@ -87,6 +88,8 @@ class Batch(Pipelineable):
         entry_items: the items of histories that have `item_features`.
         outcome_BH: what followed each event (B, H) float32, NaN where it is not known, in the order
             that the builder was given; None without any.
+        listed: how often the lists of the step's queries are expected to bring each item, the same
+            on all ranks, where items are drawn from any.
     """
 
     ids: KeyedJaggedTensor
@@ -97,6 +100,7 @@ class Batch(Pipelineable):
     entries: Entries | None = None
     entry_items: EntryItems | None = None
     outcome_BH: Tensor | None = None
+    listed: Listed | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Return the batch on another device."""
@@ -120,19 +124,20 @@ class Batch(Pipelineable):
             replace(self.entries, place_B=change(self.entries.place_B)) if self.entries else None,
             items,
             change(self.outcome_BH) if self.outcome_BH is not None else None,
+            self.listed.each(change) if self.listed else None,
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until `stream` is done with it."""
         self.ids.record_stream(stream)
-        places = [] if self.entries is None else [self.entries.place_B]
+        more = [] if self.entries is None else [self.entries.place_B]
         if self.entry_items is not None:
-            places += self.entry_items.place_T.values()
+            more += self.entry_items.place_T.values()
         if self.outcome_BH is not None:
-            places.append(self.outcome_BH)
-        for value in (
-            *self.dense.values(), self.item_N, self.positive_B, self.weight_B, *places
-        ):  # fmt: skip
+            more.append(self.outcome_BH)
+        if self.listed is not None:
+            more += [self.listed.id_K, self.listed.expected_K]
+        for value in (*self.dense.values(), self.item_N, self.positive_B, self.weight_B, *more):
             value.record_stream(stream)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from twotower.data.batches import Batch, BatchBuilder, id_keys
+from twotower.data.listed import Lists, Mined, Miner, Skipped, listed
 from twotower.data.log.sources import is_own_id
 from twotower.data.prepared import PreparedDataset
 from twotower.data.sequences import Windows
@@ -58,11 +59,15 @@ class ExtraItems:
 
     Attributes:
         uniform: number of items drawn evenly from the catalogue.
+        mined: number drawn from what a miner finds for the queries.
+        skipped: number drawn from what the queries' users have skipped.
         catalogue: whether all items of the catalogue stand for the events' own; `positive_B` are
             then places among the items of all ranks.
     """
 
     uniform: int = 0
+    mined: int = 0
+    skipped: int = 0
     catalogue: bool = False
 
 
@@ -189,7 +194,8 @@ class TrainLoader:
             self.batches.recency = Recency(data, half_life_days)
         self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
         if extra is not None:
-            self.batches.extra = extra(self.queries_a_step)
+            self.batches.take(extra(self.queries_a_step))
+        self.miner: Miner | None = None
         self.workers, self.pin_memory = workers, pin_memory
         self.epoch = 0
         self.place = 0
@@ -213,12 +219,33 @@ class TrainLoader:
             self.epoch, self.place = epoch, 0
 
     def __iter__(self) -> Iterator[Batch]:
-        ends = [low + size for low, size in self._steps()]
+        for segment in self.segments():
+            yield from segment
+
+    def segments(self) -> Iterator[Iterator[Batch]]:
+        """Yield what is left of the epoch, in runs of batches that a miner finds lists for.
+
+        Each is to be used up, and trained on, before the next is asked for.
+        """
+        steps = list(self._steps())
+        every = len(steps) if self.miner is None else self.miner.every
+        for start in range(0, len(steps), every):
+            segment = steps[start : start + every]
+            end = sum(segment[-1])
+            if end <= self.place:
+                continue
+            if self.miner is not None:
+                low = segment[0][0]
+                rows = self.batches.rows(self.epoch, low, end)
+                self.batches.mined = Mined(low, self.miner(self.epoch, low, rows))
+            yield self._batches([step for step in segment if step[0] >= self.place])
+
+    def _batches(self, steps: list[tuple[int, int]]) -> Iterator[Batch]:
         unchanged: Any = _unchanged
         loader: DataLoader[Batch] = DataLoader(
             self.batches,
             batch_size=None,
-            sampler=self._parts(),
+            sampler=[self._part(*step) for step in steps],
             num_workers=self.workers,
             pin_memory=self.pin_memory,
             collate_fn=unchanged,
@@ -226,18 +253,17 @@ class TrainLoader:
             generator=torch.Generator(),
             worker_init_fn=_leave_signals,
         )
-        for end, batch in zip(ends, loader, strict=True):
+        for (low, size), batch in zip(steps, loader, strict=True):
             # Batches that workers have built ahead do not count as taken.
-            self.place = end
+            self.place = low + size
             yield batch
 
     def _steps(self) -> Iterator[tuple[int, int]]:
-        """Yield first place and size of every step that is left, for all ranks together.
+        """Yield first place and size of every step of an epoch, for all ranks together.
 
-        Each takes an equal part, rounded up, of what is left, so the rule needs no memory of where
-        the epoch was broken off.
+        Each takes an equal part, rounded up, of what is left.
         """
-        place = self.place
+        place = 0
         while place < self.length:
             left = self.length - place
             steps = -(-left // self.batch_size)
@@ -245,16 +271,13 @@ class TrainLoader:
             yield place, size
             place += size
 
-    def _parts(self) -> list[Part]:
-        """Return this rank's part of every step that is left."""
+    def _part(self, low: int, size: int) -> Part:
+        """Return this rank's part of a step."""
         rank, ranks = self.rank, self.ranks
-        return [
-            Part(
-                epoch=self.epoch, step=low, end=low + size, low=low + size * rank // ranks,
-                high=low + size * (rank + 1) // ranks, size=-(-size // ranks),
-            )
-            for low, size in self._steps()
-        ]  # fmt: skip
+        return Part(
+            epoch=self.epoch, step=low, end=low + size, low=low + size * rank // ranks,
+            high=low + size * (rank + 1) // ranks, size=-(-size // ranks),
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, int]:
         """Return how much of which epoch was taken."""
@@ -273,44 +296,64 @@ class _Events(Dataset[Batch]):
         self.extra = ExtraItems()
         self.hidden: IdDropout | None = None
         self.recency: Recency | None = None
+        self.mined: Mined | None = None
+        self.skipped: Skipped | None = None
         self.items = len(builder.data.items)
         self.length = self.queries = builder.data.section(0).stop
+
+    def take(self, extra: ExtraItems) -> None:
+        """Add items to each step from now on."""
+        self.extra = extra
+        self.skipped = Skipped(self.builder.data) if extra.skipped else None
 
     def __getitem__(self, part: Part) -> Batch:
         batch = self._batch(part)
         if self.hidden is not None:
             self.hidden(batch, self._random(part, self.rank))
         if self.recency is not None:
-            event = self._events(self._rows(part))
+            event = self._events(self.rows(part.epoch, part.low, part.high))
             batch.weight_B[: len(event)] *= torch.from_numpy(self.recency(event))
         return batch
-
-    def _rows(self, part: Part) -> I64:
-        """Return the examples of a part."""
-        return self._order(part)(np.arange(part.low, part.high))
 
     def _events(self, rows: I64) -> I64:
         """Return the training events that are the positives of examples."""
         return rows
 
     def _batch(self, part: Part) -> Batch:
-        rows = self._rows(part)
+        rows = self.rows(part.epoch, part.low, part.high)
         if self.extra.catalogue:
             everything = self._mine(np.arange(self.items))
             return self.builder.events(rows, part.size, extra=everything, own=False)
-        drawn = self._mine(self._drawn(part)) if self.extra.uniform else None
-        return self.builder.events(rows, part.size, extra=drawn)
+        random, lists = self._random(part), self._lists(part)
+        drawn = [self._drawn(random), *(some.draw(number, random) for some, number in lists)]
+        items = np.concatenate(drawn)
+        batch = self.builder.events(
+            rows, part.size, extra=self._mine(items) if len(items) else None
+        )
+        return replace(batch, listed=listed(lists)) if lists else batch
+
+    def _lists(self, part: Part) -> list[tuple[Lists, int]]:
+        """Return the lists of all ranks' queries of a step, and how many items each brings."""
+        lists = []
+        if self.extra.mined:
+            assert self.mined is not None, "a loader with mined items was given no miner"
+            lists.append((self.mined.lists(part.step, part.end), self.extra.mined))
+        if self.skipped is not None:
+            rows = self.rows(part.epoch, part.step, part.end)
+            lists.append((self.skipped.lists(rows), self.extra.skipped))
+        return lists
 
     def positive_counts(self) -> I64:
         """Return how often each item is a positive of an epoch (N,)."""
         return self.builder.data.train_count.astype(np.int64)
 
-    def _order(self, part: Part) -> Shuffle:
-        return Shuffle(self.length, self.seed, part.epoch)
+    def rows(self, epoch: int, low: int, high: int) -> I64:
+        """Return what stands at places from `low` to before `high` of an epoch's order."""
+        return Shuffle(self.length, self.seed, epoch)(np.arange(low, high))
 
-    def _drawn(self, part: Part) -> I64:
-        """Return items drawn for the step, the same on any number of ranks."""
-        return self._random(part).integers(0, self.items, self.extra.uniform)
+    def _drawn(self, random: np.random.Generator) -> I64:
+        """Return items drawn evenly for the step, the same on any number of ranks."""
+        return random.integers(0, self.items, self.extra.uniform)
 
     def _random(self, part: Part, *more: int) -> np.random.Generator:
         return np.random.default_rng([self.seed % 2**64, part.epoch, part.step, *more])
@@ -339,16 +382,15 @@ class _Windows(_Events):
         return self.windows.events(rows)
 
     def _batch(self, part: Part) -> Batch:
-        order = self._order(part)
-        rows = self._rows(part)
+        rows = self.rows(part.epoch, part.low, part.high)
         positive = self.windows.targets(rows)
         if self.extra.catalogue:
             items = np.arange(self.items)
         else:
             # Each once, over all ranks, so that a long history is not compared with itself again.
-            items = np.unique(self.windows.targets(order(np.arange(part.step, part.end))))
+            items = np.unique(self.windows.targets(self.rows(part.epoch, part.step, part.end)))
             positive = np.searchsorted(items, positive)
-            items = np.concatenate([items, self._drawn(part)])
+            items = np.concatenate([items, self._drawn(self._random(part))])
         return self.windows.batch(rows, part.size, self._mine(items), positive)
 
 

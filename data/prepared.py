@@ -199,6 +199,22 @@ class PreparedDataset:
         """Return a column of `data.columns.outcomes` (E,), float32, NaN where it is not known."""
         return array(self.events, f"outcome.{column}")
 
+    @property
+    def keeps_skipped(self) -> bool:
+        """Whether it holds what users were shown and did not take."""
+        return self.config.columns.keeps_skipped
+
+    @cached_property
+    def skipped_columns(self) -> dict[str, Array]:
+        """`user`, `item` and `time` of the skipped events, sorted by (user, time); rows."""
+        table = self._read("skipped.arrow")
+        return {name: array(table, name) for name in table.column_names}
+
+    @property
+    def skipped_waiting(self) -> pa.Table:
+        """Skipped events of users or items that the dataset does not have: raw ids, and time."""
+        return self._read("skipped_waiting.arrow")
+
     @cached_property
     def history_from(self) -> Array:
         """Where each user's part of the timeline starts (U,)."""

@@ -106,13 +106,23 @@ class Columns:
     label: str | None = None
     """Optional outcome, for instance a rating; see `positive_from`."""
     positive_from: float | None = None
-    """Events whose label is below are left out; see `train_on`."""
+    """Events whose label is below are no events, but kept as skipped (`train.negatives.skipped`);
+    see `train_on`."""
     train_on: str = "positives"
     """positives, or all: events below are trained on and stand in histories too; of validation and
     test, those alone that reach `positive_from` are relevant."""
     outcomes: list[str] = field(default_factory=list)
     """Columns of numbers kept with the events, for train.heads to predict: what followed an event,
     for instance a like; null where that is not known."""
+
+    @property
+    def keeps_skipped(self) -> bool:
+        """Whether events below `positive_from` are kept as skipped."""
+        return (
+            self.label is not None
+            and self.positive_from is not None
+            and self.train_on == "positives"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,12 +61,12 @@ def test_every_variant_of_the_quality_benchmark_is_a_job(tmp_path, monkeypatch) 
     import quality
 
     parser = build_parser()
-    for recipe, (path, _) in quality.RECIPES.items():
+    for recipe, (path, _, common) in quality.RECIPES.items():
         jobs = []
         for name, changes in quality.VARIANTS[recipe].items():
             config = yaml.safe_load((ROOT / path).read_text())
             file = tmp_path / "job.yaml"
-            file.write_text(yaml.safe_dump(quality.changed(config, changes)))
+            file.write_text(yaml.safe_dump(quality.changed(config, {**common, **changes})))
             options = parser.instantiate(parser.parse_args(["train", "--config", str(file)]))
             job = Job(**{k: v for k, v in vars(options["train"]).items() if k != "config"})
             job.validate()

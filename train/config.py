@@ -9,7 +9,7 @@ from typing import Literal
 from twotower.errors import UserError, one_of
 from twotower.train.heads_config import HeadConfig
 from twotower.train.loss_config import LossConfig
-from twotower.train.negatives_config import NegativesConfig
+from twotower.train.negatives_config import LISTED, NegativesConfig
 
 SHARDINGS = (
     "auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel",
@@ -179,6 +179,11 @@ class TrainConfig:
             raise UserError(
                 "train.negatives needs an in_batch share, and none of memory, where "
                 "train.every_position is set: mix in_batch and uniform, or set catalogue"
+            )
+        if self.every_position and any(getattr(self.negatives, name) for name in LISTED):
+            raise UserError(
+                f"train.negatives.{' and '.join(LISTED)} bring a list a training event, and with "
+                "train.every_position a step has none: set them to 0, or every_position to false"
             )
         if self.log_q_from == "stream" and (self.every_position or self.negatives.catalogue):
             raise UserError(

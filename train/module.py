@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from twotower.data.batches import Batch
+from twotower.data.listed import Listed
 from twotower.towers.tower import cut
 from twotower.towers.two_tower import TwoTower
 from twotower.train.config import TrainConfig
 from twotower.train.heads import Heads
 from twotower.train.losses import retrieval_loss
 from twotower.train.meters import RANGE, Latest
+from twotower.train.mining import HardNegatives
 from twotower.train.negatives import (
     FILLER_LOG_Q,
     CandidateMemory,
@@ -58,6 +60,7 @@ class RetrievalModule(L.LightningModule):
         self.widths, self.item_bias = model.widths, model.item_bias
         self.pipeline: SparsePipeline | None = None
         self.latest: Latest | None = None
+        self.mining: HardNegatives | None = None
         self.rates, self.queries, self.heads = rates, queries, heads
         # Not saved: it follows from the rates.
         self.register_buffer("log_q_N", log_q(rates.rate_N, config, queries), persistent=False)
@@ -144,7 +147,7 @@ class RetrievalModule(L.LightningModule):
         negatives, own = self.config.negatives, len(batch.weight_B)
         # Otherwise positives are places among the items of all ranks already.
         shared = negatives.catalogue or self.config.every_position
-        log_q_N = self._log_q(batch.item_N)
+        log_q_N = self._log_q(batch.item_N, batch.listed)
         if negatives.in_batch == 0 and not shared:
             # Its own query's positive alone, which is not corrected.
             log_q_N[:own] = FILLER_LOG_Q
@@ -154,29 +157,32 @@ class RetrievalModule(L.LightningModule):
             if not shared:
                 positive_B = positive_B + self.global_rank * len(item_ND)
         if self.memory is not None:
-            found = self._with_memory(self.memory, found, own)
+            found = self._with_memory(self.memory, found, own, batch.listed)
         if self.rates.learned:
             # Last: a step is corrected by what those before it have shown.
             item_B = batch.item_N[:own]
             self.rates.observe(all_rows(item_B) if self.trainer.world_size > 1 else item_B)
         return found, positive_B
 
-    def _log_q(self, id_N: Tensor) -> Tensor:
+    def _log_q(self, id_N: Tensor, listed: Listed | None) -> Tensor:
         """Return the correction of candidates; of rates that are learned, by those of now."""
-        if not self.rates.learned:
+        if not self.rates.learned and listed is None:
             counted_N: Tensor = self.log_q_N[id_N]
             return counted_N
         rate_N, items = self.rates.gap_N[id_N].reciprocal(), len(self.rates.gap_N)
-        now_N = log_q_of(rate_N, self.config, self.queries, items)
+        listed_N = 0 if listed is None else listed.of(id_N)
+        now_N = log_q_of(rate_N, self.config, self.queries, items, listed_N)
         return now_N.masked_fill(id_N < 0, FILLER_LOG_Q)
 
-    def _with_memory(self, memory: CandidateMemory, now: Candidates, own: int) -> Candidates:
+    def _with_memory(
+        self, memory: CandidateMemory, now: Candidates, own: int, listed: Listed | None
+    ) -> Candidates:
         """Return candidates with those of the steps before, and remember this step's positives."""
         id_M = memory.id_M.clone()
         found = Candidates(
             torch.cat([now.vector_ND, memory.vector_MD.to(now.vector_ND.dtype)]),
             torch.cat([now.id_N, id_M]),
-            torch.cat([now.log_q_N, self._log_q(id_M)]),
+            torch.cat([now.log_q_N, self._log_q(id_M, listed)]),
         )
         # Every rank's own queries' are its first.
         ranks = self.trainer.world_size

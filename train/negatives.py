@@ -74,8 +74,13 @@ def log_q(rate_N: Tensor, config: TrainConfig, queries: float) -> Tensor:
     return torch.cat([log_q_N, log_q_N.new_tensor([FILLER_LOG_Q])])
 
 
-def log_q_of(rate_N: Tensor, config: TrainConfig, queries: float, items: int) -> Tensor:
-    """Return what `log_q` does of some of a catalogue's items, whose rates they are, (N,)."""
+def log_q_of(
+    rate_N: Tensor, config: TrainConfig, queries: float, items: int, listed_N: Tensor | float = 0
+) -> Tensor:
+    """Return what `log_q` does of some of a catalogue's items, whose rates they are, (N,).
+
+    To their expectation that of a step's own lists (`twotower.data.listed`), `listed_N`, is added.
+    """
     if config.negatives.catalogue:
         expected_N = torch.ones_like(rate_N)
     else:
@@ -87,7 +92,7 @@ def log_q_of(rate_N: Tensor, config: TrainConfig, queries: float, items: int) ->
         if config.every_position:  # each once, however many queries have it
             expected_N = -torch.expm1(in_batch * torch.log1p(-share_N.clamp_max(1 - 1e-9)))
         expected_N = expected_N + sizes["memory"] * share_N + sizes["uniform"] / items
-    return config.log_q * expected_N.log().float()
+    return config.log_q * (expected_N + listed_N).log().float()
 
 
 class PositiveRates(nn.Module):

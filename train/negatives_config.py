@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from twotower.errors import UserError
 
-SOURCES = ("in_batch", "uniform", "memory")
+SOURCES = ("in_batch", "uniform", "memory", "mined", "skipped")
+# What draws from lists that queries bring.
+LISTED = ("mined", "skipped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiningConfig:
+    """Which of the model's own answers are mined, and when."""
+
+    every: int = 200
+    """Steps between two minings; each epoch begins with one."""
+    skip: int = 10
+    """First answers that are left alone, since many of them are false negatives."""
+    depth: int = 50
+    """Answers behind them that a query's list holds."""
+
+    def validate(self) -> None:
+        """Refuse an empty band.
+
+        Raises:
+            UserError: naming the key.
+        """
+        for name, least in (("every", 1), ("skip", 0), ("depth", 1)):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"train.negatives.mining.{name} must be >= {least}, got {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +49,13 @@ class NegativesConfig:
     """Share drawn evenly from the catalogue, items without an event included."""
     memory: float = 0.0
     """Share that are positives of the steps before, as they were then (cross-batch memory)."""
+    mined: float = 0.0
+    """Share drawn from what the model itself answers to the step's queries; see `mining`."""
+    skipped: float = 0.0
+    """Share drawn from what the queries' users were shown and did not take: up to 50 events below
+    data.columns.positive_from, the newest before the query's own."""
+    mining: MiningConfig = field(default_factory=MiningConfig)
+    """How `mined` candidates are found."""
     candidates: int | None = None
     """Candidates a step, over all ranks, where in_batch is 0; else batch_size decides."""
     catalogue: bool = False
@@ -38,8 +71,10 @@ class NegativesConfig:
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise UserError(f"{key}.{name} must be a share from 0 to 1, got {share:g}")
+        self.mining.validate()
         if self.catalogue:
-            if shares != {"in_batch": 1, "uniform": 0, "memory": 0} or self.candidates is not None:
+            alone = {name: float(name == "in_batch") for name in SOURCES}
+            if shares != alone or self.candidates is not None:
                 raise UserError(
                     f"{key}.catalogue compares with every item: leave {', '.join(SOURCES)} and "
                     "candidates as they are"

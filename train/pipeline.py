@@ -97,14 +97,15 @@ class PipelinedLoader:
             self.module.pipeline = SparsePipeline(look_ups, self.module.model, self.module.device)
         places: deque[dict[str, int]] = deque()
 
-        def ahead() -> Iterator[Batch]:
-            for batch in self.loader:
+        def ahead(segment: Iterator[Batch]) -> Iterator[Batch]:
+            for batch in segment:
                 places.append(self.loader.state_dict())
                 yield batch
 
-        for batch in self.module.pipeline.run(ahead()):
-            self.state = places.popleft()
-            yield batch
+        for segment in self.loader.segments():
+            for batch in self.module.pipeline.run(ahead(segment)):
+                self.state = places.popleft()
+                yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Return how much of which epoch was handed out."""

@@ -146,8 +146,10 @@ class TorchRecStrategy(DDPStrategy):
         """Return the state of what is no optimizer; but for the model's, the live tensors."""
         module = self.lightning_module
         nested = {"model": module.model.state_dict()}
-        for name in ("memory", "rates", "heads"):
-            part = getattr(module, name)
+        for name, part in (
+            ("memory", module.memory), ("rates", module.rates), ("heads", module.heads),
+            ("mined", module.mining),
+        ):  # fmt: skip
             if part is not None:
                 nested[name] = part.state_dict()
         return nested

@@ -44,6 +44,7 @@ from twotower.train.config import EvaluateConfig, TrackingConfig, TrainConfig
 from twotower.train.heads import Heads
 from twotower.train.launch import Place, meeting_point
 from twotower.train.meters import Meters
+from twotower.train.mining import HardNegatives
 from twotower.train.module import RetrievalModule
 from twotower.train.negatives import PositiveRates
 from twotower.train.pipeline import PipelinedLoader
@@ -143,6 +144,11 @@ def train(
     counts = torch.from_numpy(loader.positive_counts())
     rates = PositiveRates(counts, len(loader), config.log_q_from == "stream")
     module = RetrievalModule(towers, config, rates, queries, steps, seed, heads)
+    if config.negatives.sizes(queries)["mined"]:
+        most = min(loader.length, config.negatives.mining.every * config.batch_size)
+        module.mining = loader.miner = HardNegatives(
+            data, config.negatives.mining, module, most, evaluate.batch_size
+        )
     if config.pipeline == "on" or (config.pipeline == "auto" and cuda):
         loader = PipelinedLoader(loader, module)
     wandb = wandb_logger(partial, tracking, name, job) if place.rank == 0 else None
@@ -201,9 +207,10 @@ def _join(place: Place, cuda: bool) -> None:
 
 
 def _extra_items(config: TrainConfig, queries: float) -> ExtraItems:
-    negatives = config.negatives
+    sizes = config.negatives.sizes(queries)
     return ExtraItems(
-        uniform=negatives.sizes(queries)["uniform"], catalogue=negatives.catalogue
+        uniform=sizes["uniform"], mined=sizes["mined"], skipped=sizes["skipped"],
+        catalogue=config.negatives.catalogue,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The scan: every file of a log, checked, into tables of the engine.
 
     raw_events  user, item, time (µs), [weight], [split], [positive], [prior], f.<feature>
+    raw_skipped user, item, time (µs), [split]: events below `positive_from`
     raw_users   id, [prior], f.<feature>
     raw_items   id, f.<feature>, d.<display>
     raw_earlier id, prior
@@ -87,6 +88,9 @@ def scan(
             for chunk in read_chunks(file, list(names), names_key(names), bad_rows):
                 rows = reader.rows(chunk, source.split)
                 good = ~chunk.bad if reader.keep is None else ~chunk.bad & reader.keep
+                skipped = None if reader.skipped is None else ~chunk.bad & reader.skipped
+                if skipped is not None and skipped.any():
+                    _insert(connection, "raw_skipped", _skipped(rows, skipped))
                 if not good.all():
                     rows = {n: a.filter(pa.array(good)) for n, a in rows.items()}
                 if good.any():
@@ -112,6 +116,11 @@ def names_key(names: dict[str, str]) -> str:
     return ", ".join(dict.fromkeys(names.values()))
 
 
+def _skipped(rows: dict[str, pa.Array], mask: npt.NDArray[np.bool_]) -> pa.Table:
+    kept = {n: rows[n] for n in ("user", "item", "time", "split") if n in rows}
+    return pa.table(kept).filter(pa.array(mask))
+
+
 class _Events:
     """Checks chunks of the interactions."""
 
@@ -119,6 +128,7 @@ class _Events:
         self.config, self.types = config, types
         self.features = [f for f in config.query if f.source == "interactions"]
         self.keep: Any = None
+        self.skipped: Any = None
         self.dropped = 0
         self.lines = config.format in LINE_FORMATS
         self.clock = 0
@@ -169,7 +179,7 @@ class _Events:
             out[name] = _feature(types, "query", f, "raw_events", name, spot)
         for name in c.outcomes:
             out[f"o.{name}"] = as_floats(Spot(chunk, name)).cast(pa.float32())
-        self.keep = None
+        self.keep = self.skipped = None
         if c.label is not None and c.positive_from is not None:
             label = as_floats(Spot(chunk, c.label))
             positive = numpy_mask(pc.greater_equal(label, c.positive_from))
@@ -177,6 +187,7 @@ class _Events:
                 out["positive"] = pa.array(positive)
                 return out
             self.keep = positive
+            self.skipped = numpy_mask(pc.less(label, c.positive_from))
             self.dropped += int((~positive & ~chunk.bad).sum())
         return out
 
@@ -194,7 +205,7 @@ class _Events:
 class _Entities:
     """Checks chunks of the users or the items."""
 
-    keep = None
+    keep = skipped = None
 
     def __init__(self, side: str, config: DataConfig, types: IdTypes) -> None:
         self.side, self.config, self.types = side, config, types
@@ -232,7 +243,7 @@ class _Entities:
 class _Earlier:
     """Checks chunks of what came before the log."""
 
-    keep = None
+    keep = skipped = None
 
     def __init__(self, config: DataConfig, earlier: Earlier, types: IdTypes) -> None:
         self.user, self.types = config.columns.user, types

@@ -31,7 +31,8 @@ def make_entities(
 ) -> None:
     """Make the tables `users`, `items`, `priors` and `values_<feature>`; a row is a `rowid`.
 
-    The views `events`, `log_users` and `log_items` show the scan's tables with ids of one type.
+    The views `events`, `skipped`, `log_users` and `log_items` show the scan's tables with ids of
+    one type.
     """
     _views(connection, config, types)
     if config.earlier is not None and previous is None:
@@ -99,6 +100,7 @@ def _views(connection: Any, config: DataConfig, types: IdTypes) -> None:
     prior = {"prior": "item"}
     own = {"user": "user", "item": "item"}
     view("events", "raw_events", own | prior | features["interactions"])
+    view("skipped", "raw_skipped", own)
     view("log_users", "raw_users", {"id": "user"} | prior | features["users"])
     view("log_items", "raw_items", {"id": "item"} | features["items"])
 

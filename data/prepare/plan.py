@@ -19,7 +19,7 @@ from twotower.files import fingerprint
 if TYPE_CHECKING:
     from twotower.data.prepared import PreparedDataset
 
-FORMAT = 3
+FORMAT = 4
 LOG = "data.interactions"
 
 

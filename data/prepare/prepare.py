@@ -6,6 +6,8 @@
       prepared.json       counts, split, normalisers, tables and the fingerprint of the inputs
       events.arrow        training, validation and test, each sorted by (user, time): user, item,
                           time, [weight], history end, context
+      skipped.arrow       with a label and positive_from: user, item and time of the events below,
+                          and by raw ids in skipped_waiting.arrow where one has no row yet
       timeline.arrow      each user's items in order; a history is a slice of it, not a copy; for
                           time gaps also their seconds since 1970
       users.arrow         raw id, start of the timeline, features raw and encoded
@@ -44,6 +46,7 @@ from twotower.data.prepare.columns import (
 from twotower.data.prepare.entities import count_rows, make_entities
 from twotower.data.prepare.events import EventWriter, Written
 from twotower.data.prepare.plan import FORMAT, Plan, dataset_mark, make_plan, schema_mark
+from twotower.data.prepare.skipped import write_skipped
 from twotower.data.prepare.split import I64, Cuts, find_cuts
 from twotower.data.prepare.spool import Spool, read_arrow
 from twotower.data.prepare.vocabularies import (
@@ -121,6 +124,9 @@ def _write(
     written = writer.write(report)
     _refuse_empty_splits(config, written, where)
     writer.finish(directory)
+    skipped = {}
+    if config.columns.keeps_skipped:
+        skipped["skipped"] = write_skipped(connection, config, types, directory, scratch, previous)
     report("building vocabularies", 0.0)
     events = read_arrow(directory / "events.arrow")
     train = written.counts[0]
@@ -151,7 +157,7 @@ def _write(
             + before.get("counts", {}).get("dropped_by_label", 0),
             "bad_rows": found.bad_rows.count + before.get("counts", {}).get("bad_rows", 0),
             **{f"{n}_events": c for n, c in zip(SPLIT_NAMES, written.counts, strict=True)},
-            **rows, "items_without_a_row": without, "cold_items": cold,
+            **skipped, **rows, "items_without_a_row": without, "cold_items": cold,
         },
         "bad_rows": [*before.get("bad_rows", []), *found.bad_rows.first][:5],
         "time": {

@@ -75,7 +75,7 @@ def train(prepared: str, settings: list[dict[str, Any]]) -> None:
     from twotower.train.config import EvaluateConfig, TableSharding, TrackingConfig, TrainConfig
     from twotower.train.heads_config import HeadConfig
     from twotower.train.launch import Place
-    from twotower.train.negatives_config import NegativesConfig
+    from twotower.train.negatives_config import MiningConfig, NegativesConfig
     from twotower.train.train import train
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -86,7 +86,8 @@ def train(prepared: str, settings: list[dict[str, Any]]) -> None:
         os.environ["MASTER_PORT"] = str(port)
         tables = {n: TableSharding(**t) for n, t in changes.pop("tables", {}).items()}
         if "negatives" in changes:
-            changes["negatives"] = NegativesConfig(**changes["negatives"])
+            mining = MiningConfig(**changes["negatives"].pop("mining", {}))
+            changes["negatives"] = NegativesConfig(**changes["negatives"], mining=mining)
         if "heads" in changes:
             changes["heads"] = {n: HeadConfig(**h) for n, h in changes["heads"].items()}
         model = model_config({"dim": 16, "hidden": [32], **changes.pop("model", {})})

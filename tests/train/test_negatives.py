@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from twotower.data.listed import Listed, Lists, listed
 from twotower.errors import UserError
 from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.train.config import TrainConfig
 from twotower.train.negatives import FILLER_LOG_Q, CandidateMemory, PositiveRates, log_q, log_q_of
-from twotower.train.negatives_config import NegativesConfig
+from twotower.train.negatives_config import LISTED, MiningConfig, NegativesConfig
 
 ITEMS, WIDTH, BATCH, TEMPERATURE = 30, 8, 256, torch.tensor(0.5)
 MIXTURES = {
@@ -100,6 +101,65 @@ def test_the_mean_gradient_is_that_of_the_full_softmax(name) -> None:
     assert off(config, 300) > 0.04
 
 
+@pytest.mark.parametrize("shares", [{"mined": 0.5}, {"mined": 0.2, "skipped": 0.2, "memory": 0.1}])
+def test_lists_that_follow_from_the_queries_bias_nothing(shares) -> None:
+    """Every query lists what it scores highest, which is what it would learn wrong things from."""
+    _, item, count = world()
+    config = TrainConfig(
+        batch_size=BATCH, negatives=NegativesConfig(in_batch=0.5, **shares), correct_positive=False
+    )
+    sizes = config.negatives.sizes(BATCH)
+    rng, positive = np.random.default_rng(0), 20
+    user = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(60, WIDTH))), dim=1)
+    user = user.float()
+    score = (user @ item.T).numpy()
+    taste = count.numpy() * np.exp(2 * score)
+    taste /= taste.sum(1, keepdims=True)
+    ranked = np.argsort(-score, 1)
+    rate = torch.from_numpy(taste.mean(0)) * BATCH
+
+    def step() -> tuple[Tensor, Listed]:
+        who = rng.integers(0, len(user), BATCH)
+        who[0] = 0
+        own = np.array([rng.choice(ITEMS, p=taste[i]) for i in who])
+        own[0] = positive
+        lists = []
+        for first in (0, 6):
+            band = ranked[who][:, first : first + 6]
+            there = band != own[:, None]
+            lists.append(Lists(band[there], there.sum(1)))
+        parts = [(some, sizes[name]) for some, name in zip(lists, LISTED, strict=True)]
+        drawn = [own, *(some.draw(number, rng) for some, number in parts)]
+        drawn.append(rng.choice(ITEMS, sizes["memory"], p=taste.mean(0)))
+        return torch.from_numpy(np.concatenate(drawn)), listed(parts)
+
+    full = item.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(
+        user[:1] @ full.T / TEMPERATURE, torch.tensor([positive])
+    ).backward()
+    assert full.grad is not None
+    negative, leaf = torch.arange(ITEMS) != positive, item.clone().requires_grad_()
+    steps = [step() for _ in range(1000)]
+
+    def off(known: bool) -> float:
+        leaf.grad = None
+        for id_N, expected in steps:
+            more = expected.of(id_N) if known else 0
+            sampled_softmax(
+                user[:1], leaf[id_N], TEMPERATURE,
+                log_q_N=log_q_of(rate[id_N], config, BATCH, ITEMS, more), candidate_id_N=id_N,
+                positive_B=torch.tensor([0]), positive="uncorrected",
+            ).backward()  # fmt: skip
+        assert leaf.grad is not None
+        assert full.grad is not None
+        error = (leaf.grad / len(steps) - full.grad)[negative]
+        return float(error.norm() / full.grad[negative].norm())
+
+    # As of the other mixtures; without the lists' own expectation it is far off.
+    assert off(known=True) < 0.015
+    assert off(known=False) > 0.1
+
+
 def test_a_corrected_positive_of_a_rare_item_pushes_its_negatives_less() -> None:
     query, item, count = world()
     rare = int(count.argmin())
@@ -181,6 +241,22 @@ def test_the_memory_keeps_the_newest() -> None:
         ({"in_batch": 0, "uniform": 1}, {}, "negatives.candidates must be given where in_batch"),
         ({"candidates": 9}, {}, "negatives.candidates follows from train.batch_size"),
         ({"catalogue": True, "in_batch": 0.5, "uniform": 0.5}, {}, "catalogue compares with every"),
+        ({"in_batch": 0.5, "mined": 0.6}, {}, r"add up to 1, got in_batch 0.5 \+ mined 0.6 = 1.1"),
+        (
+            {"catalogue": True, "mined": 0.5},
+            {},
+            "every item: leave in_batch, .*mined",
+        ),
+        (
+            {"in_batch": 0.5, "mined": 0.5, "mining": MiningConfig(depth=0)},
+            {},
+            "negatives.mining.depth must be >= 1, got 0",
+        ),
+        (
+            {"in_batch": 0.5, "skipped": 0.5},
+            {"every_position": True},
+            "mined and skipped bring a list a training event",
+        ),
         ({"in_batch": 0, "uniform": 1, "candidates": 9}, {}, "correct_positive must be false wh"),
         ({"catalogue": True}, {"log_q_from": "stream"}, "log_q_from: stream learns from the event"),
         ({}, {"log_q_from": "streams"}, "log_q_from must be one of counts, stream, got 'streams'"),

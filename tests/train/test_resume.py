@@ -23,14 +23,15 @@ SETTINGS = [
     "--train.batch_size=256", "--train.max_epochs=4", "--train.patience=9",
     "--train.checkpoint_every_steps=5", "--tracking.wandb=off", "--model.dropout=0.2",
     "--model.learn_temperature=true", "--train.correct_positive=false", "--model.item_bias=true",
-    "--train.negatives={in_batch: 0.5, uniform: 0.2, memory: 0.3}", "--train.log_q_from=stream",
+    "--train.negatives={in_batch: 0.5, uniform: 0.1, memory: 0.2, mined: 0.2}",
+    "--train.negatives.mining={every: 7, skip: 5, depth: 20}", "--train.log_q_from=stream",
 ]  # fmt: skip
 # Overfits within a few epochs, and so stops early.
 EARLY = [
     "--train.max_epochs=30", "--train.patience=1", "--train.table_lr=0.5", "--model.dropout=0",
     "--model.learn_temperature=false", "--train.checkpoint_every_steps=100",
     "--model.item_bias=false", "--train.log_q_from=counts",
-    "--train.negatives={in_batch: 1, uniform: 0, memory: 0}",
+    "--train.negatives={in_batch: 1, uniform: 0, memory: 0, mined: 0}",
 ]  # fmt: skip
 
 

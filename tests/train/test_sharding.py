@@ -95,12 +95,21 @@ def test_mixed_negatives_are_the_same_on_two_ranks(prepared, tmp_path) -> None:
         "mixed": {"in_batch": 0.6, "uniform": 0.3, "memory": 0.1},
         "uniform": {"in_batch": 0.0, "uniform": 1.0, "candidates": 301},
         "catalogue": {"catalogue": True},
-    }
+        "mined": {
+            "in_batch": 0.5, "memory": 0.1, "mined": 0.4,
+            "mining": {"every": 6, "skip": 5, "depth": 20},
+        },
+        "mined, pipelined": {
+            "in_batch": 0.5, "memory": 0.1, "mined": 0.4,
+            "mining": {"every": 6, "skip": 5, "depth": 20},
+        },
+    }  # fmt: skip
     variants = [
         {**COMMON, **SGD, "max_steps": 20, "negatives": mixture, "correct_positive": False}
         for mixture in mixtures.values()
     ]
     variants[0]["log_q_from"] = "stream"
+    variants[-1]["pipeline"] = "on"
     variants += [{**COMMON, **SGD, "max_steps": 20}]
     for ranks in (1, 2):
         cwd = tmp_path / str(ranks)
