@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from twotower.errors import UserError, one_of
@@ -15,7 +15,7 @@ SHARDINGS = (
     "auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel",
 )  # fmt: skip
 KERNELS = ("auto", "fused", "fused_uvm", "fused_uvm_caching")
-TABLE_OPTIMIZERS = ("rowwise_adagrad", "sgd")
+TABLE_OPTIMIZERS = ("rowwise_adagrad", "sgd", "adam")
 DENSE_OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("fp32", "bf16")
 TABLE_PRECISIONS = ("fp32", "fp16", "bf16")
@@ -73,7 +73,8 @@ class TrainConfig:
     patience: int = 3
     """Epochs without a better validation before training stops."""
     table_optimizer: str = "rowwise_adagrad"
-    """Of the embedding tables, in the backward pass: rowwise_adagrad or sgd."""
+    """Of the embedding tables: rowwise_adagrad or sgd, in the backward pass; or adam, which moves
+    every row at every step, so that each rank holds the whole tables (data_parallel)."""
     table_lr: float = 0.05
     """Learning rate of the embedding tables."""
     dense_optimizer: str = "adamw"
@@ -141,7 +142,10 @@ class TrainConfig:
 
     def table(self, name: str) -> TableSharding:
         """Return how embedding table `name` is spread."""
-        return self.tables.get(name, TableSharding(sharding=self.sharding))
+        found = self.tables.get(name, TableSharding(sharding=self.sharding))
+        if self.table_optimizer == "adam" and found.sharding == "auto":
+            return replace(found, sharding="data_parallel")
+        return found
 
     def validate(self) -> None:
         """Refuse what cannot be trained.
@@ -215,12 +219,23 @@ class TrainConfig:
                 f"train.profile must be a first and a last step, such as [100, 104], got "
                 f"{self.profile}"
             )
+        if self.table_optimizer == "adam" and self.table_precision != "fp32":
+            raise UserError(
+                f"train.table_precision is {self.table_precision}, and adam's averages of small "
+                "gradients need fp32: set it to fp32, or train.table_optimizer to rowwise_adagrad"
+            )
         for name, table in self.tables.items():
             table.validate(f"train.tables.{name}")
         spread = {"train.sharding": self.sharding} | {
             f"train.tables.{name}.sharding": table.sharding for name, table in self.tables.items()
         }
         for key, sharding in spread.items():
+            if self.table_optimizer == "adam" and sharding not in ("auto", "data_parallel"):
+                raise UserError(
+                    f"{key} is {sharding}, but train.table_optimizer is adam, which moves every "
+                    "row at every step: leave it at auto, which is data_parallel then, or set "
+                    "train.table_optimizer to rowwise_adagrad"
+                )
             if sharding == "column_wise" and self.table_optimizer == "rowwise_adagrad":
                 raise UserError(
                     f"{key} is column_wise, but train.table_optimizer is rowwise_adagrad, which "

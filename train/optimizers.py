@@ -30,6 +30,8 @@ def fuse_table_optimizer(model: TwoTower, config: TrainConfig) -> None:
 
 
 def _table_optimizer(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
+    if config.table_optimizer == "adam":
+        return torch.optim.Adam, {"lr": config.table_lr}
     if config.table_optimizer == "sgd":
         return torch.optim.SGD, {"lr": config.table_lr}
     return RowWiseAdagrad, {"lr": config.table_lr, "eps": 1e-8}

@@ -193,6 +193,14 @@ def _constraints(
     short = name.removeprefix(PREFIX)
     key, wanted = f"train.tables.{short}", config.table(short)
     is_dynamic = model.data.table(short).slots is not None
+    if config.table_optimizer == "adam" and (
+        is_dynamic or not isinstance(table, EmbeddingBagConfig)
+    ):
+        what = "has dynamic ids" if is_dynamic else "is pooled by attention or read by an encoder"
+        raise UserError(
+            f"{key}: the table {what}, and TorchRec holds no such table whole on every rank, as "
+            "adam needs it: set train.table_optimizer to rowwise_adagrad"
+        )
     if is_dynamic:
         _check_dynamic(key, model.data.table(short), wanted, hardware)
     if not isinstance(table, EmbeddingBagConfig) and wanted.sharding in (
@@ -278,12 +286,19 @@ def _weight_bytes(table: Any) -> int:
     return int(table.num_embeddings * table.embedding_dim * bits // 8)
 
 
+def _state_bytes(config: TrainConfig, width: int) -> int:
+    """Return what the tables' optimizer remembers of a row."""
+    return {"rowwise_adagrad": 4, "adam": 8 * width}.get(config.table_optimizer, 0)
+
+
 def _does_not_fit(
     tables: dict[str, Any], config: TrainConfig, hardware: Hardware, error: PlannerError
 ) -> UserError:
     """Say which table does not fit and how much is missing."""
-    state = 4 if config.table_optimizer == "rowwise_adagrad" else 0
-    needs = {n: _weight_bytes(t) + state * t.num_embeddings for n, t in tables.items()}
+    needs = {
+        n: _weight_bytes(t) + _state_bytes(config, t.embedding_dim) * t.num_embeddings
+        for n, t in tables.items()
+    }
     a_rank, remedies = hardware.table_bytes, "use more ranks or set train.table_precision to fp16"
     if hardware.device == "cuda":
         remedies += ", or set its kernel to fused_uvm (the host's memory)"
