@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from twotower.data.demo_truth import STRAY_SHARE, TASTE_SHARES, DemoTruth
 from twotower.errors import UserError
 from twotower.files import atomic_directory, recover
 
@@ -77,18 +78,37 @@ def write_demo_log(config: DemoLogConfig) -> tuple[dict[str, int], bool]:
     ):
         raise UserError(f"{output}: holds other files: choose an empty folder for --output")
     rng = np.random.default_rng(config.seed)
-    items = _items(config.items, rng)
-    users = _users(config.users, rng)
-    events = _events(config.events, users, items, rng)
-    files = dict(zip(FILES, map(_parquet, (events, users["table"], items["table"])), strict=True))
+    items, users, truth = _world(config, rng)
+    events = _events(config.events, items, truth, rng)
+    files = dict(zip(FILES, map(_parquet, (events, users, items)), strict=True))
     counts = {"events": events.num_rows, "users": config.users, "items": config.items,
-              "cold items": int((items["release"] > 0.9).sum())}  # fmt: skip
+              "cold items": int((truth.release_N > 0.9).sum())}  # fmt: skip
     if all(_holds(output / name, content) for name, content in files.items()):
         return counts, False
     with atomic_directory(output) as partial:
         for name, content in files.items():
             (partial / name).write_bytes(content)
     return counts, True
+
+
+def demo_truth(config: DemoLogConfig) -> DemoTruth:
+    """Return what the log of a configuration is drawn from.
+
+    User `n` of the log is at place n - 1 of the truth, item `item-n` at place n.
+    """
+    return _world(config, np.random.default_rng(config.seed))[2]
+
+
+def event_time(seconds: Array) -> Array:
+    """Return timestamps of the log, in seconds since 1970, as shares of its days."""
+    return np.asarray((seconds - FIRST_DAY_S) / (DAYS * 86_400))
+
+
+def _world(config: DemoLogConfig, rng: np.random.Generator) -> tuple[pa.Table, pa.Table, DemoTruth]:
+    """Draw items, users and what events follow from; events are drawn behind them."""
+    items, of_items = _items(config.items, rng)
+    users, of_users = _users(config.users, rng)
+    return items, users, DemoTruth(**of_items, **of_users)
 
 
 def _parquet(table: pa.Table) -> bytes:
@@ -101,7 +121,7 @@ def _holds(file: Path, content: bytes) -> bool:
     return file.is_file() and file.read_bytes() == content
 
 
-def _items(count: int, rng: np.random.Generator) -> dict[str, Any]:
+def _items(count: int, rng: np.random.Generator) -> tuple[pa.Table, dict[str, Array]]:
     subs = len(GENRES) * SUBGENRES
     sub = rng.permutation(np.arange(count) % subs)
     release = np.where(rng.random(count) < 0.08, rng.uniform(0.9, 0.98, count), 0.0)
@@ -125,10 +145,10 @@ def _items(count: int, rng: np.random.Generator) -> dict[str, Any]:
         "price": np.round(rng.lognormal(2 + (sub % 7) / 7, 0.4), 2),
         "text": pa.FixedSizeListArray.from_arrays(pa.array(text.ravel()), TEXT_WIDTH),
     })  # fmt: skip
-    return {"table": table, "sub": sub, "release": release, "popularity": popularity}
+    return table, {"sub_N": sub, "release_N": release, "popularity_N": popularity}
 
 
-def _users(count: int, rng: np.random.Generator) -> dict[str, Any]:
+def _users(count: int, rng: np.random.Generator) -> tuple[pa.Table, dict[str, Array]]:
     subs = len(GENRES) * SUBGENRES
     # Sub-genres of one country are liked more there.
     country = rng.integers(0, 6, count)
@@ -144,40 +164,33 @@ def _users(count: int, rng: np.random.Generator) -> dict[str, Any]:
         "country": [f"c{c}" for c in country],
         "age": pa.array(np.clip(rng.normal(30 + (favourite[:, 0] % 5) * 6, 6), 13, 90).round()),
     })  # fmt: skip
-    return {"table": table, "favourite": favourite, "later": later}
+    return table, {"favourite_U3": favourite, "later_U3": later}
 
 
-def _events(
-    count: int, users: dict[str, Any], items: dict[str, Any], rng: np.random.Generator
-) -> pa.Table:
-    num_users, num_items = len(users["favourite"]), len(items["sub"])
+def _events(count: int, items: pa.Table, truth: DemoTruth, rng: np.random.Generator) -> pa.Table:
+    num_users, num_items = len(truth.favourite_U3), len(truth.sub_N)
     activity = rng.lognormal(0, 0.7, num_users)
     user = rng.choice(num_users, count, p=activity / activity.sum())
     time = np.sort(rng.random(count))
-    place = rng.choice(3, count, p=(0.6, 0.3, 0.1))
-    taste = np.where(time > 0.5, users["later"][user, place], users["favourite"][user, place])
+    place = rng.choice(3, count, p=TASTE_SHARES)
+    taste = truth.tastes(user, time)[np.arange(count), place]
     item = np.full(count, -1)
-    by_sub = [np.flatnonzero(items["sub"] == s) for s in range(items["sub"].max() + 1)]
-    for s, members in enumerate(by_sub):
-        todo = np.flatnonzero(taste == s)
+    for s in range(truth.sub_N.max() + 1):
+        members, todo = np.flatnonzero(truth.sub_N == s), np.flatnonzero(taste == s)
         for part in np.array_split(todo, 60):  # narrow in time: weights change slowly
             if not len(part):
                 continue
-            age = time[part].mean() - items["release"][members]
-            weight = np.where(age >= 0, items["popularity"][members] * np.exp(-2 * age), 0)
-            weight = weight + 1e-9 * (items["release"][members] == 0)
+            weight = truth.weights(members, time[part].mean())
             if weight.any():  # else nothing of the sub-genre is out yet, and nothing happens
                 item[part] = members[_sample(weight, len(part), rng)]
-    # A tenth of all events follow no taste at all.
-    stray = np.flatnonzero(rng.random(count) < 0.1)
-    old = np.flatnonzero(items["release"] == 0)
-    item[stray] = old[_sample(items["popularity"][old], len(stray), rng)]
-    keep = (item >= 0) & (time >= items["release"][item])
+    stray = np.flatnonzero(rng.random(count) < STRAY_SHARE)
+    item[stray] = _sample(truth.stray_weights(), len(stray), rng)
+    keep = (item >= 0) & (time >= truth.release_N[item])
     # Nobody sees an item twice; an event without an item is no one's.
     pair = np.where(item >= 0, user * num_items + item, -1)
     keep &= np.isin(np.arange(count), np.unique(pair, return_index=True)[1])
     seconds = (FIRST_DAY_S + time[keep] * DAYS * 86_400).astype(np.int64)
-    ids = items["table"]["item_id"].combine_chunks()
+    ids = items["item_id"].combine_chunks()
     device = rng.choice(["phone", "tablet", "web"], int(keep.sum()), p=(0.6, 0.1, 0.3))
     return pa.table({
         "user_id": user[keep] + 1,

@@ -185,7 +185,10 @@ class TritonPythonModel:
         them of length 1. What overflows depends on the weights, so the outcome is what tells.
         """
         numbers = [s["name"] for s in self.schema["features"] if s["dtype"] == "float32"]
-        length = np.linalg.norm(vectors.astype(np.float64), axis=1)
+        direction = vectors.astype(np.float64)
+        # A query's coordinate for the items' bias is 1, and the others have length 1 then.
+        direction[direction[:, -1] == 1, -1] = 0
+        length = np.linalg.norm(direction, axis=1)
         # Also true of NaN.
         bad = ~(np.abs(length - 1) < LENGTH_TOLERANCE)
         if not numbers or not bad.any():

@@ -110,7 +110,8 @@ def test_a_large_number_is_answered_as_by_eager_pytorch(server, finished_run, cl
     (g,) = eager_answers(
         model, data.encoder, vectors, data, [GOOD | {"age": 1e22, "exclude": []}], 10
     )
-    assert not any(g.scores), "what the server refuses has no answer in PyTorch either"
+    bias = np.sort(vectors[:, -1])[::-1][:10]
+    np.testing.assert_allclose(g.scores, bias, atol=TOLERANCE, err_msg="the query still matters")
 
 
 def test_a_request_of_several_rows_is_answered_row_by_row(server, client) -> None:

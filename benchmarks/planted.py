@@ -1,0 +1,194 @@
+"""How much of the structure planted in the demo log the towers find, beside the best possible.
+
+    python benchmarks/planted.py
+    python benchmarks/planted.py --events 400000 --config my.yaml
+    python benchmarks/planted.py --cold --users 2000 --items 1000 --events 60000 --seeds 0,1
+
+`twotower demo-log` writes the log, so it is known what it was drawn from. Best possible are the 20
+items most likely for a query's user and moment, without those taken before:
+
+- best possible knows all that the generator knows;
+- best told the same, but items without a training event share their mean weight, since no log tells
+  which of them will be taken more.
+
+Judged are all test queries, and with the columns `known` those for items that training has seen,
+answered from such items alone by every row. `cold` and `warm` are the recall of items without and
+with a training event when the whole catalogue is answered from.
+
+With --cold the rows are those of cold start: shares of `train.id_dropout`, and no item id at all,
+for each seed of training. Every row is written as it comes, to benchmarks/results/planted.json or
+planted-cold.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import yaml
+from measure import ROOT, write_result
+from quality import changed, run
+
+from twotower.data.batches import BatchBuilder
+from twotower.data.demo_log import DemoLogConfig, demo_truth, event_time, write_demo_log
+from twotower.data.demo_truth import DemoTruth
+from twotower.data.prepared import PreparedDataset
+from twotower.data.queries import Queries
+from twotower.towers.catalogue import catalogue_vectors
+from twotower.train.checkpoint.towers import load_towers
+from twotower.train.config import EvaluateConfig
+from twotower.train.evaluation import (
+    answer,
+    answer_by_cooccurrence,
+    answer_by_popularity,
+    judged_queries,
+    score_answers,
+    slice_sizes,
+)
+
+K = 20
+BLOCK = 1024
+I64 = npt.NDArray[np.int64]
+# From queries to the items answered (Q, K).
+Answer = Callable[[Queries], I64]
+# Of the table of cold start: changes of the recipe.
+COLD: dict[str, dict[str, Any]] = {
+    "id dropout 0": {"train.id_dropout": 0.0},
+    "id dropout 0.1": {"train.id_dropout": 0.1},
+    "no item id": {"train.id_dropout": 0.0, "data.item.item_id": None},
+    "id dropout 0.3": {"train.id_dropout": 0.3},
+}
+
+
+def best_answers(
+    truth: DemoTruth, data: PreparedDataset, queries: Queries, known_N: Any = None
+) -> I64:
+    """Return the rows of the catalogue that are most likely for each query, (Q, K).
+
+    Args:
+        truth: what the log was drawn from.
+        data: the log, prepared.
+        queries: to be answered.
+        known_N: which items' weights may be told, by row of the catalogue; by default all.
+    """
+    place_N = np.array([int(name.removeprefix("item-")) for name in data.items["id"].to_pylist()])
+    user_Q = data.users["id"].to_numpy()[data.event_columns["user"][queries.event]] - 1
+    time_Q = event_time(data.event_columns["time"][queries.event] / 1e6)
+    if known_N is not None:
+        known_N = known_N[np.argsort(place_N)]
+    answers = []
+    for start in range(0, len(user_Q), BLOCK):
+        block = slice(start, start + BLOCK)
+        p = truth.probabilities(user_Q[block], time_Q[block], known_N)[:, place_N]
+        offset = queries.seen_offset[start : start + BLOCK + 1]
+        p[np.repeat(np.arange(len(p)), np.diff(offset)), queries.seen[offset[0] : offset[-1]]] = -1
+        answers.append(np.argsort(-p, axis=1, kind="stable")[:, :K])
+    return np.concatenate(answers)
+
+
+def known_queries(data: PreparedDataset, queries: Queries) -> Queries:
+    """Return the queries for items that training has seen, with all others among the seen."""
+    unknown = np.flatnonzero(data.train_count == 0)
+    asked = np.diff(queries.relevant_offset)
+    owner = np.repeat(np.arange(len(asked)), asked)
+    keep = np.ones(len(asked), bool)
+    keep[owner[data.train_count[queries.relevant] == 0]] = False
+    had = np.split(queries.seen, queries.seen_offset[1:-1])
+    left_out = [np.union1d(had[q], unknown) for q in np.flatnonzero(keep)]
+    return Queries(
+        queries.event[keep],
+        queries.relevant[keep[owner]],
+        np.append(0, np.cumsum(asked[keep])),
+        np.concatenate(left_out),
+        np.append(0, np.cumsum([len(rows) for rows in left_out])),
+    )
+
+
+def score(answers: Answer, data: PreparedDataset, queries: Queries) -> dict[str, float]:
+    """Return a row of the table: recall@20 of all and of known queries, warm and cold, and NDCG."""
+    whole = score_answers(answers(queries), queries, data, [K])
+    known = known_queries(data, queries)
+    sizes = slice_sizes(queries, data)
+    warm = ("head", "torso", "tail")
+    hits = sum(whole[f"recall@{K}/{name}"] * sizes[name] for name in warm)
+    return {
+        "recall": whole[f"recall@{K}"],
+        "known": score_answers(answers(known), known, data, [K])[f"recall@{K}"],
+        "warm": hits / sum(sizes[name] for name in warm),
+        "cold": whole[f"recall@{K}/cold"],
+        "ndcg": whole[f"ndcg@{K}"],
+    }
+
+
+def towers(config: dict[str, Any], folder: Path) -> tuple[float, Answer]:
+    """Train a job; returns the seconds of training, and its answers."""
+    run("prepare", config, folder)
+    seconds = run("train", config, folder)
+    builder, model = (
+        BatchBuilder(PreparedDataset(folder / "prepared")),
+        load_towers(folder / "train"),
+    )
+    size = EvaluateConfig().batch_size
+    item_ND = catalogue_vectors(model.item_vectors, builder, torch.device("cpu"), size)
+    return seconds, lambda q: answer(model.query_vectors, item_ND, builder, q, K, size)
+
+
+def main() -> None:
+    """Measure one log."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml")
+    for name in ("users", "items", "events"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(DemoLogConfig, name))
+    parser.add_argument("--cold", action="store_true", help="the table of cold start")
+    parser.add_argument("--seeds", default="0", help="of training, with commas between")
+    arguments = parser.parse_args()
+    text = arguments.config.read_text()
+    variants = COLD if arguments.cold else {"two towers": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        log = DemoLogConfig(
+            output=f"{folder}/log", users=arguments.users, items=arguments.items,
+            events=arguments.events,
+        )  # fmt: skip
+        counts, _ = write_demo_log(log)
+        truth = demo_truth(log)
+        sizes = {k: v for k, v in asdict(log).items() if k != "output"} | {"kept": counts["events"]}
+        result: dict[str, Any] = {"log": sizes, "job": yaml.safe_load(text), "rows": {}}
+        job = changed(yaml.safe_load(text), {"data.root": log.output})
+        run("prepare", job, Path(folder, "plain"))
+        data = PreparedDataset(Path(folder, "plain", "prepared"))
+        queries = judged_queries(data, 2, EvaluateConfig(k=[K]), 0)
+        result["queries"] = len(queries.event)
+        print(f"{'':24} {'recall@20':>9} {'known':>7} {'warm':>7} {'cold':>7} {'NDCG@20':>8}")
+
+        def add(name: str, answers: Answer, **more: Any) -> None:
+            row = score(answers, data, queries)
+            result["rows"][name] = {k: round(v, 4) for k, v in row.items()} | more
+            write_result("planted-cold" if arguments.cold else "planted", result,
+                         ("twotower", "torch", "torchrec"))  # fmt: skip
+            numbers = (row[k] for k in ("recall", "known", "warm", "cold", "ndcg"))
+            print(f"{name:24}   " + " ".join(f"{v:7.4f}" for v in numbers), flush=True)
+
+        if not arguments.cold:
+            size = EvaluateConfig().batch_size
+            add("best possible", lambda q: best_answers(truth, data, q))
+            add("best told", lambda q: best_answers(truth, data, q, data.train_count > 0))
+            add("popularity", lambda q: answer_by_popularity(data, q, K, size))
+            add("co-occurrence", lambda q: answer_by_cooccurrence(data, q, K, size))
+        for seed in map(int, arguments.seeds.split(",")):
+            for name, changes in variants.items():
+                config = changed(
+                    yaml.safe_load(text), {"data.root": log.output, "seed": seed, **changes}
+                )
+                seconds, answers = towers(config, Path(folder, "run"))
+                add(f"{name}, seed {seed}", answers, seconds=round(seconds, 1))
+
+
+if __name__ == "__main__":
+    main()
