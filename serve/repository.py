@@ -3,7 +3,8 @@
     repository/
       recommend/
         configs/cpu.pbtxt     chosen by --model-config-name=cpu
-        <version>/            one bundle version: model.py and the bundle's files, hard-linked
+        <version>/            one bundle version: model.py, search.py and the bundle's files,
+                              hard-linked
 
 A version directory is written beside its name and renamed into place, so Triton sees a whole one.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.data.schema import TensorSpec
+from twotower.export import search
 from twotower.export.bundle import Bundle
 from twotower.files import atomic_directory
 from twotower.serve.config import MODEL, ServeConfig
@@ -46,15 +48,17 @@ def render_repository(
         for name in ("manifest.json", *bundle.manifest.files):
             if name not in LEFT_OUT:
                 _link(bundle.path / name, partial / name)
-        shutil.copy2(Path(__file__).with_name("model.py"), partial / "model.py")
-        # The stub writes this file if it is not there, which would look like a change of the
-        # model; unchecked, so that touching model.py for a reload does not make it stale.
-        py_compile.compile(
-            str(partial / "model.py"),
-            dfile=str(model / version / "model.py"),
-            doraise=True,
-            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-        )
+        for source in (Path(__file__).with_name("model.py"), Path(str(search.__file__))):
+            shutil.copy2(source, partial / source.name)
+            # The stub writes what is compiled if it is not there, which would look like a change
+            # of the model; unchecked, so that touching model.py for a reload does not make it
+            # stale.
+            py_compile.compile(
+                str(partial / source.name),
+                dfile=str(model / version / source.name),
+                doraise=True,
+                invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+            )
     text = render_config(bundle, config, environment)
     target = model / "configs" / f"{TARGET}.pbtxt"
     temporary = target.with_suffix(".partial")
@@ -102,6 +106,7 @@ def render_config(bundle: Bundle, config: ServeConfig, environment: Path) -> str
     parameters = {
         "EXECUTION_ENV_PATH": str(environment.resolve()),
         "schema": json.dumps(schema_of(bundle, config)),
+        "index": json.dumps(vars(m.index)),
         "threads": str(config.threads),
     }
     return "\n".join([

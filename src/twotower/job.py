@@ -65,10 +65,11 @@ class Job:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         for section in (
-            self.data, self.inspect, self.model, self.train, self.evaluate, self.export,
-            self.serve, self.tracking, self.sweep,
+            self.data, self.inspect, self.model, self.train, self.evaluate, self.serve,
+            self.tracking, self.sweep,
         ):  # fmt: skip
             section.validate()
+        self.export.validate([*self.model.widths, self.model.dim])
         check_space(self)
 
     def path(self, name: str) -> Path:

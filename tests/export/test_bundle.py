@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twotower.errors import UserError
-from twotower.export.bundle import answer_difference, read_bundle, read_manifest
+from twotower.export.bundle import answer_difference, read_bundle
+from twotower.export.manifest import read_manifest
 
 
 @pytest.fixture
