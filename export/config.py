@@ -28,7 +28,7 @@ class IndexConfig:
     """ivf: cells that a query searches."""
     m: int = 32
     """hnsw: links an item."""
-    ef_construction: int = 100
+    ef_construction: int = 64
     """hnsw: candidates for an item's links."""
     ef_search: int = 256
     """hnsw: candidates that a query follows at the least."""

@@ -23,17 +23,18 @@ from torch import Tensor, nn
 from twotower.data.encode import Encoder
 from twotower.data.schema import ID_KINDS, Feature, TensorSpec
 from twotower.data.vocabulary import DynamicIds
-from twotower.export.id_nodes import age_nodes, constant, row_nodes, slot_nodes
+from twotower.export.id_nodes import (
+    IR_VERSION,
+    OPSET,
+    OPSETS,
+    age_nodes,
+    constant,
+    row_nodes,
+    slot_nodes,
+)
 from twotower.towers.tower import Tower
 from twotower.towers.two_tower import TwoTower
 
-OPSET = 20
-IR_VERSION = 9
-OPSETS = [
-    helper.make_opsetid("", OPSET),
-    helper.make_opsetid("ai.onnx.ml", 3),
-    helper.make_opsetid("com.microsoft", 1),
-]
 ELEMENT = {
     "string": TensorProto.STRING, "int64": TensorProto.INT64, "float32": TensorProto.FLOAT,
 }  # fmt: skip

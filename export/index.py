@@ -28,8 +28,7 @@ import numpy.typing as npt
 from onnx import TensorProto, helper
 
 from twotower.export.config import IndexConfig
-from twotower.export.graphs import IR_VERSION, OPSETS
-from twotower.export.id_nodes import constant
+from twotower.export.id_nodes import IR_VERSION, OPSETS, constant
 from twotower.export.manifest import IndexSpec
 from twotower.export.search import FAISS_FILE, FAISS_KINDS, cut_vectors
 

@@ -36,6 +36,7 @@ from twotower.files import atomic_directory, write_json
 
 SAME = ("query.onnx", "query.weights", "item.onnx", "item.weights", "job.json")
 ROWS_A_BLOCK = 1 << 16
+SAME_SHARE = 0.8
 Report = Callable[[str, float], None]
 
 
@@ -87,8 +88,9 @@ def update_bundle(
         _write_items(source.path / "items.parquet", keep, new, order, partial / "items.parquet")
         report(f"{m.index.kind} index", 0.5)
         config = index_settings(source)
-        trained = source.path / FAISS_FILE
-        build_index(partial, m.index, config, trained if m.index.kind in ("pq", "ivf") else None)
+        # Centroids of items that are mostly the same still fit.
+        same = m.index.kind in ("pq", "ivf") and len(keep) >= SAME_SHARE * len(ids)
+        build_index(partial, m.index, config, source.path / FAISS_FILE if same else None)
         report("golden queries", 0.9)
         recall = _write_golden(source, partial)
         seal(partial, replace(
