@@ -235,6 +235,11 @@ def _write_faiss(
             "hnsw": f"HNSW{config.m},SQ8",
         }
         index = faiss.index_factory(width, recipe[spec.kind], faiss.METRIC_INNER_PRODUCT)
+        # faiss remarks on few items a centroid, on stderr.
+        if spec.kind == "pq":
+            index.pq.cp.min_points_per_centroid = 1
+        elif spec.kind == "ivf":
+            index.cp.min_points_per_centroid = 1
     threads = faiss.omp_get_max_threads()
     try:
         if spec.kind == "hnsw":
@@ -242,9 +247,9 @@ def _write_faiss(
             # Threads would link items in an order of chance, and give other bytes every time.
             faiss.omp_set_num_threads(1)
         if not index.is_trained:
-            sample = np.linspace(0, n - 1, min(n, TRAINED_ON)).astype(np.int64)
-            # Its remark on few items goes to stderr: centroids are then fewer than they could be.
-            index.train(_cut(item_ND[sample], spec))
+            # At least the 16 centroids of a code, of a catalogue of fewer some twice.
+            size = max(16, min(n, TRAINED_ON))
+            index.train(_cut(item_ND[np.linspace(0, n - 1, size).astype(np.int64)], spec))
         for rows in _blocks(n):
             index.add(_cut(item_ND[rows], spec))
         faiss.write_index(index, str(path))
