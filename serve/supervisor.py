@@ -114,7 +114,7 @@ def _print_endpoints(server: TritonServer, seconds: float) -> None:
         "gRPC": server.grpc_url,
         "HTTP": f"http://{server.http_url}/v2/models/{MODEL}",
         "metrics": server.metrics_url,
-        "golden queries": f"{len(server.golden)} answered as by eager PyTorch, in {seconds:.1f} s",
+        "golden queries": f"{len(server.golden)} answered as at the export, in {seconds:.1f} s",
         "log": str(server.log),
     }.items():
         out.add_row(name, value)

@@ -118,7 +118,10 @@ BAD = {
         lambda t: changed(t, price=[1.0, float("nan"), 2.0]), [],
         "column 'price': row 2: not a finite number",
     ),
-    "null id": (lambda t: changed(t, item_id=["a", None, "b"]), [], "column 'item_id': row 2: the id is null"),
+    "null id": (
+        lambda t: changed(t, item_id=["a", None, "b"]), [],
+        "column 'item_id': row 2: the id is null",
+    ),
     "no row": (lambda t: t.slice(0, 0), [], "holds no row"),
     "unknown": (lambda t: t, ["nobody"], "item 'nobody' is not in the catalogue"),
     "both": (

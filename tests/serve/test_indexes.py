@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +25,7 @@ def exported(run, folder, index: IndexConfig):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["int8", "pq", "ivf", "hnsw"])
+@pytest.mark.parametrize("kind", ["int8", "pq", "hnsw"])
 def test_a_server_answers_with_the_bundles_index(kind, finished_run, tmp_path) -> None:
     bundle = exported(finished_run, tmp_path, IndexConfig(kind=kind))
     assert bundle.manifest.index.recall > 0.95
@@ -38,11 +37,6 @@ def test_a_server_answers_with_the_bundles_index(kind, finished_run, tmp_path) -
             less = client.recommend(GOOD, k=5, exclude=best.item_ids[:5])
             assert set(less.item_ids) & set(best.item_ids[:5]) == set()
             assert len(client.recommend(GOOD, k=300).item_ids) == 300
-    vectors, ids = np.load(bundle.path / "item_vectors.npy"), np.load(bundle.path / "item_ids.npy")
-    place = {i.decode(): row for row, i in enumerate(ids)}
-    chosen = vectors[[place[i] for i in best.item_ids]]
-    assert (np.diff(best.scores) <= 0).all()
-    assert len(chosen) == 10
 
 
 @pytest.mark.parametrize("kind", ["exact", "ivf"])
