@@ -19,7 +19,10 @@ bundle holds no pickle: a serving host reads it with numpy.
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,7 +33,7 @@ import numpy.typing as npt
 from twotower.errors import UserError
 from twotower.export.manifest import MANIFEST, REMEDY, Manifest, digest, read_manifest, render
 from twotower.export.signature import SIGNATURE, check_signature, read_private_key, sign
-from twotower.files import sha256_file
+from twotower.files import atomic_directory, only_writer, sha256_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,28 @@ class Bundle:
     def golden(self) -> list[Golden]:
         """Read the golden queries."""
         return [Golden(**g) for g in json.loads((self.path / "golden.json").read_text())]
+
+
+@contextmanager
+def next_bundle(bundles: Path) -> Iterator[tuple[int, Path]]:
+    """Yield the next version's number and a directory that becomes it when the block ends.
+
+    Raises:
+        UserError: while another process makes one here.
+        OSError: naming the bundle, for instance when the disk is full; nothing of it is left.
+    """
+    with only_writer(bundles):
+        number = max(bundle_versions(bundles), default=0) + 1
+        final = bundles / str(number)
+        try:
+            with atomic_directory(final) as partial:
+                yield number, partial
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            # What writes may name no file, as NumPy does.
+            reason = error.strerror or str(error)
+            raise OSError(error.errno or errno.EIO, reason, str(final)) from None
 
 
 def seal(directory: Path, manifest: Manifest, sign_with: str | None = None) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
-from twotower.export.bundle import Bundle, bundle_versions, read_bundle, seal
+from twotower.export.bundle import Bundle, next_bundle, read_bundle, seal
 from twotower.export.config import ExportConfig
 from twotower.export.golden import answered, index_recall, onnx_answers
 from twotower.export.graphs import raw_graph, save_graph
@@ -35,7 +35,7 @@ from twotower.export.parity import (
 )
 from twotower.export.search import exact_top_k, open_search
 from twotower.export.signature import read_private_key
-from twotower.files import atomic_directory, write_json
+from twotower.files import write_json
 from twotower.towers.catalogue import catalogue_vectors
 from twotower.train.checkpoint.towers import load_towers
 
@@ -78,9 +78,8 @@ def export(
         read_private_key(config.sign_with)  # a wrong one is said before the work
     progress("loading the checkpoint")
     model, encoder = load_towers(train_directory), data.encoder
-    number = max(bundle_versions(bundles), default=0) + 1
     query, item = (encoder.specs(data.config, side) for side in ("query", "item"))
-    with atomic_directory(bundles / str(number)) as partial:
+    with next_bundle(bundles) as (number, partial):
         progress("item vectors")
         vectors = catalogue_vectors(
             model.item_vectors, BatchBuilder(data), torch.device("cpu"), batch_size=8192

@@ -19,7 +19,9 @@ Shape legend: `B` batch, `D` width of a vector, `W` of it searched, `N` items, `
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def build_index(
         write_int8(folder, item_ND, spec)
     elif lossy:
         searched = CUT
-        cut_NW = _created(folder / CUT, np.float32, (len(item_ND), spec.width))
+        cut_NW = created(folder / CUT, np.float32, (len(item_ND), spec.width))
         for rows in _blocks(len(item_ND)):
             cut_NW[rows] = cut_vectors(item_ND[rows], spec.width, bool(spec.bias))
         cut_NW.flush()
@@ -101,8 +103,8 @@ def build_index(
 
 def write_int8(folder: Path, item_ND: F32, spec: IndexSpec) -> None:
     """Write the vectors in int8 (W, N), and a scale (N,) each: a row's largest becomes 127."""
-    code_WN = _created(folder / CODES, np.int8, (spec.width, len(item_ND)))
-    scale_N = _created(folder / SCALES, np.float32, (len(item_ND),))
+    code_WN = created(folder / CODES, np.int8, (spec.width, len(item_ND)))
+    scale_N = created(folder / SCALES, np.float32, (len(item_ND),))
     for rows in _blocks(len(item_ND)):
         cut_RW = cut_vectors(item_ND[rows], spec.width, bool(spec.bias))
         scale_R = np.abs(cut_RW).max(axis=1) / np.float32(ITEM_MAX)
@@ -113,8 +115,16 @@ def write_int8(folder: Path, item_ND: F32, spec: IndexSpec) -> None:
     scale_N.flush()
 
 
-def _created(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+def created(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """Return an array in a new `.npy` file, whose bytes the disk has: writing cannot fail later.
+
+    Raises:
+        OSError: when the disk has not.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with path.open("r+b") as handle:
+        os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _blocks(n: int) -> list[slice]:
@@ -252,7 +262,11 @@ def _write_faiss(
             index.train(_cut(item_ND[np.linspace(0, n - 1, size).astype(np.int64)], spec))
         for rows in _blocks(n):
             index.add(_cut(item_ND[rows], spec))
-        faiss.write_index(index, str(path))
+        try:
+            faiss.write_index(index, str(path))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise OSError(errno.EIO, reason, str(path)) from None
     finally:
         faiss.omp_set_num_threads(threads)
     return path.stat().st_size

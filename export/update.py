@@ -25,14 +25,14 @@ import pyarrow.parquet as pq
 from twotower.data.prepared import data_config
 from twotower.data.schema import DataConfig
 from twotower.errors import UserError
-from twotower.export.bundle import Bundle, bundle_versions, read_bundle, seal
+from twotower.export.bundle import Bundle, next_bundle, read_bundle, seal
 from twotower.export.config import IndexConfig
 from twotower.export.golden import answered, index_recall, onnx_answers
-from twotower.export.index import VECTORS, build_index
+from twotower.export.index import VECTORS, build_index, created
 from twotower.export.new_items import NewItems, item_vectors, read_items
 from twotower.export.search import FAISS_FILE, exact_top_k, open_search
 from twotower.export.signature import SIGNATURE
-from twotower.files import atomic_directory, write_json
+from twotower.files import write_json
 
 SAME = ("query.onnx", "query.weights", "item.onnx", "item.weights", "job.json")
 ROWS_A_BLOCK = 1 << 16
@@ -70,8 +70,7 @@ def update_bundle(
     if not len(keep) + len(new_ids):
         raise UserError(f"{source.path}: nothing would be left of the catalogue: remove fewer")
     parent = source.path.resolve().parent
-    number = max(bundle_versions(parent)) + 1
-    with atomic_directory(parent / str(number)) as partial:
+    with next_bundle(parent) as (number, partial):
         for name in SAME:
             if name in m.files:
                 _link(source.path / name, partial / name)
@@ -157,9 +156,7 @@ def _write_vectors(
 ) -> None:  # fmt: skip
     """Write kept and new vectors (N, D) in the order of their ids."""
     old = np.load(source, mmap_mode="r", allow_pickle=False)
-    out_ND = np.lib.format.open_memmap(
-        target, mode="w+", dtype=np.float32, shape=(len(order), old.shape[1])
-    )
+    out_ND = created(target, np.float32, (len(order), old.shape[1]))
     for start in range(0, len(order), ROWS_A_BLOCK):
         place = order[start : start + ROWS_A_BLOCK]
         is_new = place >= len(keep)

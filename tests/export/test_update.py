@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -145,6 +147,35 @@ def test_items_that_do_not_fit_are_refused(name, bundles, items, tmp_path) -> No
             read_bundle(bundles / "1"), tmp_path / "items.parquet", remove, None, lambda *_: None
         )
     assert [p.name for p in bundles.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("kind", ["exact", "hnsw"])
+def test_a_disk_that_fills_leaves_the_bundle_as_it_was(kind, bundles, items, tmp_path) -> None:
+    before = {p.name: p.read_bytes() for p in (bundles / "1").iterdir()}
+    pq.write_table(changed(items.slice(0, 1), item_id=["x"]), tmp_path / "items.parquet")
+    # Less than the vectors of 301 items; or room for them, and less for index and golden queries.
+    script = (
+        "import resource, dataclasses\n"
+        "from pathlib import Path\n"
+        "from twotower.export.bundle import read_bundle\n"
+        "from twotower.export.update import update_bundle\n"
+        "bundle = read_bundle(Path('bundles/1'))\n"
+        f"index = dataclasses.replace(bundle.manifest.index, kind='{kind}')\n"
+        "manifest = dataclasses.replace(bundle.manifest, index=index)\n"
+        "bundle = dataclasses.replace(bundle, manifest=manifest)\n"
+        f"size = {80_000 if kind == 'hnsw' else 30_000}\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))\n"
+        "try:\n"
+        "    update_bundle(bundle, Path('items.parquet'), [], None, lambda *_: None)\n"
+        "except OSError as error:\n"
+        "    print('refused:', error.filename)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "refused: " in done.stdout, done.stdout + done.stderr
+    assert [p.name for p in bundles.iterdir()] == ["1"]
+    assert {p.name: p.read_bytes() for p in (bundles / "1").iterdir()} == before
 
 
 def refused(done, words: str) -> None:
