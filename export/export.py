@@ -26,14 +26,14 @@ from twotower.export.golden import answered, index_recall, onnx_answers
 from twotower.export.graphs import raw_graph, save_graph
 from twotower.export.index import VECTORS, build_index, index_spec
 from twotower.export.manifest import Manifest
-from twotower.export.new_items import check_vectors
+from twotower.export.new_items import check_vectors, id_array
 from twotower.export.parity import (
     check_answers,
     check_item_graph,
     eager_answers,
     golden_rows,
 )
-from twotower.export.search import exact_top_k, open_search
+from twotower.export.search import FAISS_KINDS, exact_top_k, open_search
 from twotower.export.signature import read_private_key
 from twotower.files import write_json
 from twotower.towers.catalogue import catalogue_vectors
@@ -87,7 +87,9 @@ def export(
         check_vectors(vectors, data.items["id"])
         np.save(partial / VECTORS, np.ascontiguousarray(vectors, np.float32))
         ids = data.items["id"]
-        np.save(partial / "item_ids.npy", _id_array(ids), allow_pickle=False)
+        id_dtype = "int64" if pa.types.is_int64(ids.type) else "string"
+        catalogue = ids.to_pylist()
+        np.save(partial / "item_ids.npy", id_array(catalogue, id_dtype), allow_pickle=False)
         _write_items(data, partial / "items.parquet")
         for side, specs in (("query", query), ("item", item)):
             progress(f"{side} graph")
@@ -99,7 +101,7 @@ def export(
         progress("parity")
         rows = golden_rows(data, query, config.golden_queries, seed)
         k = min(config.golden_k, len(vectors))
-        golden, catalogue = eager_answers(model, encoder, vectors, data, rows, k), ids.to_pylist()
+        golden = eager_answers(model, encoder, vectors, data, rows, k)
         lossy = not spec.is_exact(vectors.shape[1])
         exact = functools.partial(exact_top_k, vectors) if lossy else search
         answers = onnx_answers(partial, query, golden, catalogue, k, exact)
@@ -121,10 +123,10 @@ def export(
             fingerprint=fingerprint,
             query=query,
             item=item,
-            item_id_dtype="int64" if pa.types.is_int64(ids.type) else "string",
+            item_id_dtype=id_dtype,
             num_items=len(vectors),
             dim=vectors.shape[1],
-            versions={n: version(n) for n in LIBRARIES} | {"python": platform.python_version()},
+            versions=_versions(spec.kind),
             metrics=metrics,
             parity=parity,
             index=spec,
@@ -132,10 +134,9 @@ def export(
     return read_bundle(bundles / str(number), verify=False)
 
 
-def _id_array(ids: pa.ChunkedArray) -> np.ndarray[Any, Any]:
-    if pa.types.is_int64(ids.type):
-        return np.asarray(ids.to_numpy())
-    return np.array([value.encode() for value in ids.to_pylist()])
+def _versions(index: str) -> dict[str, str]:
+    names = (*LIBRARIES, "faiss-cpu") if index in FAISS_KINDS else LIBRARIES
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
 def _write_items(data: PreparedDataset, path: Path) -> None:

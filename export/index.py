@@ -78,7 +78,7 @@ def build_index(
     elif lossy:
         searched = CUT
         cut_NW = created(folder / CUT, np.float32, (len(item_ND), spec.width))
-        for rows in _blocks(len(item_ND)):
+        for rows in blocks(len(item_ND)):
             cut_NW[rows] = cut_vectors(item_ND[rows], spec.width, bool(spec.bias))
         cut_NW.flush()
     vector = "vector"
@@ -105,7 +105,7 @@ def write_int8(folder: Path, item_ND: F32, spec: IndexSpec) -> None:
     """Write the vectors in int8 (W, N), and a scale (N,) each: a row's largest becomes 127."""
     code_WN = created(folder / CODES, np.int8, (spec.width, len(item_ND)))
     scale_N = created(folder / SCALES, np.float32, (len(item_ND),))
-    for rows in _blocks(len(item_ND)):
+    for rows in blocks(len(item_ND)):
         cut_RW = cut_vectors(item_ND[rows], spec.width, bool(spec.bias))
         scale_R = np.abs(cut_RW).max(axis=1) / np.float32(ITEM_MAX)
         scale_R[scale_R == 0] = 1
@@ -127,7 +127,8 @@ def created(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
     return array
 
 
-def _blocks(n: int) -> list[slice]:
+def blocks(n: int) -> list[slice]:
+    """Return slices that go through N rows without holding many of them."""
     return [slice(at, min(n, at + ROWS_A_BLOCK)) for at in range(0, n, ROWS_A_BLOCK)]
 
 
@@ -260,7 +261,7 @@ def _write_faiss(
             # At least the 16 centroids of a code, of a catalogue of fewer some twice.
             size = max(16, min(n, TRAINED_ON))
             index.train(_cut(item_ND[np.linspace(0, n - 1, size).astype(np.int64)], spec))
-        for rows in _blocks(n):
+        for rows in blocks(n):
             index.add(_cut(item_ND[rows], spec))
         try:
             faiss.write_index(index, str(path))

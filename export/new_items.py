@@ -5,7 +5,7 @@ Shape legend: `M` rows of the table, `D` width of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,13 @@ def _as(raw: pa.Array, spec: TensorSpec, spot: Spot) -> pa.Array:
         flat = _typed(raw.flatten(), spec.dtype, spot)
         return pa.ListArray.from_arrays(raw.offsets, flat).cast(arrow_type(spec))
     return _typed(raw, spec.dtype, spot)
+
+
+def id_array(ids: Sequence[Any], dtype: str) -> npt.NDArray[Any]:
+    """Return raw ids as `item_ids.npy` holds them."""
+    if dtype == "int64":
+        return np.array(ids, np.int64)
+    return np.array([value.encode() for value in ids], np.bytes_)
 
 
 def item_vectors(

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,14 +26,13 @@ from twotower.errors import UserError
 from twotower.export.bundle import Bundle, next_bundle, read_bundle, seal
 from twotower.export.config import IndexConfig
 from twotower.export.golden import answered, index_recall, onnx_answers
-from twotower.export.index import VECTORS, build_index, created
-from twotower.export.new_items import NewItems, item_vectors, read_items
+from twotower.export.index import VECTORS, blocks, build_index, created
+from twotower.export.new_items import NewItems, id_array, item_vectors, read_items
 from twotower.export.search import FAISS_FILE, exact_top_k, open_search
 from twotower.export.signature import SIGNATURE
-from twotower.files import write_json
+from twotower.files import link_or_copy, write_json
 
 SAME = ("query.onnx", "query.weights", "item.onnx", "item.weights", "job.json")
-ROWS_A_BLOCK = 1 << 16
 SAME_SHARE = 0.8
 Report = Callable[[str, float], None]
 
@@ -73,7 +70,7 @@ def update_bundle(
     with next_bundle(parent) as (number, partial):
         for name in SAME:
             if name in m.files:
-                _link(source.path / name, partial / name)
+                link_or_copy(source.path / name, partial / name)
         new_MD = np.empty((0, m.dim), np.float32)
         if new is not None:
             new_MD = item_vectors(
@@ -119,13 +116,6 @@ def _data(bundle: Bundle, job: dict[str, Any]) -> DataConfig:
     return data_config(job["data"])
 
 
-def id_array(ids: Sequence[Any], dtype: str) -> npt.NDArray[Any]:
-    """Return raw ids as `item_ids.npy` holds them."""
-    if dtype == "int64":
-        return np.array(ids, np.int64)
-    return np.array([value.encode() for value in ids], np.bytes_)
-
-
 def _kept(
     old: npt.NDArray[Any], new: npt.NDArray[Any], remove: Sequence[Any], dtype: str
 ) -> npt.NDArray[np.int64]:
@@ -143,13 +133,6 @@ def _kept(
     return np.flatnonzero(~np.isin(old, new) & ~np.isin(old, gone))
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
-
-
 def _write_vectors(
     source: Path, keep: npt.NDArray[np.int64], new_MD: npt.NDArray[np.float32],
     order: npt.NDArray[np.int64], target: Path,
@@ -157,10 +140,9 @@ def _write_vectors(
     """Write kept and new vectors (N, D) in the order of their ids."""
     old = np.load(source, mmap_mode="r", allow_pickle=False)
     out_ND = created(target, np.float32, (len(order), old.shape[1]))
-    for start in range(0, len(order), ROWS_A_BLOCK):
-        place = order[start : start + ROWS_A_BLOCK]
+    for rows in blocks(len(order)):
+        place, block = order[rows], out_ND[rows]
         is_new = place >= len(keep)
-        block = out_ND[start : start + ROWS_A_BLOCK]
         block[~is_new] = old[keep[place[~is_new]]]
         block[is_new] = new_MD[place[is_new] - len(keep)]
     out_ND.flush()

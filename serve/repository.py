@@ -21,7 +21,7 @@ from typing import Any
 from twotower.data.schema import TensorSpec
 from twotower.export import search
 from twotower.export.bundle import Bundle
-from twotower.files import atomic_directory
+from twotower.files import atomic_directory, link_or_copy
 from twotower.serve.config import MODEL, ServeConfig
 
 TARGET = "cpu"
@@ -47,7 +47,7 @@ def render_repository(
     with atomic_directory(model / version) as partial:
         for name in ("manifest.json", *bundle.manifest.files):
             if name not in LEFT_OUT:
-                _link(bundle.path / name, partial / name)
+                link_or_copy(bundle.path / name, partial / name)
         for source in (Path(__file__).with_name("model.py"), Path(str(search.__file__))):
             shutil.copy2(source, partial / source.name)
             # The stub writes what is compiled if it is not there, which would look like a change
@@ -64,13 +64,6 @@ def render_repository(
     temporary = target.with_suffix(".partial")
     temporary.write_text(text)
     os.replace(temporary, target)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
 
 
 def schema_of(bundle: Bundle, config: ServeConfig) -> dict[str, Any]:
