@@ -15,6 +15,7 @@ to benchmarks/results/index.json.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -28,7 +29,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from measure import ROOT, measure, write_result
+from measure import RESULTS, ROOT, measure, write_result
 
 from twotower.export.bundle import read_bundle
 from twotower.export.compare import measure_indexes
@@ -80,7 +81,8 @@ def update_times(items: int, added: int) -> list[dict[str, Any]]:
     results = []
     with TemporaryDirectory(prefix="twotower-") as work:
         folder = Path(work)
-        measure([*command, "demo-log", "--output=log"], cwd=folder)
+        small = ["--users=600", "--items=2000", "--events=12000"]
+        measure([*command, "demo-log", "--output=log", *small], cwd=folder)
         for name, rows in (("grown", items), ("new", added)):
             pq.write_table(grown_items(folder / "log", rows, name), folder / f"{name}.parquet")
         job = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--data.root=log",
@@ -114,15 +116,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--added", type=int, default=1000)
+    parser.add_argument(
+        "--updates", action="store_true", help="Measure these alone; the rest as it was written."
+    )
     options = parser.parse_args()
     load = psutil.getloadavg()[0]
     started = time.monotonic()
-    indexes = index_table(options.items)
+    if options.updates:
+        indexes = json.loads((RESULTS / "index.json").read_text())["indexes"]
+    else:
+        indexes = index_table(options.items)
     updates = update_times(options.items, options.added)
     table(
         f"{options.items:,} x {WIDTH}, {QUERIES} queries",
-        ["kind", ">rescored", f">recall@{K}", ">bytes an item", ">queries a second", ">ms, 1",
-         ">build"],
+        ["kind", ">rescored", f">recall@{K}", ">bytes", ">queries/s", ">ms, 1", ">build"],
         [[c["kind"], c["rescore"], f"{c['recall']:.4f}", f"{c['bytes_an_item']:.0f}",
           f"{c['queries_s']:,.0f}", f"{c['latency_ms'][1]:.2f}", f"{c['build_s']:.0f} s"]
          for c in indexes],

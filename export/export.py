@@ -22,7 +22,7 @@ from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
 from twotower.export.bundle import Bundle, next_bundle, read_bundle, seal
 from twotower.export.config import ExportConfig
-from twotower.export.golden import answered, index_recall, onnx_answers
+from twotower.export.golden import TOGETHER, answered, index_recall, onnx_answers
 from twotower.export.graphs import raw_graph, save_graph
 from twotower.export.index import VECTORS, build_index, index_spec
 from twotower.export.manifest import Manifest
@@ -104,7 +104,7 @@ def export(
         golden = eager_answers(model, encoder, vectors, data, rows, k)
         lossy = not spec.is_exact(vectors.shape[1])
         exact = functools.partial(exact_top_k, vectors) if lossy else search
-        answers = onnx_answers(partial, query, golden, catalogue, k, exact)
+        answers = onnx_answers(partial, query, golden, catalogue, k, exact, TOGETHER)
         parity = {
             "scores": check_answers(golden, answers, config.tolerance, "ONNX Runtime"),
             "item_vectors": check_item_graph(partial, item, data, vectors, config.tolerance),

@@ -16,6 +16,8 @@ from twotower.export.bundle import Golden
 
 Row = dict[str, Any]
 Answer = tuple[list[Any], list[float]]
+# Of a million items, more queries at once would take more memory and no less time.
+TOGETHER = 32
 Search = Callable[[npt.NDArray[np.float32], int], Any]
 
 
@@ -50,7 +52,7 @@ def session(path: Path) -> ort.InferenceSession:
 
 def onnx_answers(
     bundle: Path, specs: Sequence[TensorSpec], golden: Sequence[Golden], ids: list[Any], k: int,
-    search: Search,
+    search: Search, together: int = 1,
 ) -> list[Answer]:  # fmt: skip
     """Answer golden queries with the bundle's query graph in ONNX Runtime, and a search.
 
@@ -61,16 +63,21 @@ def onnx_answers(
         ids: of the catalogue, in row order.
         k: most answers a query.
         search: from vectors (B, D) and a number to scores and rows, best first.
+        together: queries in a search, which all get what the one with most exclusions needs: of a
+            lossy search, other answers than alone.
     """
     tensors = raw_tensors(specs, [g.features for g in golden])
     (vector,) = session(bundle / "query.onnx").run(["vector"], tensors)
     answers: list[Answer] = []
-    for query, g in zip(vector, golden, strict=True):
-        excluded = set(g.exclude)
-        scores, rows = search(query[None], min(len(ids), k + len(excluded)))
-        best = [(ids[r], float(s)) for r, s in zip(rows[0], scores[0], strict=True)]
-        best = [(i, s) for i, s in best if i not in excluded][:k]
-        answers.append(([i for i, _ in best], [s for _, s in best]))
+    for start in range(0, len(golden), together):
+        part = golden[start : start + together]
+        most = min(len(ids), k + max(len(set(g.exclude)) for g in part))
+        found = search(vector[start : start + together], most)
+        for scores, rows, g in zip(*found, part, strict=True):
+            excluded = set(g.exclude)
+            best = [(ids[r], float(s)) for r, s in zip(rows, scores, strict=True)]
+            best = [(i, s) for i, s in best if i not in excluded][:k]
+            answers.append(([i for i, _ in best], [s for _, s in best]))
     return answers
 
 

@@ -21,6 +21,7 @@ FAISS_FILE = "index.faiss"
 FAISS_KINDS = ("pq", "ivf", "hnsw")
 # Of the catalogue as candidates: beyond, reading all of it is as fast, and misses nothing.
 EXACT_SHARE = 0.25
+ROWS_A_BLOCK = 1 << 16
 F32 = npt.NDArray[np.float32]
 Found = tuple[F32, npt.NDArray[np.int64]]
 
@@ -36,10 +37,22 @@ def cut_vectors(vector_BD: F32, width: int, bias: bool) -> F32:
 
 
 def exact_top_k(item_ND: F32, vector_BD: F32, k: int) -> Found:
-    """Return the best scores and their rows (B, K), best first, a query after the other."""
-    found = [_best(item_ND @ vector_D, k) for vector_D in vector_BD]
-    scores, rows = zip(*found, strict=True)
-    return np.stack(scores), np.stack(rows)
+    """Return the best scores and their rows (B, K), best first; k is at most N."""
+    none = np.empty(0, np.float32), np.empty(0, np.int64)
+    best: list[Found] = [none] * len(vector_BD)
+    for start in range(0, len(item_ND), ROWS_A_BLOCK):
+        score_BR = vector_BD @ item_ND[start : start + ROWS_A_BLOCK].T
+        for i, score_R in enumerate(score_BR):
+            scores, rows = best[i]
+            # Of a later block, few are better than the worst of k.
+            near = (
+                np.arange(len(score_R)) if len(rows) < k else np.flatnonzero(score_R > scores[-1])
+            )
+            scores = np.concatenate([scores, score_R[near]])
+            rows = np.concatenate([rows, near + start])
+            kept_scores, kept = _best(scores, k)
+            best[i] = kept_scores, rows[kept]
+    return np.stack([scores for scores, _ in best]), np.stack([rows for _, rows in best])
 
 
 def _best(score_N: F32, k: int) -> Found:

@@ -25,7 +25,7 @@ from twotower.data.schema import DataConfig
 from twotower.errors import UserError
 from twotower.export.bundle import Bundle, next_bundle, read_bundle, seal
 from twotower.export.config import IndexConfig
-from twotower.export.golden import answered, index_recall, onnx_answers
+from twotower.export.golden import TOGETHER, answered, index_recall, onnx_answers
 from twotower.export.index import VECTORS, blocks, build_index, created
 from twotower.export.new_items import NewItems, id_array, item_vectors, read_items
 from twotower.export.search import FAISS_FILE, exact_top_k, open_search
@@ -179,7 +179,7 @@ def _write_golden(source: Bundle, target: Path) -> float:
     ids = [i.decode() if text else int(i) for i in np.load(target / "item_ids.npy")]
 
     exact = functools.partial(exact_top_k, vectors)
-    golden = answered(golden, onnx_answers(target, m.query, golden, ids, k, exact))
+    golden = answered(golden, onnx_answers(target, m.query, golden, ids, k, exact, TOGETHER))
     recall = 1.0
     if not m.index.is_exact(m.dim):
         search = open_search(target, asdict(m.index)).search
