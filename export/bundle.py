@@ -4,73 +4,36 @@
       manifest.json      `Manifest`: tensors, versions, metrics, SHA-256 of every other file
       query.onnx         raw query features -> `vector` (B, D), unit length; vocabularies inside
       item.onnx          raw item features -> `vector` (B, D)
-      index.onnx         `vector` (B, D), `k` (1) -> `scores` (B, K), `rows` (B, K)
+      index.onnx         `vector` (B, D), `k` (1) -> `scores` (B, K), `rows` (B, K); or, of some
+                         kinds, index.faiss: see `twotower.export.index`
       item_vectors.npy   (N, D) float32; `index.onnx` reads it as its external data
       item_ids.npy       (N,) int64, or UTF-8 bytes; ascending, so a row is found by bisection
       items.parquet      the display columns and the training count of each item, in row order
       golden.json        `Golden` queries with the answers that eager PyTorch gave
       job.json           the job that made it
+      manifest.sig       optional: `twotower.export.signature`
 
-Needs neither torch nor onnx, and holds no pickle: a serving host reads it with numpy.
+The same checkpoint and settings give the same bytes. The reader needs neither torch nor onnx, and a
+bundle holds no pickle: a serving host reads it with numpy.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
-from twotower.files import sha256_file
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-REMEDY = "make it again with `twotower export`, or copy it whole"
-REQUIRED = (
-    "query.onnx", "item.onnx", "index.onnx", "item_vectors.npy", "item_ids.npy", "golden.json",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a bundle says of itself."""
-
-    version: int
-    """The bundle's number, also its Triton version; grows with every export."""
-    name: str
-    """The job's name."""
-    created: str
-    """ISO time, UTC."""
-    fingerprint: str
-    """Of the inputs that it was made from."""
-    query: list[TensorSpec]
-    """Raw tensors of a query, in the order of `query.onnx`."""
-    item: list[TensorSpec]
-    """Raw tensors of an item, in the order of `item.onnx`."""
-    item_id_dtype: str
-    """string or int64."""
-    num_items: int
-    """N, rows of the catalogue."""
-    dim: int
-    """D, width of a vector."""
-    versions: dict[str, str]
-    """Of the libraries that made it."""
-    metrics: dict[str, float]
-    """Of the test split, empty when it was not evaluated."""
-    parity: dict[str, float]
-    """Largest difference seen between eager PyTorch and ONNX Runtime."""
-    format: int = FORMAT
-    """Of the bundle; a reader refuses a newer one."""
-    files: dict[str, str] = field(default_factory=dict)
-    """Path -> SHA-256 of every file but the manifest."""
-    sha256: str = ""
-    """Of the rest of the manifest, as JSON without spaces and with sorted keys."""
+from twotower.export.manifest import MANIFEST, REMEDY, Manifest, digest, read_manifest, render
+from twotower.export.signature import SIGNATURE, check_signature, read_private_key, sign
+from twotower.files import atomic_directory, only_writer, sha256_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,75 +62,53 @@ class Bundle:
         return [Golden(**g) for g in json.loads((self.path / "golden.json").read_text())]
 
 
-def seal(directory: Path, manifest: Manifest) -> None:
-    """Hash every file under `directory` and write the manifest last."""
+@contextmanager
+def next_bundle(bundles: Path) -> Iterator[tuple[int, Path]]:
+    """Yield the next version's number and a directory that becomes it when the block ends.
+
+    Raises:
+        UserError: while another process makes one here.
+        OSError: naming the bundle, for instance when the disk is full; nothing of it is left.
+    """
+    with only_writer(bundles):
+        number = max(bundle_versions(bundles), default=0) + 1
+        final = bundles / str(number)
+        try:
+            with atomic_directory(final) as partial:
+                yield number, partial
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            # What writes may name no file, as NumPy does.
+            reason = error.strerror or str(error)
+            raise OSError(error.errno or errno.EIO, reason, str(final)) from None
+
+
+def seal(directory: Path, manifest: Manifest, sign_with: str | None = None) -> None:
+    """Hash every file under `directory`, write the manifest last, and sign it.
+
+    Raises:
+        UserError: for a key that is none.
+    """
     files = {
-        str(p.relative_to(directory)): sha256_file(p)
+        p.relative_to(directory).as_posix(): sha256_file(p)
         for p in sorted(directory.rglob("*"))
         if p.is_file() and p.name != MANIFEST
     }
     raw = asdict(manifest) | {"files": files}
-    (directory / MANIFEST).write_bytes(_render(raw | {"sha256": _digest(raw)}))
+    content = render(raw | {"sha256": digest(raw)})
+    if sign_with is not None:
+        (directory / SIGNATURE).write_bytes(sign(content, read_private_key(sign_with)))
+    (directory / MANIFEST).write_bytes(content)
 
 
-def _render(raw: dict[str, Any]) -> bytes:
-    return (json.dumps(raw, indent=2, allow_nan=False) + "\n").encode()
-
-
-def _digest(raw: dict[str, Any]) -> str:
-    rest = {key: value for key, value in raw.items() if key != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_manifest(content: bytes) -> Manifest:
-    """Return the manifest whose bytes are given.
-
-    Raises:
-        UserError: unless they are, byte by byte, what `seal` wrote.
-    """
-    try:
-        raw = json.loads(content.decode())
-        if raw["format"] > FORMAT:
-            raise UserError(
-                f"bundle format {raw['format']} is newer than this twotower reads ({FORMAT}): "
-                "upgrade twotower on this host"
-            )
-        # Equal values can be spelt in several ways, of which one was written.
-        if raw["sha256"] != _digest(raw) or content != _render(raw):
-            raise UserError(f"does not match its own SHA-256 (changed): {REMEDY}")
-        specs = {side: [TensorSpec(**s) for s in raw[side]] for side in ("query", "item")}
-        manifest = Manifest(**(raw | specs))
-        for checked in (manifest, *manifest.query, *manifest.item):
-            _check_types(checked)
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"no bundle's manifest, or damaged ({error}): {REMEDY}") from None
-    for name in REQUIRED:
-        if name not in manifest.files:
-            raise UserError(f"lists no '{name}': {REMEDY}")
-    return manifest
-
-
-def _check_types(value: Any) -> None:
-    """Refuse a field that is not of its type, which a manifest of another writer may hold."""
-    for name, hint in get_type_hints(type(value)).items():
-        found, inner = getattr(value, name), get_args(hint)
-        fits = isinstance(found, get_origin(hint) or hint) and not isinstance(found, bool)
-        if fits and isinstance(found, dict):
-            kind = (int, float) if inner[1] is float else inner[1]
-            fits = all(isinstance(entry, kind) for entry in found.values())
-        if not fits:
-            raise TypeError(f"{name} is {found!r}")
-
-
-def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
+def read_bundle(path: Path, *, verify: bool = True, signed_by: str | None = None) -> Bundle:
     """Open a bundle, refusing one that is damaged, incomplete, misnamed or of a newer format.
 
     Args:
         path: the bundle's directory.
         verify: also compare every file with its SHA-256.
+        signed_by: PEM file of the ed25519 public key by which it must be signed; None asks none.
 
     Raises:
         UserError: naming the file and the remedy.
@@ -175,11 +116,17 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
     if not path.is_dir():
         raise UserError(f"{path}: no bundle here: run `twotower export` first")
     try:
-        manifest = read_manifest((path / MANIFEST).read_bytes())
+        content = _own_file(path, MANIFEST).read_bytes()
     except FileNotFoundError:
         raise UserError(
             f"{path}: {MANIFEST} is missing, so this is no whole bundle: {REMEDY}"
         ) from None
+    try:
+        if signed_by is not None:
+            has = (path / SIGNATURE).is_file()
+            signature = _own_file(path, SIGNATURE).read_bytes() if has else None
+            check_signature(content, signature, signed_by)
+        manifest = read_manifest(content)
     except UserError as error:
         raise UserError(f"{path / MANIFEST}: {error}") from None
     if path.resolve().name != str(manifest.version):
@@ -187,16 +134,26 @@ def read_bundle(path: Path, *, verify: bool = True) -> Bundle:
             f"{path}: holds version {manifest.version}, but a bundle's directory is named by its "
             f"version: rename it to {manifest.version}"
         )
-    for name, digest in manifest.files.items():
-        file = path / name
-        if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
+    for name, expected in manifest.files.items():
+        file = _own_file(path, name)
+        if not file.is_file():
             raise UserError(f"{file}: missing from the bundle: {REMEDY}")
-        if verify and sha256_file(file) != digest:
+        if verify and sha256_file(file) != expected:
             raise UserError(
                 f"{file}: its bytes do not match the manifest's SHA-256 (truncated or changed): "
                 f"{REMEDY}"
             )
     return Bundle(path, manifest)
+
+
+def _own_file(bundle: Path, name: str) -> Path:
+    """Return a file of a bundle, refusing links: what they lead to is no part of it."""
+    file = bundle
+    for part in PurePosixPath(name).parts:
+        file = file / part
+        if file.is_symlink():
+            raise UserError(f"{file}: is a symbolic link, which no bundle holds: {REMEDY}")
+    return file
 
 
 def bundle_versions(directory: Path) -> list[int]:
@@ -219,6 +176,22 @@ def latest_bundle(directory: Path) -> Path:
     if not versions:
         raise UserError(f"{directory}: no bundle here yet: run `twotower export` first")
     return directory / str(versions[-1])
+
+
+def find_bundle(path: Path) -> Path:
+    """Return the bundle at `path`: itself, or the newest of a `bundles` folder or a run_dir.
+
+    Raises:
+        UserError: when there is none.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    for directory in (path, path / "bundles"):
+        if bundle_versions(directory):
+            return latest_bundle(directory)
+    raise UserError(
+        f"{path}: no bundle here: name one, a folder `bundles`, or the run_dir that holds it"
+    )
 
 
 def answer_difference(

@@ -2,9 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from twotower.errors import UserError
+from twotower.errors import UserError, one_of
+
+INDEX_KINDS = ("exact", "int8", "pq", "ivf", "hnsw")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """How the item vectors are searched."""
+
+    kind: str = "exact"
+    """exact, int8, pq, ivf or hnsw; `twotower index BUNDLE --compare` shows what each costs."""
+    width: int | None = None
+    """Coordinates that are searched, one of model.widths; all by default."""
+    rescore: int = 4
+    """Candidates a result that a lossy index finds; whole fp32 vectors then order them."""
+    codes: int | None = None
+    """pq: 4-bit codes an item, which must divide the width; as many as it by default."""
+    nlist: int | None = None
+    """ivf: cells that the items are divided into; twice the root of their number by default."""
+    nprobe: int = 64
+    """ivf: cells that a query searches."""
+    m: int = 32
+    """hnsw: links an item."""
+    ef_construction: int = 64
+    """hnsw: candidates for an item's links."""
+    ef_search: int = 256
+    """hnsw: candidates that a query follows at the least."""
+
+    def validate(self, widths: Sequence[int]) -> None:
+        """Refuse what no index can be.
+
+        Args:
+            widths: that the model's vectors may be cut to, their own included.
+
+        Raises:
+            UserError: naming the key.
+        """
+        one_of("export.index.kind", self.kind, INDEX_KINDS)
+        for name in ("rescore", "codes", "nlist", "nprobe", "ef_construction", "ef_search"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"export.index.{name} must be >= 1, got {value}")
+        if not 2 <= self.m <= 512:
+            raise UserError(f"export.index.m must be from 2 to 512, got {self.m}")
+        width = widths[-1] if self.width is None else self.width
+        if width not in widths:
+            raise UserError(
+                f"export.index.width must be one of model.widths or model.dim "
+                f"({', '.join(map(str, widths))}), got {width}: add it to model.widths and train"
+            )
+        if self.kind == "pq" and width % (self.codes or width):
+            raise UserError(
+                f"export.index.codes must divide the width that is searched ({width}), got "
+                f"{self.codes}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +72,21 @@ class ExportConfig:
     """Most queries kept in the bundle with their answers; every server must answer them."""
     golden_k: int = 10
     """Answers a golden query."""
+    index: IndexConfig = field(default_factory=IndexConfig)
+    """How the item vectors are searched."""
+    sign_with: str | None = None
+    """PEM file of the ed25519 private key that signs the bundle; none, for no signature."""
 
-    def validate(self) -> None:
-        """Refuse a gate that cannot close.
+    def validate(self, widths: Sequence[int]) -> None:
+        """Refuse a gate that cannot close, and an index that cannot be.
+
+        Args:
+            widths: that the model's vectors may be cut to, their own included.
 
         Raises:
             UserError: naming the key.
         """
+        self.index.validate(widths)
         if self.tolerance <= 0:
             raise UserError(f"export.tolerance must be > 0, got {self.tolerance}")
         for name in ("golden_queries", "golden_k"):

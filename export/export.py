@@ -5,9 +5,10 @@ twotower export --config JOB.yaml
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable
-from datetime import datetime, timezone
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,22 @@ import torch
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
-from twotower.export.bundle import Bundle, Manifest, bundle_versions, read_bundle, seal
+from twotower.export.bundle import Bundle, next_bundle, read_bundle, seal
 from twotower.export.config import ExportConfig
-from twotower.export.graphs import entry_tables, raw_graph, save_graph, write_index
+from twotower.export.golden import TOGETHER, answered, index_recall, onnx_answers
+from twotower.export.graphs import entry_tables, raw_graph, save_graph
+from twotower.export.index import VECTORS, build_index, index_spec
+from twotower.export.manifest import Manifest
+from twotower.export.new_items import check_vectors, id_array
 from twotower.export.parity import (
     check_answers,
     check_item_graph,
     eager_answers,
     golden_rows,
-    onnx_answers,
 )
-from twotower.files import atomic_directory, write_json
+from twotower.export.search import FAISS_KINDS, exact_top_k, open_search
+from twotower.export.signature import read_private_key
+from twotower.files import write_json
 from twotower.towers.catalogue import catalogue_vectors
 from twotower.train.checkpoint.towers import load_towers
 
@@ -68,57 +74,70 @@ def export(
         ParityError: when ONNX Runtime disagrees with eager PyTorch; no bundle is left.
         UserError: when the checkpoint does not fit.
     """
+    if config.sign_with is not None:
+        read_private_key(config.sign_with)  # a wrong one is said before the work
     progress("loading the checkpoint")
     model, encoder = load_towers(train_directory), data.encoder
-    number = max(bundle_versions(bundles), default=0) + 1
     query, item = (encoder.specs(data.config, side) for side in ("query", "item"))
-    with atomic_directory(bundles / str(number)) as partial:
+    with next_bundle(bundles) as (number, partial):
         progress("item vectors")
         vectors = catalogue_vectors(
             model.item_vectors, BatchBuilder(data), torch.device("cpu"), batch_size=8192
         ).numpy()
-        np.save(partial / "item_vectors.npy", np.ascontiguousarray(vectors, np.float32))
+        check_vectors(vectors, data.items["id"])
+        np.save(partial / VECTORS, np.ascontiguousarray(vectors, np.float32))
         ids = data.items["id"]
-        np.save(partial / "item_ids.npy", _id_array(ids), allow_pickle=False)
+        id_dtype = "int64" if pa.types.is_int64(ids.type) else "string"
+        catalogue = ids.to_pylist()
+        np.save(partial / "item_ids.npy", id_array(catalogue, id_dtype), allow_pickle=False)
         _write_items(data, partial / "items.parquet")
         tables = entry_tables(model, data)
         for side, specs in (("query", query), ("item", item)):
             progress(f"{side} graph")
             save_graph(raw_graph(encoder, model, side, specs, tables), partial / f"{side}.onnx")
-        write_index(partial / "item_vectors.npy", partial / "index.onnx")
+        progress(f"{config.index.kind} index")
+        spec = index_spec(config.index, vectors.shape[1], model.item_bias)
+        build_index(partial, spec, config.index)
+        search = open_search(partial, asdict(spec)).search
         progress("parity")
         rows = golden_rows(data, query, config.golden_queries, seed)
         k = min(config.golden_k, len(vectors))
         golden = eager_answers(model, vectors, data, rows, k)
-        answers = onnx_answers(partial, query, golden, ids.to_pylist())
+        lossy = not spec.is_exact(vectors.shape[1])
+        exact = functools.partial(exact_top_k, vectors) if lossy else search
+        answers = onnx_answers(partial, query, golden, catalogue, k, exact, TOGETHER)
         parity = {
             "scores": check_answers(golden, answers, config.tolerance, "ONNX Runtime"),
             "item_vectors": check_item_graph(partial, item, data, vectors, config.tolerance),
         }
+        if lossy:
+            # What a server must answer is what the index finds, though it lack items.
+            answers = onnx_answers(partial, query, golden, catalogue, k, search)
+            spec = replace(spec, recall=index_recall(golden, answers))
+            golden = answered(golden, answers)
         write_json(partial / "golden.json", [vars(g) for g in golden])
         write_json(partial / "job.json", job)
         progress("manifest")
         seal(partial, Manifest(
             version=number,
             name=name,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             fingerprint=fingerprint,
             query=query,
             item=item,
-            item_id_dtype="int64" if pa.types.is_int64(ids.type) else "string",
+            item_id_dtype=id_dtype,
             num_items=len(vectors),
             dim=vectors.shape[1],
-            versions={n: version(n) for n in LIBRARIES} | {"python": platform.python_version()},
+            versions=_versions(spec.kind),
             metrics=metrics,
             parity=parity,
-        ))  # fmt: skip
+            index=spec,
+        ), config.sign_with)  # fmt: skip
     return read_bundle(bundles / str(number), verify=False)
 
 
-def _id_array(ids: pa.ChunkedArray) -> np.ndarray[Any, Any]:
-    if pa.types.is_int64(ids.type):
-        return np.asarray(ids.to_numpy())
-    return np.array([value.encode() for value in ids.to_pylist()])
+def _versions(index: str) -> dict[str, str]:
+    names = (*LIBRARIES, "faiss-cpu") if index in FAISS_KINDS else LIBRARIES
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
 def _write_items(data: PreparedDataset, path: Path) -> None:

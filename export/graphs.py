@@ -29,18 +29,20 @@ from twotower.data.encode import Encoder
 from twotower.data.prepared import PreparedDataset, one_chunk
 from twotower.data.schema import ID_KINDS, Feature, TensorSpec
 from twotower.data.vocabulary import DynamicIds
-from twotower.export.id_nodes import age_nodes, catalogue_node, constant, row_nodes, slot_nodes
+from twotower.export.id_nodes import (
+    IR_VERSION,
+    OPSET,
+    OPSETS,
+    age_nodes,
+    catalogue_node,
+    constant,
+    row_nodes,
+    slot_nodes,
+)
 from twotower.towers.catalogue import catalogue_vectors
 from twotower.towers.tower import Tower
 from twotower.towers.two_tower import TwoTower
 
-OPSET = 20
-IR_VERSION = 9
-OPSETS = [
-    helper.make_opsetid("", OPSET),
-    helper.make_opsetid("ai.onnx.ml", 3),
-    helper.make_opsetid("com.microsoft", 1),
-]
 ELEMENT = {
     "string": TensorProto.STRING, "int64": TensorProto.INT64, "float32": TensorProto.FLOAT,
 }  # fmt: skip
@@ -261,40 +263,14 @@ def _same_opsets(model: Any) -> Any:
 
 
 def save_graph(graph: Any, path: Path) -> None:
-    """Check a graph and write it, large weights beside it in `<name>.weights`."""
+    """Write a graph without the exporter's traces, large weights beside it in `<name>.weights`."""
+    # Lines of source files, of one machine, and worth more bytes than a small tower.
+    for part in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.functions):
+        del part.metadata_props[:]
+        if hasattr(part, "doc_string"):
+            part.doc_string = ""
     large = graph.ByteSize() > EXTERNAL_BYTES
     onnx.save_model(
         graph, str(path), save_as_external_data=large, location=f"{path.stem}.weights",
         size_threshold=1024, all_tensors_to_one_file=True,
     )  # fmt: skip
-
-
-def write_index(vectors: Path, path: Path) -> None:
-    """Write the exact index: `vector` (B, D) and `k` (1) to `scores` and `rows` (B, K).
-
-    Args:
-        vectors: (N, D) float32 as `.npy`; the graph reads its bytes in place.
-        path: of the graph, in the same folder.
-    """
-    item_ND = np.load(vectors, mmap_mode="r", allow_pickle=False)
-    n, d = item_ND.shape
-    items = TensorProto(name="items", data_type=TensorProto.FLOAT, dims=[n, d])
-    items.data_location = TensorProto.EXTERNAL
-    for key, value in (
-        ("location", vectors.name), ("offset", item_ND.offset), ("length", item_ND.nbytes)
-    ):  # fmt: skip
-        items.external_data.add(key=key, value=str(value))
-    nodes = [
-        helper.make_node("Gemm", ["vector", "items"], ["all_scores"], transB=1),
-        helper.make_node("TopK", ["all_scores", "k"], ["scores", "rows"], axis=1),
-    ]
-    graph = helper.make_graph(
-        nodes, "index",
-        [helper.make_tensor_value_info("vector", TensorProto.FLOAT, ["batch", d]),
-         helper.make_tensor_value_info("k", TensorProto.INT64, [1])],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", None]),
-         helper.make_tensor_value_info("rows", TensorProto.INT64, ["batch", None])],
-        [items],
-    )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=OPSETS[:1], ir_version=IR_VERSION)
-    path.write_bytes(model.SerializeToString())

@@ -5,7 +5,7 @@ Padding becomes -1. No feature's name holds a colon, so names made with one meet
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -13,8 +13,17 @@ from onnx import TensorProto, helper
 
 from twotower.data.schema import PAD_INT64, PAD_STRING, TensorSpec
 from twotower.data.vocabulary import HALF, KEY_SEEDS, Vocabulary
-from twotower.towers.dynamic import DynamicSlots
 
+if TYPE_CHECKING:
+    from twotower.towers.dynamic import DynamicSlots
+
+OPSET = 20
+IR_VERSION = 9
+OPSETS = [
+    helper.make_opsetid("", OPSET),
+    helper.make_opsetid("ai.onnx.ml", 3),
+    helper.make_opsetid("com.microsoft", 1),
+]
 # No id is known by these; a label encoder needs a value for what it lacks, and at least one key.
 UNSEEN = -2
 NO_KEY = -1

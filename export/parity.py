@@ -7,23 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 import torch
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
-from twotower.data.schema import PAD_INT64, PAD_STRING, TensorSpec
+from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
 from twotower.export.bundle import Golden, answer_difference
+from twotower.export.golden import Answer, Row, raw_tensors, session
 from twotower.kernels.top_k_inner_product import top_k_inner_product
 from twotower.towers.two_tower import TwoTower
 
 UNSEEN_ID = {"string": "an id that no log holds", "int64": 2**62 + 1}
-Row = dict[str, Any]
 
 
 class ParityError(UserError):
@@ -88,55 +86,9 @@ def eager_answers(
     return golden
 
 
-def raw_tensors(specs: Sequence[TensorSpec], rows: Sequence[Row]) -> dict[str, npt.NDArray[Any]]:
-    """Return raw features as a graph takes them: lists padded to the longest."""
-    out: dict[str, npt.NDArray[Any]] = {}
-    for spec in specs:
-        values = [row[spec.name] for row in rows]
-        if spec.dtype == "float32":
-            out[spec.name] = np.asarray(values, np.float32).reshape(len(rows), -1)
-            continue
-        lists = [v if spec.is_list else [] if v is None else [v] for v in values]
-        width = max(1, *(len(v) for v in lists))
-        text = spec.dtype == "string"
-        padded = np.full(
-            (len(rows), width), PAD_STRING if text else PAD_INT64, object if text else np.int64
-        )
-        for i, entries in enumerate(lists):
-            if spec.kind == "times":
-                entries = [PAD_INT64 if e is None else e for e in entries]
-            padded[i, : len(entries)] = entries
-        out[spec.name] = padded
-    return out
-
-
-def session(path: Path) -> ort.InferenceSession:
-    """Open a graph for the CPU."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def onnx_answers(
-    bundle: Path, specs: Sequence[TensorSpec], golden: Sequence[Golden], ids: list[Any]
-) -> list[tuple[list[Any], list[float]]]:
-    """Answer golden queries with the bundle's graphs in ONNX Runtime."""
-    tensors = raw_tensors(specs, [g.features for g in golden])
-    (vector,) = session(bundle / "query.onnx").run(["vector"], tensors)
-    index, answers = session(bundle / "index.onnx"), []
-    for query, g in zip(vector, golden, strict=True):
-        excluded = set(g.exclude)
-        k = min(len(ids), len(g.item_ids) + len(excluded))
-        scores, rows = index.run(None, {"vector": query[None], "k": np.array([k], np.int64)})
-        best = [(ids[r], float(s)) for r, s in zip(rows[0], scores[0], strict=True)]
-        best = [(i, s) for i, s in best if i not in excluded][: len(g.item_ids)]
-        answers.append(([i for i, _ in best], [s for _, s in best]))
-    return answers
-
-
 def check_answers(
     golden: Sequence[Golden],
-    answers: Sequence[tuple[list[Any], list[float]]],
+    answers: Sequence[Answer],
     tolerance: float,
     runtime: str,
 ) -> float:

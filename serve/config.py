@@ -33,6 +33,8 @@ class ServeConfig:
     """Results of a request that does not say."""
     max_k: int = 1000
     """Most results of a request."""
+    require_signature: str | None = None
+    """PEM file of the ed25519 public key by which a bundle must be signed; none, for any bundle."""
     probe_interval_s: float = 1.0
     """Time between two golden queries that prove the server's health."""
     probe_timeout_s: float = 2.0

@@ -1,8 +1,9 @@
 """The Triton model `recommend`: raw features in, item ids and scores out.
 
-Runs in Triton's Python backend, alone in the version directory with the bundle's files, with NumPy
-and ONNX Runtime and without twotower. Rows of all requests of a batch are answered together; each
-request is validated by itself first, since one bad row would fail its whole batch otherwise.
+Runs in Triton's Python backend, in the version directory with the bundle's files and a copy of
+`twotower.export.search`, with NumPy and ONNX Runtime and without twotower. Rows of all requests of
+a batch are answered together; each request is validated by itself first, since one bad row would
+fail its whole batch otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import triton_python_backend_utils as pb_utils
+from search import open_search
 
 PAD_STRING = b""
 PAD_INT64 = -(2**63)
@@ -37,11 +39,10 @@ class TritonPythonModel:
         options.intra_op_num_threads = int(parameters["threads"]["string_value"])
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # Prepacking would copy the item vectors, which are mapped from the file.
-        options.add_session_config_entry("session.disable_prepacking", "1")
         cpu = ["CPUExecutionProvider"]
         self.query = ort.InferenceSession(str(folder / "query.onnx"), options, providers=cpu)
-        self.index = ort.InferenceSession(str(folder / "index.onnx"), options, providers=cpu)
+        spec = json.loads(parameters["index"]["string_value"])
+        self.index = open_search(folder, spec, options.intra_op_num_threads)
         self.ids = np.load(folder / "item_ids.npy", mmap_mode="r", allow_pickle=False)
         self.text_ids = self.ids.dtype.kind == "S"
 
@@ -206,7 +207,7 @@ class TritonPythonModel:
         wanted: np.ndarray[Any, Any],
         exclude: list[np.ndarray[Any, Any]],
     ) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-        """Return each row's best scores and catalogue rows, exactly, without the excluded ones."""
+        """Return each row's best scores and catalogue rows, without the excluded ones."""
         # The best k + |excluded| hold the best k that are left. Rows with like needs share a run
         # of the index, so that one long list of exclusions does not slow all others.
         need = np.minimum(wanted + [len(e) for e in exclude], len(self.ids))
@@ -214,8 +215,7 @@ class TritonPythonModel:
         results: list[Any] = [None] * len(vectors)
         for g in np.unique(group):
             members = np.flatnonzero(group == g)
-            k = np.array([need[members].max()], np.int64)
-            scores, rows = self.index.run(None, {"vector": vectors[members], "k": k})
+            scores, rows = self.index.search(vectors[members], int(need[members].max()))
             for place, i in enumerate(members):
                 keep = np.isin(rows[place], exclude[i], invert=True).nonzero()[0][: wanted[i]]
                 results[i] = (scores[place][keep], rows[place][keep])

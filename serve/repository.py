@@ -3,7 +3,8 @@
     repository/
       recommend/
         configs/cpu.pbtxt     chosen by --model-config-name=cpu
-        <version>/            one bundle version: model.py and the bundle's files, hard-linked
+        <version>/            one bundle version: model.py, search.py and the bundle's files,
+                              hard-linked
 
 A version directory is written beside its name and renamed into place, so Triton sees a whole one.
 """
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from twotower.data.schema import TensorSpec
+from twotower.export import search
 from twotower.export.bundle import Bundle
-from twotower.files import atomic_directory
+from twotower.files import atomic_directory, link_or_copy
 from twotower.serve.config import MODEL, ServeConfig
 
 TARGET = "cpu"
@@ -45,28 +47,23 @@ def render_repository(
     with atomic_directory(model / version) as partial:
         for name in ("manifest.json", *bundle.manifest.files):
             if name not in LEFT_OUT:
-                _link(bundle.path / name, partial / name)
-        shutil.copy2(Path(__file__).with_name("model.py"), partial / "model.py")
-        # The stub writes this file if it is not there, which would look like a change of the
-        # model; unchecked, so that touching model.py for a reload does not make it stale.
-        py_compile.compile(
-            str(partial / "model.py"),
-            dfile=str(model / version / "model.py"),
-            doraise=True,
-            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-        )
+                link_or_copy(bundle.path / name, partial / name)
+        for source in (Path(__file__).with_name("model.py"), Path(str(search.__file__))):
+            shutil.copy2(source, partial / source.name)
+            # The stub writes what is compiled if it is not there, which would look like a change
+            # of the model; unchecked, so that touching model.py for a reload does not make it
+            # stale.
+            py_compile.compile(
+                str(partial / source.name),
+                dfile=str(model / version / source.name),
+                doraise=True,
+                invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+            )
     text = render_config(bundle, config, environment)
     target = model / "configs" / f"{TARGET}.pbtxt"
     temporary = target.with_suffix(".partial")
     temporary.write_text(text)
     os.replace(temporary, target)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
 
 
 def schema_of(bundle: Bundle, config: ServeConfig) -> dict[str, Any]:
@@ -102,6 +99,7 @@ def render_config(bundle: Bundle, config: ServeConfig, environment: Path) -> str
     parameters = {
         "EXECUTION_ENV_PATH": str(environment.resolve()),
         "schema": json.dumps(schema_of(bundle, config)),
+        "index": json.dumps(vars(m.index)),
         "threads": str(config.threads),
     }
     return "\n".join([

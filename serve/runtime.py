@@ -2,7 +2,8 @@
 
 The server comes from the `nvidia-pytriton` wheel, which holds tritonserver with the Python backend.
 It has an environment of its own because its stub corrupts tensors under NumPy 2, which pyarrow
-needs; so here are NumPy 1, ONNX Runtime and the wheel without its dependencies, and nothing else.
+needs; so here are NumPy 1, ONNX Runtime, faiss for what indexes are its files, and the wheel
+without its dependencies, and nothing else.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from twotower.errors import UserError
 from twotower.files import write_json
 
 PYTRITON = "nvidia-pytriton==0.7.0"
+# Compiled for both NumPy 1 and 2.
+FAISS = "faiss-cpu==1.15.1"
 MARKER = "runtime.json"
 PYTHON_VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -119,7 +122,8 @@ def setup_runtime() -> Runtime:
     shutil.rmtree(runtime.path, ignore_errors=True)
     _run([sys.executable, "-m", "venv", str(runtime.path)])
     pip = [str(runtime.path / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    _run([*pip, "--disable-pip-version-check", "numpy<2", f"onnxruntime=={version('onnxruntime')}"])
+    wanted = ["numpy<2", f"onnxruntime=={version('onnxruntime')}", FAISS]
+    _run([*pip, "--disable-pip-version-check", *wanted])
     _run([*pip, "--disable-pip-version-check", "--no-deps", PYTRITON])
     _make_backends(runtime)
     write_json(runtime.path / MARKER, _wanted())
@@ -145,6 +149,7 @@ def _refuse_foreign(path: Path) -> None:
 def _wanted() -> dict[str, str]:
     return {
         "python": PYTHON_VERSION, "server": PYTRITON, "onnxruntime": version("onnxruntime"),
+        "faiss": FAISS,
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from twotower.export.bundle import read_bundle
+from twotower.export.bundle import Bundle, read_bundle
 from twotower.serve.config import MODEL, ServeConfig
 from twotower.serve.hold import held
 from twotower.serve.server import TritonServer
@@ -58,6 +58,10 @@ def _say(message: str) -> None:
     Console(stderr=True, highlight=False).print(f"twotower serve: {message}")
 
 
+def _demanded(path: Path, config: ServeConfig) -> Bundle:
+    return read_bundle(path, signed_by=config.require_signature)
+
+
 @contextmanager
 def running_server(
     bundle_path: Path, config: ServeConfig, work_dir: Path
@@ -67,7 +71,7 @@ def running_server(
     Raises:
         UserError: for a damaged bundle, or as `TritonServer.start`.
     """
-    server = TritonServer(read_bundle(bundle_path), config, work_dir)
+    server = TritonServer(_demanded(bundle_path, config), config, work_dir)
     server.start()
     stop = threading.Event()
     thread = threading.Thread(target=supervise, args=(server, stop), name="supervisor")
@@ -91,7 +95,7 @@ def serve_forever(bundle_path: Path, config: ServeConfig, work_dir: Path) -> Non
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        server = TritonServer(read_bundle(bundle_path), config, work_dir)
+        server = TritonServer(_demanded(bundle_path, config), config, work_dir)
         started = time.monotonic()
         server.start()
         try:
@@ -110,7 +114,7 @@ def _print_endpoints(server: TritonServer, seconds: float) -> None:
         "gRPC": server.grpc_url,
         "HTTP": f"http://{server.http_url}/v2/models/{MODEL}",
         "metrics": server.metrics_url,
-        "golden queries": f"{len(server.golden)} answered as by eager PyTorch, in {seconds:.1f} s",
+        "golden queries": f"{len(server.golden)} answered as at the export, in {seconds:.1f} s",
         "log": str(server.log),
     }.items():
         out.add_row(name, value)

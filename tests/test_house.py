@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "towers": {"data", "kernels", "towers"},
     "train": {"data", "kernels", "towers", "train"},
     "export": {"data", "kernels", "towers", "export", "train.checkpoint"},
-    "serve": {"serve", "data.schema", "export.bundle"},
+    "serve": {"serve", "data.schema", "export.bundle", "export.search"},
 }
 
 

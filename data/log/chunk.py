@@ -97,7 +97,7 @@ def shown(value: Any) -> str:
             value = value.as_py()
         except (ValueError, OverflowError):
             value = value.cast(pa.int64()).as_py() if hasattr(value, "value") else str(value)
-    text = repr(value)
+    text = repr(value.item() if isinstance(value, np.generic) else value)
     return text if len(text) <= 100 else text[:90] + " ..."
 
 

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from rich.markup import escape
 
-from twotower import __version__, checkpoints, evaluations, inspection, serving, steps
+from twotower import __version__, bundles, checkpoints, evaluations, inspection, serving, steps
 from twotower.data.demo_log import DemoLogConfig
 from twotower.errors import UserError, did_you_mean
 from twotower.job import Job
@@ -25,7 +25,7 @@ from twotower.show import console, facts
 
 CLOSING = "Any key of the YAML can be given on the command line: --train.batch_size=4096."
 TRAINING_LIBRARIES = {
-    "duckdb", "fbgemm_gpu", "lightning", "matplotlib", "onnx", "onnxscript", "optuna",
+    "duckdb", "faiss", "fbgemm_gpu", "lightning", "matplotlib", "onnx", "onnxscript", "optuna",
     "safetensors", "scipy", "torch", "torchrec", "triton", "wandb",
 }  # fmt: skip
 RECOMMEND = "Ask the running server for a user's recommendations, without what the user has seen."
@@ -104,6 +104,15 @@ def build_parser() -> ArgumentParser:
     tools = ArgumentParser(description="Look at a checkpoint, or rewrite it.", exit_on_error=False)
     commands_.add_subcommand("checkpoint", tools, help=tools.description)
     checkpoints.add_commands(tools, ArgumentParser)
+    items = ArgumentParser(
+        description="Compare the indexes that a bundle could have, or update its items.",
+        exit_on_error=False,
+    )
+    bundles.add_index_arguments(items)
+    commands_.add_subcommand("index", items, help=items.description)
+    look = ArgumentParser(description="Look at a bundle.", exit_on_error=False)
+    commands_.add_subcommand("bundle", look, help=look.description)
+    bundles.add_bundle_commands(look, ArgumentParser)
     pair = ArgumentParser(
         description="Compare two evaluations on the same queries: what differs, and by chance?",
         exit_on_error=False,
@@ -194,6 +203,10 @@ def dispatch(arguments: list[str]) -> int:
         return 0
     if name == "checkpoint":
         return checkpoints.run(options)
+    if name == "index":
+        return bundles.index(options)
+    if name == "bundle":
+        return bundles.inspect(options)
     if name == "compare":
         return evaluations.compare(options)
     job = Job(**{f.name: options[f.name] for f in fields(Job)})

@@ -146,6 +146,14 @@ def only_writer(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file that nobody will change a second name, or a copy on another file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON to `path`, atomically."""
     temporary = path.with_name(path.name + PARTIAL_SUFFIX)

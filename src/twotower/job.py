@@ -65,8 +65,8 @@ class Job:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         for section in (
-            self.data, self.inspect, self.model, self.train, self.evaluate, self.export,
-            self.serve, self.tracking, self.sweep,
+            self.data, self.inspect, self.model, self.train, self.evaluate, self.serve,
+            self.tracking, self.sweep,
         ):  # fmt: skip
             section.validate()
         for name, head in self.train.heads.items():
@@ -76,6 +76,7 @@ class Job:
                     f"which are kept with the events{did_you_mean(head.column, known)}: name it "
                     "there too"
                 )
+        self.export.validate([*self.model.widths, self.model.dim])
         check_space(self)
 
     def path(self, name: str) -> Path:

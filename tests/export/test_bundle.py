@@ -4,14 +4,19 @@ import hashlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from twotower.data.prepared import PreparedDataset
 from twotower.errors import UserError
-from twotower.export.bundle import answer_difference, read_bundle, read_manifest
+from twotower.export.bundle import answer_difference, read_bundle
+from twotower.export.config import ExportConfig
+from twotower.export.export import export
+from twotower.export.manifest import read_manifest
 
 
 @pytest.fixture
@@ -95,6 +100,49 @@ def test_a_manifest_may_not_point_outside_the_bundle(bundle) -> None:
     reseal(bundle, {"files": files | {"../secret": "0" * 64}})
     with pytest.raises(UserError, match="secret"):
         read_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "a/../query.onnx", "./query.onnx", "a//b", "..", ""]
+)
+def test_a_path_that_is_none_inside_the_bundle_is_refused(bundle, name) -> None:
+    files = json.loads((bundle / "manifest.json").read_text())["files"]
+    reseal(bundle, {"files": files | {name: "0" * 64}})
+    with pytest.raises(UserError, match=r"no path inside the bundle|missing"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["query.onnx", "manifest.json"])
+def test_a_symbolic_link_is_refused_though_its_bytes_fit(bundle, name) -> None:
+    (bundle / name).rename(bundle.parent / "elsewhere")
+    (bundle / name).symlink_to(bundle.parent / "elsewhere")
+    with pytest.raises(UserError, match=f"{name}: is a symbolic link"):
+        read_bundle(bundle)
+
+
+def test_a_bundle_of_the_first_format_is_still_read(bundle) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for name in ("index", "base"):
+        del manifest[name]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    reseal(bundle, {"format": 1, "created": "2025-01-01T00:00:00+00:00"})
+    assert read_bundle(bundle).manifest.index.is_exact(64)
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(finished_run, tmp_path) -> None:
+    """Made by another process, at another time, in another folder."""
+    manifest = read_bundle(finished_run.bundle).manifest
+    job = json.loads((finished_run.bundle / "job.json").read_text())
+    again = export(
+        PreparedDataset(finished_run.run_dir / "prepared"), finished_run.run_dir / "train",
+        tmp_path / "bundles", config=ExportConfig(), job=job, name=manifest.name,
+        fingerprint=manifest.fingerprint, metrics=manifest.metrics, seed=job["seed"],
+        progress=lambda _: None,
+    )  # fmt: skip
+    for file in sorted(finished_run.bundle.iterdir()):
+        assert file.read_bytes() == (again.path / file.name).read_bytes(), file.name
+    for name in ("query.onnx", "item.onnx", "index.onnx"):
+        assert str(Path(__file__).parents[2]).encode() not in (again.path / name).read_bytes()
 
 
 def test_every_flipped_bit_of_the_manifest_is_refused(finished_run) -> None:

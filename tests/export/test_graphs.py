@@ -9,8 +9,8 @@ from twotower.data.batches import BatchBuilder
 from twotower.data.schema import ENCODERS, ID_KINDS, Feature
 from twotower.data.table import Table
 from twotower.errors import UserError
+from twotower.export.golden import raw_tensors, session
 from twotower.export.graphs import entry_tables, raw_graph, save_graph
-from twotower.export.parity import raw_tensors, session
 from twotower.towers.config import INTERACTIONS, ModelConfig
 from twotower.towers.two_tower import TwoTower
 

@@ -8,13 +8,14 @@ from twotower.data.schema import Split
 from twotower.export.bundle import read_bundle
 from twotower.export.config import ExportConfig
 from twotower.export.export import export
+from twotower.export.golden import onnx_answers
 from twotower.export.parity import (
     ParityError,
     check_answers,
     eager_answers,
     golden_rows,
-    onnx_answers,
 )
+from twotower.export.search import open_search
 from twotower.towers.config import ModelConfig
 from twotower.towers.two_tower import TwoTower
 from twotower.train.checkpoint.towers import load_towers
@@ -36,7 +37,8 @@ def test_200_golden_queries_agree_between_eager_and_onnx(finished_run) -> None:
     again = eager_answers(model, data.encoder, vectors, data, rows, 10)
     assert check_answers(golden, [(g.item_ids, g.scores) for g in again], 1e-6, "eager") < 1e-6
     ids = data.items["id"].to_pylist()
-    answers = onnx_answers(bundle.path, bundle.manifest.query, golden, ids)
+    search = open_search(bundle.path, vars(bundle.manifest.index)).search
+    answers = onnx_answers(bundle.path, bundle.manifest.query, golden, ids, 10, search)
     assert check_answers(golden, answers, 1e-4, "ONNX Runtime") < 1e-4
     for g in golden:
         assert not set(g.exclude) & set(g.item_ids)

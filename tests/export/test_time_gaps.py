@@ -7,7 +7,7 @@ import torch
 from twotower.data.batches import BatchBuilder
 from twotower.data.schema import ENCODERS, Feature
 from twotower.errors import UserError
-from twotower.export.parity import raw_tensors, session
+from twotower.export.golden import raw_tensors, session
 
 from ..conftest import EVENTS
 from .bundles import timed_bundle

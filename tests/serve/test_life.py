@@ -73,7 +73,7 @@ def test_serve_stops_cleanly(serving, number) -> None:
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert "200 answered as by eager PyTorch" in output
+    assert "200 answered as at the export" in output
     assert not [p for p in family if p.is_running()]
     assert not state.exists()
     assert shared_memory(process.pid) == []

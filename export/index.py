@@ -1,0 +1,277 @@
+"""Building a bundle's index: of the item vectors, by one of five kinds.
+
+=======  ==========================================================================
+`exact`  every item's inner product, in fp32
+`int8`   every item's, of vectors in int8 with a scale a row, then rescored
+`pq`     every item's, of product-quantised vectors (Jegou et al. 2011) of 4-bit
+         codes, scanned in registers (Andre et al. 2015), then rescored
+`ivf`    the items in the cells nearest the query, in 8 bits, then rescored
+`hnsw`   a walk through a graph of near items (Malkov and Yashunin 2016), in 8 bits,
+         then rescored
+=======  ==========================================================================
+
+`exact` and `int8` are graphs of ONNX Runtime, the others files of faiss; `twotower.export.search`
+searches them all. With a width below the vectors' own, every kind searches the vectors' first
+coordinates alone, and is rescored.
+
+Shape legend: `B` batch, `D` width of a vector, `W` of it searched, `N` items, `K` results.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import TensorProto, helper
+
+from twotower.export.config import IndexConfig
+from twotower.export.id_nodes import IR_VERSION, OPSETS, constant
+from twotower.export.manifest import IndexSpec
+from twotower.export.search import FAISS_FILE, FAISS_KINDS, cut_vectors
+
+VECTORS, CUT, CODES, SCALES = "item_vectors.npy", "item_cut.npy", "item_int8.npy", "item_scales.npy"
+ONNX_TYPE = {"float32": TensorProto.FLOAT, "int8": TensorProto.INT8}
+# A query has 7 bits and its zero at 64: on a CPU without VNNI, ONNX Runtime adds two products of
+# 8 bits in 16, which they would overflow. https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+QUERY_MAX, QUERY_ZERO, ITEM_MAX = 63, 64, 127
+ROWS_A_BLOCK = 1 << 16
+# Of k-means, which needs no more to place its centroids.
+TRAINED_ON = 1 << 18
+F32 = npt.NDArray[np.float32]
+
+
+def index_spec(config: IndexConfig, dim: int, item_bias: bool) -> IndexSpec:
+    """Return what a search must know of an index made with these settings, which are validated."""
+    width = config.width or dim
+    return IndexSpec(
+        kind=config.kind, width=width, rescore=config.rescore, nprobe=config.nprobe,
+        ef_search=config.ef_search, bias=int(item_bias), recall=1.0,
+    )  # fmt: skip
+
+
+def build_index(
+    folder: Path, spec: IndexSpec, config: IndexConfig, trained: Path | None = None
+) -> int:
+    """Write the index of `folder`'s item vectors beside them; returns the bytes that it searches.
+
+    Args:
+        folder: holds `item_vectors.npy` (N, D) float32.
+        spec: of `index_spec`.
+        config: the rest of the settings.
+        trained: an index of the same settings whose centroids are taken over.
+    """
+    item_ND = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+    if spec.kind in FAISS_KINDS:
+        return _write_faiss(folder / FAISS_FILE, item_ND, spec, config, trained)
+    lossy = spec.kind != "exact" or spec.width < item_ND.shape[1]
+    nodes: list[Any] = []
+    initializers: list[Any] = []
+    searched = VECTORS
+    if spec.kind == "int8":
+        searched = CODES
+        write_int8(folder, item_ND, spec)
+    elif lossy:
+        searched = CUT
+        cut_NW = created(folder / CUT, np.float32, (len(item_ND), spec.width))
+        for rows in blocks(len(item_ND)):
+            cut_NW[rows] = cut_vectors(item_ND[rows], spec.width, bool(spec.bias))
+        cut_NW.flush()
+    vector = "vector"
+    if spec.width < item_ND.shape[1]:
+        vector = _cut_nodes(spec, nodes, initializers)
+    if spec.kind == "int8":
+        initializers += [_external(folder / CODES, "codes"), _external(folder / SCALES, "scales")]
+        nodes += _int8_nodes(vector, initializers)
+    else:
+        initializers.append(_external(folder / searched, "items"))
+        nodes.append(helper.make_node("Gemm", [vector, "items"], ["all_scores"], transB=1))
+    if lossy:
+        if searched != VECTORS:
+            initializers.append(_external(folder / VECTORS, "whole"))
+        nodes += _rescored_nodes(len(item_ND), spec.rescore, initializers)
+    else:
+        nodes.append(helper.make_node("TopK", ["all_scores", "k"], ["scores", "rows"], axis=1))
+    _save_graph(folder / "index.onnx", item_ND.shape[1], nodes, initializers)
+    files = [searched, SCALES] if spec.kind == "int8" else [searched]
+    return sum((folder / name).stat().st_size for name in files)
+
+
+def write_int8(folder: Path, item_ND: F32, spec: IndexSpec) -> None:
+    """Write the vectors in int8 (W, N), and a scale (N,) each: a row's largest becomes 127."""
+    code_WN = created(folder / CODES, np.int8, (spec.width, len(item_ND)))
+    scale_N = created(folder / SCALES, np.float32, (len(item_ND),))
+    for rows in blocks(len(item_ND)):
+        cut_RW = cut_vectors(item_ND[rows], spec.width, bool(spec.bias))
+        scale_R = np.abs(cut_RW).max(axis=1) / np.float32(ITEM_MAX)
+        scale_R[scale_R == 0] = 1
+        scale_N[rows] = scale_R
+        code_WN[:, rows] = np.rint(cut_RW / scale_R[:, None]).astype(np.int8).T
+    code_WN.flush()
+    scale_N.flush()
+
+
+def created(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """Return an array in a new `.npy` file, whose bytes the disk has: writing cannot fail later.
+
+    Raises:
+        OSError: when the disk has not.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with path.open("r+b") as handle:
+        os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def blocks(n: int) -> list[slice]:
+    """Return slices that go through N rows without holding many of them."""
+    return [slice(at, min(n, at + ROWS_A_BLOCK)) for at in range(0, n, ROWS_A_BLOCK)]
+
+
+def _external(path: Path, name: str) -> Any:
+    """Return an initializer whose bytes a graph in the same folder reads in place from `.npy`."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    tensor = TensorProto(name=name, data_type=ONNX_TYPE[array.dtype.name], dims=array.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (
+        ("location", path.name), ("offset", array.offset), ("length", array.nbytes)
+    ):  # fmt: skip
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def _cut_nodes(spec: IndexSpec, nodes: list[Any], initializers: list[Any]) -> str:
+    """Add nodes for `cut_vectors`, and return the name of what they make."""
+
+    def numbers(name: str, *values: int) -> str:
+        return constant(name, np.array(values, np.int64), initializers)
+
+    first, axis = spec.width - spec.bias, numbers("axis", 1)
+    nodes += [
+        helper.make_node("Slice", ["vector", numbers("zero", 0), numbers("first", first), axis],
+                         ["part"]),
+        helper.make_node("ReduceL2", ["part", axis], ["length"], keepdims=1),
+        helper.make_node("Div", ["part", "length"], ["direction"]),
+    ]  # fmt: skip
+    if not spec.bias:
+        return "direction"
+    last = [numbers("last", -1), numbers("end", np.iinfo(np.int64).max)]
+    nodes += [
+        helper.make_node("Slice", ["vector", *last, axis], ["query_bias"]),
+        helper.make_node("Concat", ["direction", "query_bias"], ["cut"], axis=1),
+    ]
+    return "cut"
+
+
+def _int8_nodes(vector: str, initializers: list[Any]) -> list[Any]:
+    """Return nodes for: quantise each query by its largest number, then all products in int8.
+
+    The query's own scale is left out, which leaves the order of its items as it is.
+    """
+
+    def number(name: str, value: float, dtype: Any = np.float32) -> str:
+        return constant(name, np.array(value, dtype), initializers)
+
+    constant("columns", np.array([1], np.int64), initializers)
+    return [
+        helper.make_node("Abs", [vector], ["sizes"]),
+        helper.make_node("ReduceMax", ["sizes", "columns"], ["largest"], keepdims=1),
+        helper.make_node("Div", ["largest", number("query_max", QUERY_MAX)], ["query_scale"]),
+        helper.make_node("Div", [vector, "query_scale"], ["scaled"]),
+        helper.make_node("Round", ["scaled"], ["whole_numbers"]),
+        helper.make_node("Add", ["whole_numbers", number("shift", QUERY_ZERO)], ["shifted"]),
+        helper.make_node("Cast", ["shifted"], ["query_codes"], to=TensorProto.UINT8),
+        helper.make_node(
+            "MatMulIntegerToFloat",
+            ["query_codes", "codes", number("one", 1), "scales",
+             number("query_zero", QUERY_ZERO, np.uint8)],
+            ["all_scores"], domain="com.microsoft",
+        ),
+    ]  # fmt: skip
+
+
+def _rescored_nodes(n: int, rescore: int, initializers: list[Any]) -> list[Any]:
+    """Return nodes for: `rescore` candidates a result, then their order by the whole vectors."""
+
+    def numbers(name: str, value: int) -> str:
+        return constant(name, np.array([value], np.int64), initializers)
+
+    return [
+        helper.make_node("Mul", ["k", numbers("rescore", rescore)], ["wanted"]),
+        helper.make_node("Min", ["wanted", numbers("all", n)], ["candidates"]),
+        helper.make_node("TopK", ["all_scores", "candidates"], ["rough", "found"], axis=1),
+        helper.make_node("Gather", ["whole", "found"], ["entries"], axis=0),
+        helper.make_node("Unsqueeze", ["vector", numbers("inner", 2)], ["column"]),
+        helper.make_node("MatMul", ["entries", "column"], ["products"]),
+        helper.make_node("Squeeze", ["products", "inner"], ["true_scores"]),
+        helper.make_node("TopK", ["true_scores", "k"], ["scores", "places"], axis=1),
+        helper.make_node("GatherElements", ["found", "places"], ["rows"], axis=1),
+    ]
+
+
+def _save_graph(path: Path, dim: int, nodes: list[Any], initializers: list[Any]) -> None:
+    """Write the graph: `vector` (B, D) and `k` (1) to `scores` and `rows` (B, K)."""
+    graph = helper.make_graph(
+        nodes, "index",
+        [helper.make_tensor_value_info("vector", TensorProto.FLOAT, ["batch", dim]),
+         helper.make_tensor_value_info("k", TensorProto.INT64, [1])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", None]),
+         helper.make_tensor_value_info("rows", TensorProto.INT64, ["batch", None])],
+        initializers,
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
+    path.write_bytes(model.SerializeToString())
+
+
+def _write_faiss(
+    path: Path, item_ND: F32, spec: IndexSpec, config: IndexConfig, trained: Path | None
+) -> int:
+    import faiss
+
+    n, width = len(item_ND), spec.width
+    if trained is not None:
+        index = faiss.read_index(str(trained))
+        index.reset()
+    else:
+        # As many cells as keep the search of centroids and that of a cell about as long; k-means
+        # wants 39 items a centroid.
+        cells = config.nlist or max(1, min(round(2 * math.sqrt(n)), n // 39))
+        recipe = {
+            "pq": f"PQ{config.codes or width}x4fs",
+            "ivf": f"IVF{min(cells, n)},SQ8",
+            "hnsw": f"HNSW{config.m},SQ8",
+        }
+        index = faiss.index_factory(width, recipe[spec.kind], faiss.METRIC_INNER_PRODUCT)
+        # faiss remarks on few items a centroid, on stderr.
+        if spec.kind == "pq":
+            index.pq.cp.min_points_per_centroid = 1
+        elif spec.kind == "ivf":
+            index.cp.min_points_per_centroid = 1
+    threads = faiss.omp_get_max_threads()
+    try:
+        if spec.kind == "hnsw":
+            index.hnsw.efConstruction = config.ef_construction
+            # Threads would link items in an order of chance, and give other bytes every time.
+            faiss.omp_set_num_threads(1)
+        if not index.is_trained:
+            # At least the 16 centroids of a code, of a catalogue of fewer some twice.
+            size = max(16, min(n, TRAINED_ON))
+            index.train(_cut(item_ND[np.linspace(0, n - 1, size).astype(np.int64)], spec))
+        for rows in blocks(n):
+            index.add(_cut(item_ND[rows], spec))
+        try:
+            faiss.write_index(index, str(path))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise OSError(errno.EIO, reason, str(path)) from None
+    finally:
+        faiss.omp_set_num_threads(threads)
+    return path.stat().st_size
+
+
+def _cut(item_RD: F32, spec: IndexSpec) -> F32:
+    return np.ascontiguousarray(cut_vectors(item_RD, spec.width, bool(spec.bias)), np.float32)

@@ -1,0 +1,147 @@
+"""How a bundle's index is searched, on whatever host: NumPy, ONNX Runtime and, for some, faiss.
+
+A lossy index finds `rescore` candidates a result, and the whole fp32 item vectors, mapped from
+their file, order them: what it answers are true inner products, and what it may lack are items.
+
+Imports nothing of twotower's: the file is copied beside `twotower.serve.model`, into Triton.
+
+Shape legend: `B` batch, `D` width, `N` items, `K` results, `C` candidates.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+FAISS_FILE = "index.faiss"
+FAISS_KINDS = ("pq", "ivf", "hnsw")
+# Of the catalogue as candidates: beyond, reading all of it is as fast, and misses nothing.
+EXACT_SHARE = 0.25
+ROWS_A_BLOCK = 1 << 16
+F32 = npt.NDArray[np.float32]
+Found = tuple[F32, npt.NDArray[np.int64]]
+
+
+def cut_vectors(vector_BD: F32, width: int, bias: bool) -> F32:
+    """Return vectors of fewer coordinates (B, width), as `twotower.towers.tower.cut` does."""
+    if width == vector_BD.shape[1]:
+        return vector_BD
+    direction = vector_BD[:, : width - bias]
+    length = np.linalg.norm(direction, axis=1, keepdims=True)
+    direction = direction / np.maximum(length, np.float32(1e-12))
+    return np.hstack([direction, vector_BD[:, -1:]]) if bias else direction
+
+
+def exact_top_k(item_ND: F32, vector_BD: F32, k: int) -> Found:
+    """Return the best scores and their rows (B, K), best first; k is at most N."""
+    none = np.empty(0, np.float32), np.empty(0, np.int64)
+    best: list[Found] = [none] * len(vector_BD)
+    for start in range(0, len(item_ND), ROWS_A_BLOCK):
+        score_BR = vector_BD @ item_ND[start : start + ROWS_A_BLOCK].T
+        for i, score_R in enumerate(score_BR):
+            scores, rows = best[i]
+            # Of a later block, few are better than the worst of k.
+            near = (
+                np.arange(len(score_R)) if len(rows) < k else np.flatnonzero(score_R > scores[-1])
+            )
+            scores = np.concatenate([scores, score_R[near]])
+            rows = np.concatenate([rows, near + start])
+            kept_scores, kept = _best(scores, k)
+            best[i] = kept_scores, rows[kept]
+    return np.stack([scores for scores, _ in best]), np.stack([rows for _, rows in best])
+
+
+def _best(score_N: F32, k: int) -> Found:
+    rows = np.arange(len(score_N))
+    if k < len(score_N):
+        rows = np.argpartition(score_N, len(score_N) - k)[len(score_N) - k :]
+    rows = rows[np.lexsort((rows, -score_N[rows]))]
+    return score_N[rows], rows
+
+
+class GraphSearch:
+    """Searches with `index.onnx`."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Prepacking would copy the item vectors, which are mapped from the file.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        self.session = ort.InferenceSession(
+            str(folder / "index.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+
+    def search(self, vector_BD: F32, k: int) -> Found:
+        """Return the best scores and their rows (B, K), best first; k is at most N."""
+        feed = {"vector": vector_BD, "k": np.array([k], np.int64)}
+        scores, rows = self.session.run(None, feed)
+        return scores, rows
+
+
+class FaissSearch:
+    """Searches with `index.faiss`, then orders the candidates by the whole vectors."""
+
+    def __init__(self, folder: Path, spec: dict[str, Any], threads: int) -> None:
+        import faiss
+
+        file = folder / FAISS_FILE
+        faiss.omp_set_num_threads(threads)
+        self.index = faiss.read_index(str(file))
+        self.item_ND = np.load(folder / "item_vectors.npy", mmap_mode="r", allow_pickle=False)
+        if (self.index.ntotal, self.index.d) != (len(self.item_ND), spec["width"]):
+            raise ValueError(f"{file}: is of other item vectors")
+        self.spec, self.faiss = spec, faiss
+
+    def _parameters(self, candidates: int) -> Any:
+        if self.spec["kind"] == "ivf":
+            return self.faiss.SearchParametersIVF(nprobe=self.spec["nprobe"])
+        if self.spec["kind"] == "hnsw":
+            return self.faiss.SearchParametersHNSW(efSearch=max(self.spec["ef_search"], candidates))
+        return None
+
+    def search(self, vector_BD: F32, k: int) -> Found:
+        """Return the best scores and their rows (B, K), best first; k is at most N."""
+        candidates = k * self.spec["rescore"]
+        if candidates > EXACT_SHARE * len(self.item_ND):
+            return exact_top_k(self.item_ND, vector_BD, k)
+        cut = cut_vectors(vector_BD, self.spec["width"], bool(self.spec["bias"]))
+        _, row_BC = self.index.search(
+            np.ascontiguousarray(cut, np.float32), candidates,
+            params=self._parameters(candidates),
+        )  # fmt: skip
+        return self._rescored(vector_BD, row_BC, k)
+
+    def _rescored(self, vector_BD: F32, row_BC: npt.NDArray[np.int64], k: int) -> Found:
+        scores = np.empty((len(vector_BD), k), np.float32)
+        rows = np.empty((len(vector_BD), k), np.int64)
+        for i, vector_D in enumerate(vector_BD):
+            found = np.sort(row_BC[i][row_BC[i] >= 0])
+            if len(found) < k:  # the cells that were searched hold no more
+                (scores[i],), (rows[i],) = exact_top_k(self.item_ND, vector_D[None], k)
+                continue
+            scores[i], place = _best(self.item_ND[found] @ vector_D, k)
+            rows[i] = found[place]
+        return scores, rows
+
+
+def open_search(folder: Path, spec: dict[str, Any], threads: int = 1) -> GraphSearch | FaissSearch:
+    """Open the index of a directory whose files were compared with the manifest.
+
+    Args:
+        folder: with the bundle's files.
+        spec: the manifest's `index`.
+        threads: of a search.
+
+    Raises:
+        ValueError: for an index of other item vectors.
+        ModuleNotFoundError: where it needs faiss, and that is missing.
+    """
+    if spec["kind"] in FAISS_KINDS:
+        return FaissSearch(folder, spec, threads)
+    return GraphSearch(folder, threads)
