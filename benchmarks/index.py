@@ -124,6 +124,8 @@ def main() -> None:
     started = time.monotonic()
     if options.updates:
         indexes = json.loads((RESULTS / "index.json").read_text())["indexes"]
+        for cost in indexes:  # JSON's keys are text
+            cost["latency_ms"] = {int(size): ms for size, ms in cost["latency_ms"].items()}
     else:
         indexes = index_table(options.items)
     updates = update_times(options.items, options.added)
