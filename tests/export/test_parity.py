@@ -34,7 +34,7 @@ def test_200_golden_queries_agree_between_eager_and_onnx(finished_run) -> None:
     model = load_towers(finished_run.run_dir / "train")
     vectors = np.load(bundle.path / "item_vectors.npy")
     rows = [g.features | {"exclude": g.exclude} for g in golden]
-    again = eager_answers(model, data.encoder, vectors, data, rows, 10)
+    again = eager_answers(model, vectors, data, rows, 10)
     assert check_answers(golden, [(g.item_ids, g.scores) for g in again], 1e-6, "eager") < 1e-6
     ids = data.items["id"].to_pylist()
     search = open_search(bundle.path, vars(bundle.manifest.index)).search
@@ -59,7 +59,7 @@ def test_golden_queries_of_dynamic_ids_agree_between_eager_and_onnx(make, tmp_pa
     # The mapping came back from the checkpoint: the towers in memory answer alike.
     vectors = np.load(bundle.path / "item_vectors.npy")
     rows = [g.features | {"exclude": g.exclude} for g in golden]
-    again = eager_answers(model, data.encoder, vectors, data, rows, 10)
+    again = eager_answers(model, vectors, data, rows, 10)
     assert check_answers(golden, [(g.item_ids, g.scores) for g in again], 1e-6, "eager") < 1e-6
 
 
@@ -76,7 +76,7 @@ def test_a_test_split_of_repeated_items_has_golden_queries(make) -> None:
     tables = {name: t["rows"] for name, t in data.summary["tables"].items()}
     model = TwoTower(data.config, tables, ModelConfig(dim=8, hidden=[16])).eval()
     vectors = np.eye(4, 8, dtype=np.float32)
-    golden = eager_answers(model, data.encoder, vectors, data, rows, 4)
+    golden = eager_answers(model, vectors, data, rows, 4)
     assert [set(g.item_ids) for g in golden] == [{"a", "d"}, set("abcd")]
 
 

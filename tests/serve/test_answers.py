@@ -101,15 +101,13 @@ def test_a_large_number_is_answered_as_by_eager_pytorch(server, finished_run, cl
     model = load_towers(finished_run.run_dir / "train")
     vectors = np.load(server.bundle.path / "item_vectors.npy")
     rows = [GOOD | {"age": age, "exclude": []} for age in (1e6, -1e12, 1e17)]
-    for g in eager_answers(model, data.encoder, vectors, data, rows, 10):
+    for g in eager_answers(model, vectors, data, rows, 10):
         answer = client.recommend(g.features, k=10)
         assert answer_difference(
             g.item_ids, g.scores, answer.item_ids, answer.scores, TOLERANCE
         ) <= TOLERANCE  # fmt: skip
         assert max(answer.scores) > 0.1
-    (g,) = eager_answers(
-        model, data.encoder, vectors, data, [GOOD | {"age": 1e22, "exclude": []}], 10
-    )
+    (g,) = eager_answers(model, vectors, data, [GOOD | {"age": 1e22, "exclude": []}], 10)
     bias = np.sort(vectors[:, -1])[::-1][:10]
     np.testing.assert_allclose(g.scores, bias, atol=TOLERANCE, err_msg="the query still matters")
 

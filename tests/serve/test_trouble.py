@@ -20,7 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
-from twotower.export.bundle import Manifest, read_bundle, seal
+from twotower.export.bundle import read_bundle, seal
+from twotower.export.config import IndexConfig
+from twotower.export.index import index_spec
+from twotower.export.manifest import Manifest
 from twotower.files import write_json
 from twotower.serve.client import AsyncRecommendClient, RecommendClient, ServerUnavailable
 from twotower.serve.config import ServeConfig
@@ -101,9 +104,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         })  # fmt: skip
     write_json(path / "golden.json", golden)
     seal(path, Manifest(
-        version=1, name="tiny", created="2025-01-01T00:00:00+00:00", fingerprint="f", query=QUERY,
+        version=1, name="tiny", fingerprint="f", query=QUERY,
         item=[spec("item_id", "id", "int64")], item_id_dtype="int64", num_items=ITEMS, dim=WIDTH,
-        versions={}, metrics={}, parity={},
+        versions={}, metrics={}, parity={}, index=index_spec(IndexConfig(), WIDTH, False),
     ))  # fmt: skip
     return path
 
