@@ -156,7 +156,7 @@ BASE = {
     "train.weight_decay": ({"low": 0.0, "high": 0.1, "log": True}, "low must be > 0 where log"),
     "train.batch_size": ({"low": 64.5, "high": 128}, "low must be int, got 64.5"),
     "train.warmup_steps": ({"low": -5, "high": 10}, "train.warmup_steps must be >= 0, got -5"),
-    "train.table_optimizer": ({"choices": ["sgd", "adam"]}, "train.table_optimizer must be one of"),
+    "train.table_optimizer": ({"choices": ["sgd", "lamb"]}, "train.table_optimizer must be one of"),
     "train.schedule": ({"low": 1, "high": 2}, "is str, which has no range: give choices"),
     "train.correct_positive": ({"choices": [True, 1]}, "choices must be bool, got 1"),
     "train.clip_norm": ({"choices": [None, "1"]}, "choices must be float or null, got '1'"),

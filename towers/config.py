@@ -71,6 +71,11 @@ class ModelConfig:
     learn_temperature: bool = False
     """Train the temperature too."""
 
+    @property
+    def direction_dim(self) -> int:
+        """Width of the towers' vectors without the coordinate of an item bias."""
+        return self.dim - int(self.item_bias)
+
     def validate(self) -> None:
         """Refuse sizes that no tower can have.
 

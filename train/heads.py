@@ -7,7 +7,8 @@ coordinate (the GMF of He et al. 2017, "Neural collaborative filtering"), and a 
 side, as matrix factorisation's biases (Koren et al. 2009). A head that is linear in q * c leaves
 what tells outcomes apart to the towers, in the coordinates that search multiplies (a deep one would
 learn it by itself, and no better: Rendle et al. 2020, "Neural collaborative filtering vs. matrix
-factorization revisited"), and costs a step one product of width 3 D.
+factorization revisited"), and costs a step one product of width 3 D. The coordinate of an item bias
+is left out: it says how often an item is taken, on a scale of its own that would drown the others.
 
 b_h is the outcome's mean in training, in log-odds of a binary one, and the rest begins at 0: a
 head's first steps do not teach the towers what is true of all events alike.
@@ -54,7 +55,7 @@ class Heads(nn.Module):
 
     Args:
         data: the prepared dataset.
-        dim: width of the towers' vectors.
+        dim: width of the towers' vectors, without the coordinate of an item bias.
         configs: name -> what it predicts.
 
     Raises:
@@ -74,6 +75,7 @@ class Heads(nn.Module):
             _scale(f"train.heads.{name}", head, data.outcome(head.column), stop)
             for name, head in configs.items()
         ]
+        self.dim = dim
         self.input_scale = dim**0.5  # of a coordinate of unit vectors, to about 1
         self.weight_HF = nn.Parameter(torch.zeros(len(configs), 3 * dim + 1))
         # Not saved: these follow from the dataset and the job.
@@ -94,8 +96,8 @@ class Heads(nn.Module):
         if dist.is_initialized() and dist.get_world_size() > 1:
             weight_HF = _OfAllRanks.apply(weight_HF)
         with torch.autocast(query_BD.device.type, enabled=False):
-            q_BD = query_BD.float() * self.input_scale
-            c_BD = item_BD.float() * self.input_scale
+            q_BD = query_BD[:, : self.dim].float() * self.input_scale
+            c_BD = item_BD[:, : self.dim].float() * self.input_scale
             input_BF = torch.cat([q_BD, c_BD, q_BD * c_BD, torch.ones_like(q_BD[:, :1])], dim=1)
             said_BH = input_BF @ weight_HF.T
         return said_BH + self.centre_H * self.is_binary_H

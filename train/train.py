@@ -110,7 +110,7 @@ def train(
             f"train.batch_size must be >= 2 a process, got {config.batch_size} for {place.ranks} "
             "processes: raise it, or train on fewer"
         )
-    heads = Heads(data, model.dim, config.heads) if config.heads else None
+    heads = Heads(data, model.direction_dim, config.heads) if config.heads else None
     validation = CatalogueValidation(data, evaluate, seed, heads)
     partial = partial_path(directory)
     folder = partial / "checkpoints"

@@ -168,7 +168,7 @@ def evaluate(job: Job) -> None:
 
     with console.status("evaluating over the whole catalogue"), atomic_directory(target) as partial:
         model = load_towers(job.path("train"))
-        heads = load_heads(job.path("train"), data, model.dim, job.train.heads)
+        heads = load_heads(job.path("train"), data, job.model.direction_dim, job.train.heads)
         report, queries = compare_with_baselines(model, data, job.evaluate, job.seed, heads)
         write_report(partial, {"fingerprint": mark, **report}, queries, job.evaluate.monitor_k)
     show_evaluation(report, job.evaluate, len(data.items), list(job.train.heads))

@@ -70,7 +70,7 @@ def test_repeated_items_are_neither_relevant_nor_answered(make) -> None:
 def test_more_answers_than_items_are_refused(make) -> None:
     config = EvaluateConfig(k=[2, 50], monitor="ndcg@2")
     with pytest.raises(UserError, match=r"evaluate\.k must be .* <= 5, .* got \[2, 50\].*to \[2\]"):
-        CatalogueValidation(make(EVENTS), config, 0)
+        CatalogueValidation(make(EVENTS), config, 0, heads=None)
     whole = EvaluateConfig(k=[5], monitor="ndcg@5")
     assert len(judged_queries(make(EVENTS), 2, whole, 0).event)
 

@@ -27,7 +27,7 @@ from ..conftest import EVENTS, QUICKSTART
 
 HEADS = {
     "liked": {"column": "liked", "kind": "binary", "weight": 0.5},
-    "watch": {"column": "watch_ms", "kind": "regression", "weight": 0.3},
+    "watch": {"column": "watch_ms", "kind": "regression", "weight": 1.0},
 }
 
 
@@ -47,7 +47,7 @@ def job(demo_log: Path, tmp_path_factory: pytest.TempPathFactory, twotower) -> P
     affinity = (taste[user] * quality[item]).sum(1) + 1.5 * quality[item, 0]
     missing = random.random(len(user)) < 0.2
     liked = pa.array(affinity > 0, mask=missing)
-    watch = pa.array(np.exp(8 + affinity).astype(np.int64), mask=random.random(len(user)) < 0.2)
+    watch = pa.array(np.exp(8 + affinity / 3).astype(np.int64), mask=random.random(len(user)) < 0.2)
     log = log.append_column("liked", liked).append_column("watch_ms", watch)
     content = yaml.safe_load(QUICKSTART.read_text())
     pq.write_table(log, cwd / "log.parquet")
@@ -101,12 +101,12 @@ def test_a_job_with_heads_learns_them_and_reports_them(job, twotower) -> None:
     typical = np.expm1(np.log1p(train[~np.isnan(train)]).mean())
     test_watch = watch[test.start : test.stop]
     constant = np.abs(test_watch[~np.isnan(test_watch)] - typical).mean()
-    assert metrics["watch_mae"] < 0.8 * constant
+    assert metrics["watch_mae"] < 0.9 * constant
     logged = (next((run / "train" / "csv").rglob("metrics.csv"))).read_text().splitlines()[0]
     names = {"train/liked_loss", "train/watch_loss", "val/liked_auc", "val/watch_mae"}
     assert names <= set(logged.split(","))
     assert not any("heads" in name for name in load_towers(run / "train").state_dict())
-    assert load_heads(run / "train", data, 64, _configs()).weight_HF.abs().max() > 0
+    assert load_heads(run / "train", data, 63, _configs()).weight_HF.abs().max() > 0
 
 
 def _configs() -> dict[str, HeadConfig]:

@@ -79,7 +79,7 @@ def load_heads(
     Args:
         directory: the training directory.
         data: the dataset that they were trained on.
-        dim: width of the towers' vectors.
+        dim: width of the towers' vectors, without the coordinate of an item bias.
         configs: name -> what each predicts.
 
     Raises:
