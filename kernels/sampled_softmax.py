@@ -18,7 +18,11 @@ Blocks of the logits are computed, used and forgotten, as flash attention does (
 
 On a GPU: forward 2 B N D operations, backward 8 B N D: the logits are computed again for the
 queries' gradient and for the candidates', each followed by its product. Every sum has a fixed
-order, so results repeat to the bit. Memory is O((B + N) D), traffic O(B N D / block).
+order, so results repeat to the bit. Memory is O((B + N) D), traffic O(B N D / block). At D = 128 a
+logit costs the tensor cores as long as some ten plain operations cost the others, so the loops hold
+as few as there can be: logits are in base 2; a positive has its own id and so is no negative of its
+query, whatever becomes of it is added behind the loop, once a query; nothing is compared with the
+edges, beyond which logQ is infinite.
 
 fp32 products run on tensor cores as three TF32 ones, which leaves their error near that of fp32
 (Ootomo and Yokota 2022); an FMA loop would spill its registers.
@@ -55,6 +59,9 @@ OUTSIDE = POSITIVES.index("outside")
 # Rows of logits that fit: measured on 2 cores at B = N = 8,192, where 8 to 32 MB were equally fast
 # (benchmarks/kernels_cpu.py --sweep).
 BLOCK_BYTES = 16 << 20
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Numbers of a tile of vectors in the kernel that joins the splits.
+FINISHED = 4096
 
 
 def sampled_softmax_reference(
@@ -103,26 +110,6 @@ def _weighted_mean(loss_B: Tensor, weight_B: Tensor | None) -> Tensor:
 
 
 @triton.jit
-def _tile(
-    a, b, a_row, b_row, bias, query_at, a_id, b_id, scale,
-    A_ROWS, B_ROWS, QUERIES_ARE_A: tl.constexpr, HAS_ID: tl.constexpr, UNCORRECTED: tl.constexpr,
-):  # fmt: skip
-    """Return a block of logits, which of them are positives and which count."""
-    x = tl.dot(a, tl.trans(b), input_precision="tf32x3") * scale
-    if QUERIES_ARE_A:
-        positive = query_at[:, None] == b_row[None, :]
-        bias = bias[None, :]
-    else:
-        positive = a_row[:, None] == query_at[None, :]
-        bias = bias[:, None]
-    x = x - (tl.where(positive, 0.0, bias) if UNCORRECTED else bias)
-    counts = (a_row < A_ROWS)[:, None] & (b_row < B_ROWS)[None, :]
-    if HAS_ID:
-        counts = counts & (positive | (a_id[:, None] != b_id[None, :]))
-    return x, positive, counts
-
-
-@triton.jit
 def _load(pointer, row, ROWS, D, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
     """Load rows (…, D) of a contiguous matrix, zeros beyond its edges."""
     column = tl.arange(0, BLOCK_D)
@@ -135,24 +122,28 @@ def _load(pointer, row, ROWS, D, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _corrections(
-    log_q, candidate_id, row, N, BLOCK: tl.constexpr, HAS_LOG_Q: tl.constexpr, HAS_ID: tl.constexpr
-):
-    """Return logQ and ids of candidates, zeros where there are none."""
-    bias = tl.zeros([BLOCK], tl.float32)
-    ids = tl.zeros([BLOCK], tl.int64)
+def _candidates(log_q, candidate_id, row, N, HAS_LOG_Q: tl.constexpr, HAS_ID: tl.constexpr):
+    """Return what candidates' logits are lowered by, in base 2, and their ids.
+
+    Beyond the last candidate it is infinite: nothing there ever counts. Without ids, a candidate's
+    is its row.
+    """
+    lowered = tl.where(row < N, 0.0, float("inf"))
     if HAS_LOG_Q:
-        bias = tl.load(log_q + row, mask=row < N, other=0.0)
+        lowered = tl.load(log_q + row, mask=row < N, other=float("inf")) * LOG2_E
+    ids = row
     if HAS_ID:
         ids = tl.load(candidate_id + row, mask=row < N, other=0)
-    return bias, ids
+    return lowered, ids
 
 
 @triton.jit
-def _positives(at, candidate_id, row, B, BLOCK: tl.constexpr, HAS_ID: tl.constexpr):
-    """Return the candidates that are queries' positives, and their ids, zeros without ids."""
-    place = tl.load(at + row, mask=row < B, other=0)
-    ids = tl.zeros([BLOCK], tl.int64)
+def _positives(at, candidate_id, row, B, DIAGONAL: tl.constexpr, HAS_ID: tl.constexpr):
+    """Return the candidates that are queries' positives, and their ids."""
+    place = row
+    if not DIAGONAL:
+        place = tl.load(at + row, mask=row < B, other=0)
+    ids = place
     if HAS_ID:
         ids = tl.load(candidate_id + place, mask=row < B, other=0)
     return place, ids
@@ -160,143 +151,178 @@ def _positives(at, candidate_id, row, B, BLOCK: tl.constexpr, HAS_ID: tl.constex
 
 @triton.jit
 def _forward_kernel(
-    query, candidate, scale_pointer, log_q, candidate_id, at, lse, positive, total, count,
+    query, candidate, scale_pointer, log_q, candidate_id, at, lse, total, count,
     B, N, D, split_size,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LOG_Q: tl.constexpr,
-    HAS_ID: tl.constexpr, POSITIVE: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_ID: tl.constexpr, DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of a block of queries over one split of the candidates."""
+    """Online softmax of a block of queries' negatives in one split of the candidates, in base 2."""
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     split = tl.program_id(1)
-    scale = tl.load(scale_pointer)
+    scale = tl.load(scale_pointer) * LOG2_E
     q = _load(query, row, B, D, BLOCK_D, UPCAST)
-    nothing = tl.zeros([BLOCK_B], tl.float32)
-    own_at, own_id = _positives(at, candidate_id, row, B, BLOCK_B, HAS_ID)
+    _, own_id = _positives(at, candidate_id, row, B, DIAGONAL, HAS_ID)
     highest = tl.full([BLOCK_B], -float("inf"), tl.float32)
-    mass, at_positive = nothing, nothing
-    summed, counted = nothing, nothing
+    mass = tl.zeros([BLOCK_B], tl.float32)
+    summed, counted = mass, mass
     first = split * split_size
     for start in range(first, tl.minimum(first + split_size, N), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         c = _load(candidate, column, N, D, BLOCK_D, UPCAST)
-        bias, ids = _corrections(log_q, candidate_id, column, N, BLOCK_N, HAS_LOG_Q, HAS_ID)
-        x, is_positive, counts = _tile(
-            q, c, row, column, bias, own_at, own_id, ids, scale, B, N, True, HAS_ID, POSITIVE != 0
-        )
-        at_positive += tl.sum(tl.where(is_positive & counts, x, 0.0), 1)
+        lowered, ids = _candidates(log_q, candidate_id, column, N, HAS_LOG_Q, HAS_ID)
+        x = tl.dot(q, tl.trans(c), input_precision="tf32x3") * scale - lowered[None, :]
+        negative = own_id[:, None] != ids[None, :]
         if SMOOTH:
+            counts = negative & (column < N)[None, :]
             summed += tl.sum(tl.where(counts, x, 0.0), 1)
             counted += tl.sum(counts.to(tl.float32), 1)
-        if POSITIVE == 2:
-            counts = counts & (is_positive == 0)
-        x = tl.where(counts, x, -float("inf"))
+        x = tl.where(negative, x, -float("inf"))
         new = tl.maximum(highest, tl.max(x, 1))
         # Nothing has counted yet where both are -inf, whose difference is no number.
         shift = tl.where(new == -float("inf"), 0.0, new)
-        mass = mass * tl.exp(highest - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
+        mass = mass * tl.exp2(highest - shift) + tl.sum(tl.exp2(x - shift[:, None]), 1)
         highest = new
     place = split.to(tl.int64) * B + row
-    tl.store(lse + place, highest + tl.log(mass), mask=row < B)
-    tl.store(positive + place, at_positive, mask=row < B)
+    tl.store(lse + place, highest + tl.log2(mass), mask=row < B)
     if SMOOTH:
         tl.store(total + place, summed, mask=row < B)
         tl.store(count + place, counted, mask=row < B)
 
 
 @triton.jit
-def _slope(
-    x, is_positive, counts, lse, uniform, positive_share,
-    POSITIVE: tl.constexpr, SMOOTH: tl.constexpr,
+def _finish_kernel(
+    query, candidate, scale_pointer, log_q, at, weight, of_split, total, count,
+    loss, lse, slope, uniform, B, N, D, smoothing,
+    SPLITS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LOG_Q: tl.constexpr,
+    DIAGONAL: tl.constexpr, POSITIVE: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """Return the derivative of a query's loss by its logits."""
-    p = tl.exp(x - lse)
-    if POSITIVE == 2:
-        p = tl.where(is_positive, -1.0, p)
-    elif SMOOTH:
-        p = p - tl.where(is_positive, positive_share, 0.0) - uniform
-    else:
-        p = tl.where(is_positive, p - 1.0, p)
-    return tl.where(counts, p, 0.0)
+    """Join the splits and the positive: each query's loss, lse, slope at its positive, uniform."""
+    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    place, _ = _positives(at, at, row, B, DIAGONAL, False)
+    q = _load(query, row, B, D, BLOCK_D, True)
+    c = _load(candidate, place, N, D, BLOCK_D, True)
+    own = tl.sum(q * c, 1) * tl.load(scale_pointer) * LOG2_E
+    if HAS_LOG_Q and POSITIVE == 0:
+        own -= tl.load(log_q + place, mask=row < B, other=0.0) * LOG2_E
+    highest = tl.full([BLOCK_B], -float("inf"), tl.float32)
+    for split in range(SPLITS):
+        part = tl.load(of_split + split * B + row, mask=row < B, other=0.0)
+        highest = tl.maximum(highest, part)
+    if POSITIVE != 2:
+        highest = tl.maximum(highest, own)
+    highest = tl.where(highest == -float("inf"), 0.0, highest)
+    mass = tl.zeros([BLOCK_B], tl.float32)
+    if POSITIVE != 2:
+        mass = tl.exp2(own - highest)
+    summed, counted = own, tl.full([BLOCK_B], 1.0, tl.float32)
+    for split in range(SPLITS):
+        part = tl.load(of_split + split * B + row, mask=row < B, other=0.0)
+        mass += tl.exp2(part - highest)
+        if SMOOTH:
+            summed += tl.load(total + split * B + row, mask=row < B, other=0.0)
+            counted += tl.load(count + split * B + row, mask=row < B, other=0.0)
+    # Outside, a query may have no negative left: nothing is compared with.
+    all_lse = tl.where(mass == 0, 0.0, highest + tl.log2(mass))
+    share, rest = smoothing / counted, 1.0 - smoothing
+    value = all_lse - rest * own
+    if SMOOTH:
+        value -= share * summed
+    at_positive = tl.full([BLOCK_B], -1.0, tl.float32)
+    if POSITIVE != 2:
+        at_positive = tl.exp2(own - all_lse) - rest
+        if SMOOTH:
+            at_positive -= share
+    w = tl.load(weight + row, mask=row < B, other=0.0)
+    tl.store(loss + row, value * w / LOG2_E, mask=row < B)
+    tl.store(lse + row, all_lse, mask=row < B)
+    tl.store(slope + row, at_positive, mask=row < B)
+    if SMOOTH:
+        tl.store(uniform + row, share, mask=row < B)
 
 
 @triton.jit
 def _query_gradient_kernel(
-    query, candidate, scale_pointer, log_q, candidate_id, at, weight, lse, uniform, out, dot,
-    B, N, D, positive_share, split_size,
+    query, candidate, scale_pointer, log_q, candidate_id, at, weight, lse, slope, uniform, out, dot,
+    B, N, D, split_size,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LOG_Q: tl.constexpr,
-    HAS_ID: tl.constexpr, POSITIVE: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_ID: tl.constexpr, DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sum slope x candidate over one split of the candidates, for a block of queries."""
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     split = tl.program_id(1)
-    scale = tl.load(scale_pointer)
+    plain = tl.load(scale_pointer)
+    scale = plain * LOG2_E
     q = _load(query, row, B, D, BLOCK_D, UPCAST)
-    own_at, own_id = _positives(at, candidate_id, row, B, BLOCK_B, HAS_ID)
+    own_at, own_id = _positives(at, candidate_id, row, B, DIAGONAL, HAS_ID)
     lse_row = tl.load(lse + row, mask=row < B, other=0.0)
     uniform_row = lse_row
     if SMOOTH:
         uniform_row = tl.load(uniform + row, mask=row < B, other=0.0)
-    sums = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+    first_split = row < tl.where(split == 0, B, 0)
+    sums = tl.load(slope + row, mask=first_split, other=0.0)[:, None] * _load(
+        candidate, own_at, tl.where(split == 0, N, 0), D, BLOCK_D, True
+    )
     first = split * split_size
     for start in range(first, tl.minimum(first + split_size, N), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         c = _load(candidate, column, N, D, BLOCK_D, UPCAST)
-        bias, ids = _corrections(log_q, candidate_id, column, N, BLOCK_N, HAS_LOG_Q, HAS_ID)
-        x, is_positive, counts = _tile(
-            q, c, row, column, bias, own_at, own_id, ids, scale, B, N, True, HAS_ID, POSITIVE == 1
-        )
-        p = _slope(
-            x, is_positive, counts, lse_row[:, None], uniform_row[:, None], positive_share,
-            POSITIVE, SMOOTH,
-        )  # fmt: skip
+        lowered, ids = _candidates(log_q, candidate_id, column, N, HAS_LOG_Q, HAS_ID)
+        x = tl.dot(q, tl.trans(c), input_precision="tf32x3") * scale - lowered[None, :]
+        p = tl.exp2(x - lse_row[:, None])
+        if SMOOTH:
+            p -= uniform_row[:, None]
+        p = tl.where(own_id[:, None] != ids[None, :], p, 0.0)
         sums = tl.dot(p.to(c.dtype), c, sums, input_precision="tf32x3")
     # The weight comes last, in fp32: slopes alone fill the range of bf16 best.
     sums = sums * tl.load(weight + row, mask=row < B, other=0.0)[:, None]
     column_d = tl.arange(0, BLOCK_D)
     place = split.to(tl.int64) * B + row
     inside = (row < B)[:, None] & (column_d < D)[None, :]
-    tl.store(out + place[:, None] * D + column_d[None, :], sums * scale, mask=inside)
+    tl.store(out + place[:, None] * D + column_d[None, :], sums * plain, mask=inside)
     # d loss / d scale of these rows: sum_j slope_ij <q_i, c_j>.
     tl.store(dot + place, tl.sum(q.to(tl.float32) * sums, 1), mask=row < B)
 
 
 @triton.jit
 def _candidate_gradient_kernel(
-    query, candidate, scale_pointer, log_q, candidate_id, at, weight, lse, uniform, out,
-    B, N, D, positive_share, split_size,
+    query, candidate, scale_pointer, log_q, candidate_id, at, weight, lse, slope, uniform, out,
+    B, N, D, split_size,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LOG_Q: tl.constexpr,
-    HAS_ID: tl.constexpr, POSITIVE: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_ID: tl.constexpr, DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sum slope x query over one split of the queries, for a block of candidates."""
+    """Sum slope x query over one split of the queries, for a block of candidates.
+
+    Where positives do not lie on the diagonal, theirs are left to `_add_positives`.
+    """
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    scale = tl.load(scale_pointer)
+    plain = tl.load(scale_pointer)
+    scale = plain * LOG2_E
     c = _load(candidate, row, N, D, BLOCK_D, UPCAST)
-    bias, own_id = _corrections(log_q, candidate_id, row, N, BLOCK_N, HAS_LOG_Q, HAS_ID)
+    lowered, own_id = _candidates(log_q, candidate_id, row, N, HAS_LOG_Q, HAS_ID)
     sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if DIAGONAL:
+        rows = tl.where(split == 0, B, 0)
+        at_positive = tl.load(slope + row, mask=row < rows, other=0.0)
+        at_positive *= tl.load(weight + row, mask=row < rows, other=0.0)
+        sums = at_positive[:, None] * _load(query, row, rows, D, BLOCK_D, True)
     first = split * split_size
     for start in range(first, tl.minimum(first + split_size, B), BLOCK_B):
         column = start + tl.arange(0, BLOCK_B)
         q = _load(query, column, B, D, BLOCK_D, UPCAST)
-        query_at, ids = _positives(at, candidate_id, column, B, BLOCK_B, HAS_ID)
-        lse_row = tl.load(lse + column, mask=column < B, other=0.0)
-        uniform_row = lse_row
-        if SMOOTH:
-            uniform_row = tl.load(uniform + column, mask=column < B, other=0.0)
+        _, ids = _positives(at, candidate_id, column, B, DIAGONAL, HAS_ID)
         w = tl.load(weight + column, mask=column < B, other=0.0)
-        x, is_positive, counts = _tile(
-            c, q, row, column, bias, query_at, own_id, ids, scale, N, B, False, HAS_ID,
-            POSITIVE == 1,
-        )  # fmt: skip
-        p = _slope(
-            x, is_positive, counts, lse_row[None, :], uniform_row[None, :], positive_share,
-            POSITIVE, SMOOTH,
-        )  # fmt: skip
-        sums = tl.dot((p * w[None, :]).to(q.dtype), q, sums, input_precision="tf32x3")
+        lse_row = tl.load(lse + column, mask=column < B, other=0.0)
+        x = tl.dot(c, tl.trans(q), input_precision="tf32x3") * scale - lowered[:, None]
+        p = tl.exp2(x - lse_row[None, :])
+        if SMOOTH:
+            p -= tl.load(uniform + column, mask=column < B, other=0.0)[None, :]
+        p = tl.where(own_id[:, None] != ids[None, :], p * w[None, :], 0.0)
+        sums = tl.dot(p.to(q.dtype), q, sums, input_precision="tf32x3")
     column_d = tl.arange(0, BLOCK_D)
     place = split.to(tl.int64) * N + row
     inside = (row < N)[:, None] & (column_d < D)[None, :]
-    tl.store(out + place[:, None] * D + column_d[None, :], sums * scale, mask=inside)
+    tl.store(out + place[:, None] * D + column_d[None, :], sums * plain, mask=inside)
 
 
 def forward_blocks(width: int, dtype: torch.dtype) -> Blocks:
@@ -329,69 +355,71 @@ def backward_blocks(width: int, dtype: torch.dtype) -> Blocks:
 
 def triton_forward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, at: Tensor, positive: int, smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the loss, each query's lse (B,) and its smoothing share of a candidate (B,)."""
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, positive: int,
+    smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the loss and, of each query (B,): lse in base 2, slope at the positive, uniform."""
     (b, d), n = query.shape, candidate.shape[0]
     tiles = forward_blocks(d, query.dtype)
     programs = triton.cdiv(b, tiles.rows)
     splits = splits_for(programs, n, tiles.columns)
-    lse, own, total, count = query.new_empty(4, splits, b, dtype=torch.float32)
+    of_split, total, count = query.new_empty(3, splits, b, dtype=torch.float32)
+    options = {
+        "BLOCK_D": power_of_two(d), "HAS_LOG_Q": log_q is not None, "DIAGONAL": at is None,
+        "SMOOTH": smoothing > 0,
+    }  # fmt: skip
     _forward_kernel[(programs, splits)](
-        query, candidate, scale, pointer(log_q, scale), pointer(candidate_id, scale), at.int(),
-        lse, own, total, count, b, n, d, _split_size(n, splits, tiles.columns),
-        BLOCK_B=tiles.rows, BLOCK_N=tiles.columns, BLOCK_D=power_of_two(d),
-        HAS_LOG_Q=log_q is not None, HAS_ID=candidate_id is not None, POSITIVE=positive,
-        SMOOTH=smoothing > 0, UPCAST=upcast(query.dtype), num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        query, candidate, scale, pointer(log_q, scale), pointer(candidate_id, scale),
+        pointer(at, scale), of_split, total, count, b, n, d, _split_size(n, splits, tiles.columns),
+        BLOCK_B=tiles.rows, BLOCK_N=tiles.columns, HAS_ID=candidate_id is not None,
+        UPCAST=upcast(query.dtype), num_warps=tiles.warps, num_stages=tiles.stages, **options,
     )  # fmt: skip
-    lse, own = lse.logsumexp(0), own.sum(0)
-    # Outside, a query may have no negative left: nothing is compared with.
-    lse = lse.masked_fill(lse == -float("inf"), 0)
-    uniform = torch.zeros_like(lse)
-    loss = lse - (1 - smoothing) * own
-    if smoothing > 0:
-        uniform = smoothing / count.sum(0)
-        loss = loss - uniform * total.sum(0)
-    return (loss * weight).sum(), lse, uniform
+    loss, lse, slope, uniform = (query.new_empty(b, dtype=torch.float32) for _ in range(4))
+    rows = max(1, FINISHED // power_of_two(d))
+    _finish_kernel[(triton.cdiv(b, rows),)](
+        query, candidate, scale, pointer(log_q, scale), pointer(at, scale), weight, of_split,
+        total, count, loss, lse, slope, uniform, b, n, d, smoothing, SPLITS=splits, BLOCK_B=rows,
+        POSITIVE=positive, **options,
+    )  # fmt: skip
+    return loss.sum(), lse, slope, uniform
 
 
 def triton_backward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, at: Tensor, lse: Tensor, uniform: Tensor,
-    positive: int, smoothing: float,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, lse: Tensor, slope: Tensor,
+    uniform: Tensor, smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of queries (B, D), candidates (N, D) and the scale."""
     (b, d), n = query.shape, candidate.shape[0]
     tiles = backward_blocks(d, query.dtype)
     shared = (query, candidate, scale, pointer(log_q, scale), pointer(candidate_id, scale),
-              at.int(), weight, lse, uniform)  # fmt: skip
+              pointer(at, scale), weight, lse, slope, uniform)  # fmt: skip
     options = {
         "BLOCK_D": power_of_two(d), "HAS_LOG_Q": log_q is not None,
-        "HAS_ID": candidate_id is not None, "POSITIVE": positive, "SMOOTH": smoothing > 0,
-        "UPCAST": upcast(query.dtype),
-        "num_warps": tiles.warps, "num_stages": tiles.stages,
+        "HAS_ID": candidate_id is not None, "DIAGONAL": at is None, "SMOOTH": smoothing > 0,
+        "UPCAST": upcast(query.dtype), "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
     programs = triton.cdiv(b, tiles.rows)
     splits = splits_for(programs, n, tiles.columns)
     of_query = query.new_empty(splits, b, d, dtype=torch.float32)
     dot = query.new_empty(splits, b, dtype=torch.float32)
     _query_gradient_kernel[(programs, splits)](
-        *shared, of_query, dot, b, n, d, 1 - smoothing,
-        _split_size(n, splits, tiles.columns),
+        *shared, of_query, dot, b, n, d, _split_size(n, splits, tiles.columns),
         BLOCK_B=tiles.rows, BLOCK_N=tiles.columns, **options,
     )  # fmt: skip
     programs = triton.cdiv(n, tiles.rows)
     splits = splits_for(programs, b, tiles.columns)
     of_candidate = candidate.new_empty(splits, n, d, dtype=torch.float32)
     _candidate_gradient_kernel[(programs, splits)](
-        *shared, of_candidate, b, n, d, 1 - smoothing,
-        _split_size(b, splits, tiles.columns),
+        *shared, of_candidate, b, n, d, _split_size(b, splits, tiles.columns),
         BLOCK_B=tiles.columns, BLOCK_N=tiles.rows, **options,
     )  # fmt: skip
-    return (
-        _summed(of_query).to(query.dtype), _summed(of_candidate).to(candidate.dtype), dot.sum()
-    )  # fmt: skip
+    of_candidate = _summed(of_candidate)
+    if at is not None:
+        of_positive = query.float() * (slope * weight * scale)[:, None]
+        # Of one order, unlike index_add_: results repeat to the bit.
+        of_candidate.index_put_((at,), of_positive, accumulate=True)
+    return _summed(of_query).to(query.dtype), of_candidate.to(candidate.dtype), dot.sum()
 
 
 def _split_size(length: int, splits: int, block: int) -> int:
@@ -405,8 +433,8 @@ def _summed(parts: Tensor) -> Tensor:
 
 def cpu_forward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, at: Tensor, positive: int, smoothing: float,
-    with_gradients: bool,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, positive: int,
+    smoothing: float, with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the loss and, if asked for, the gradients of queries, candidates and the scale."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -414,6 +442,7 @@ def cpu_forward(
     if not 0 < by < float("inf"):
         # Reading it would make a GPU wait: there, the loss is NaN.
         raise ValueError(f"temperature must be > 0 and finite, got {1 / by if by else by}")
+    at = torch.arange(len(queries)) if at is None else at
     low, high = (int(bound) for bound in at.aminmax())
     if low < 0 or high >= len(candidates):
         raise ValueError(f"positive_B must be rows < {len(candidates)}, got {low} to {high}")
@@ -472,80 +501,79 @@ def cpu_forward(
     )  # fmt: skip
 
 
-Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("twotower::sampled_softmax", mutates_args=())
 def _forward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, at: Tensor, positive: int, smoothing: float,
-    with_gradients: bool,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, positive: int,
+    smoothing: float, with_gradients: bool,
 ) -> Forward:  # fmt: skip
-    """Return loss, lse, uniform and, on a CPU, the three gradients; the rest is empty."""
+    """Return loss, lse, slope, uniform and, on a CPU, the three gradients; the rest is empty."""
     inputs = (query, candidate, scale, log_q, candidate_id, weight, at, positive, smoothing)
     none = query.new_empty(0)
     with torch.autocast(query.device.type, enabled=False):
         if runs_triton(query.device):
-            loss, lse, uniform = triton_forward(*inputs)
-            return loss, lse, uniform, none, none.clone(), none.clone()
+            return *triton_forward(*inputs), none, none.clone(), none.clone()
         loss, *of = cpu_forward(*inputs, with_gradients)
-        return loss, none, none.clone(), of[0], of[1], of[2]
+        return loss, none, none.clone(), none.clone(), of[0], of[1], of[2]
 
 
 @_forward.register_fake
 def _forward_fake(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, at: Tensor, positive: int, smoothing: float,
-    with_gradients: bool,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, positive: int,
+    smoothing: float, with_gradients: bool,
 ) -> Forward:  # fmt: skip
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     on_triton = runs_triton(query.device)
-    rows = query.shape[0] if on_triton else 0
     of = not on_triton and with_gradients
+    rows = [
+        query.new_empty(query.shape[0] if on_triton else 0, dtype=wide if on_triton else None)
+        for _ in range(3)
+    ]
     return (
-        query.new_empty((), dtype=wide),
-        query.new_empty(rows, dtype=wide if on_triton else query.dtype),
-        query.new_empty(rows, dtype=wide if on_triton else query.dtype),
+        query.new_empty((), dtype=wide), *rows,
         torch.empty_like(query) if of else query.new_empty(0),
         torch.empty_like(candidate) if of else query.new_empty(0),
         query.new_empty((), dtype=wide) if of else query.new_empty(0),
-    )
+    )  # fmt: skip
 
 
 @torch.library.custom_op("twotower::sampled_softmax_backward", mutates_args=())
 def _backward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, at: Tensor, lse: Tensor, uniform: Tensor,
-    positive: int, smoothing: float,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, lse: Tensor, slope: Tensor,
+    uniform: Tensor, smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the logits again and return the three gradients."""
     with torch.autocast(query.device.type, enabled=False):
         return triton_backward(
-            query, candidate, scale, log_q, candidate_id, weight, at, lse, uniform, positive,
-            smoothing,
-        )  # fmt: skip
+            query, candidate, scale, log_q, candidate_id, weight, at, lse, slope, uniform, smoothing
+        )
 
 
 @_backward.register_fake
 def _backward_fake(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, at: Tensor, lse: Tensor, uniform: Tensor,
-    positive: int, smoothing: float,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, lse: Tensor, slope: Tensor,
+    uniform: Tensor, smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(query), torch.empty_like(candidate), lse.new_empty(())
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
-    query, candidate, scale, log_q, candidate_id, weight, at, positive, smoothing, _ = inputs
-    _, lse, uniform, *gradients = output
-    ctx.positive, ctx.smoothing = positive, smoothing
+    query, candidate, scale, log_q, candidate_id, weight, at, _, smoothing, _ = inputs
+    _, lse, slope, uniform, *gradients = output
+    ctx.smoothing = smoothing
     ctx.ready = not runs_triton(query.device)
     if ctx.ready:
         ctx.save_for_backward(*gradients, scale)
     else:
         ctx.save_for_backward(
-            query, candidate, scale, log_q, candidate_id, weight, at, lse, uniform
-        )  # fmt: skip
+            query, candidate, scale, log_q, candidate_id, weight, at, lse, slope, uniform
+        )
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -553,10 +581,10 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, .
         *gradients, scale = ctx.saved_tensors
         of_query, of_candidate, of_scale = (g * grad.to(g.dtype) for g in gradients)
     else:
-        *tensors, weight, at, lse, uniform = ctx.saved_tensors
+        *tensors, weight, at, lse, slope, uniform = ctx.saved_tensors
         scale = tensors[2]
         of_query, of_candidate, of_scale = _backward(
-            *tensors, weight * grad, at, lse, uniform, ctx.positive, ctx.smoothing
+            *tensors, weight * grad, at, lse, slope, uniform, ctx.smoothing
         )
     return of_query, of_candidate, of_scale.to(scale.dtype), *[None] * 7
 
@@ -587,7 +615,8 @@ def sampled_softmax(
         temperature: scalar > 0; its gradient is computed too.
         log_q_N: log of each candidate's sampling probability, up to a constant where the positive
             is corrected; else of how often it is expected among the candidates.
-        candidate_id_N: int64; candidates of equal id are accidental hits of each other.
+        candidate_id_N: int64 or, which takes a GPU half the comparing, int32; candidates of equal
+            id are accidental hits of each other.
         weight_B: sample weights, 1 by default; they get no gradient.
         positive_B: int64 candidate row of each query's positive; 0 to B - 1 by default.
         positive: corrected, uncorrected or outside: its own term in the sum, see above.
@@ -601,8 +630,6 @@ def sampled_softmax(
         positive, label_smoothing,
     )  # fmt: skip
     b = query_BD.shape[0]
-    if positive_B is None:
-        positive_B = torch.arange(b, device=query_BD.device)
     if weight_B is None:
         weight_B = query_BD.new_full((b,), 1 / b, dtype=torch.float32)
     else:
@@ -619,7 +646,7 @@ def sampled_softmax(
         log_q_N.detach().to(wide).contiguous() if log_q_N is not None else None,
         candidate_id_N.contiguous() if candidate_id_N is not None else None,
         weight_B,
-        positive_B.contiguous(),
+        positive_B.contiguous() if positive_B is not None else None,
         POSITIVES.index(positive),
         label_smoothing,
         with_gradients,
@@ -664,9 +691,10 @@ def _validate(
     ):  # fmt: skip
         if value is not None and value.shape != (size,):
             raise ValueError(f"{name} must have shape ({size},), got {tuple(value.shape)}")
-    for name, value in (("candidate_id", candidate_id_N), ("positive_B", positive_B)):
-        if value is not None and value.dtype != torch.int64:
-            raise ValueError(f"{name} must be int64, got {value.dtype}")
+    if positive_B is not None and positive_B.dtype != torch.int64:
+        raise ValueError(f"positive_B must be int64, got {positive_B.dtype}")
+    if candidate_id_N is not None and candidate_id_N.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"candidate_id must be int64 or int32, got {candidate_id_N.dtype}")
     others = {
         "candidate": candidate_ND, "temperature": temperature, "log_q": log_q_N,
         "candidate_id": candidate_id_N, "weight": weight_B, "positive_B": positive_B,

@@ -30,7 +30,7 @@ not_interpreted = pytest.mark.skipif(INTERPRET, reason="is about the CPU impleme
 def within(value: Tensor, at: tuple[int, int]) -> Tensor:
     """Return the rows in the middle of a larger buffer of NaN: a read beyond them shows."""
     before, after = at
-    fill = float("nan") if value.is_floating_point() else -(2**60)
+    fill = float("nan") if value.is_floating_point() else torch.iinfo(value.dtype).min
     buffer = torch.full((before + len(value) + after, *value.shape[1:]), fill, dtype=value.dtype,
                         device=value.device)  # fmt: skip
     buffer[before : before + len(value)] = value

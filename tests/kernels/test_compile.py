@@ -37,7 +37,7 @@ SCALARS = {
     "first_query",
 }
 IDS = {"candidate_id", "item_bits", "required_bits", "exclude_row", "exclude_offset",
-       "exclude_owner", "chosen"}  # fmt: skip
+       "exclude_owner", "chosen", "at"}  # fmt: skip
 
 
 def compiled(kernel, types: dict[str, str], constants: dict, tiles: Blocks, aligned: bool = True):
@@ -75,22 +75,22 @@ def compiled(kernel, types: dict[str, str], constants: dict, tiles: Blocks, alig
     return ptx, built.metadata.shared, spilled
 
 
-@pytest.mark.parametrize("positive", [0, 2])
+@pytest.mark.parametrize("diagonal", [True, False])
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize(
     ("kernel", "blocks"),
     [("_forward_kernel", "forward_blocks"), ("_query_gradient_kernel", "backward_blocks"),
      ("_candidate_gradient_kernel", "backward_blocks")],
 )  # fmt: skip
-def test_sampled_softmax_in_bf16_fits_hopper(kernel, blocks, width, positive) -> None:
+def test_sampled_softmax_in_bf16_fits_hopper(kernel, blocks, width, diagonal) -> None:
     tiles = getattr(sampled_softmax, blocks)(width, torch.bfloat16)
     rows, columns = tiles.rows, tiles.columns
     if kernel == "_candidate_gradient_kernel":
         rows, columns = columns, rows
     constants = {"BLOCK_B": rows, "BLOCK_N": columns, "BLOCK_D": width, "HAS_LOG_Q": True,
-                 "HAS_ID": True, "POSITIVE": positive, "SMOOTH": False,
+                 "HAS_ID": True, "DIAGONAL": diagonal, "SMOOTH": False,
                  "UPCAST": False}  # fmt: skip
-    types = {"query": "*bf16", "candidate": "*bf16", "at": "*i32", "positive_share": "fp32"}
+    types = {"query": "*bf16", "candidate": "*bf16"}
     ptx, shared, spilled = compiled(
         getattr(sampled_softmax, kernel), types, constants, tiles
     )  # fmt: skip
