@@ -126,7 +126,7 @@ def softmax_inputs(batch: int, width: int, on: Device) -> list[dict[str, Any]]:
         {
             "leaves": [unit(batch, width, on=on).requires_grad_() for _ in range(2)],
             "log_q_N": torch.randn(batch, device=on.device),
-            "candidate_id_N": (torch.rand(batch, device=on.device) ** 3 * batch).long(),
+            "candidate_id_N": (torch.rand(batch, device=on.device) ** 3 * batch).int(),
         }
         for _ in range(SETS)
     ]

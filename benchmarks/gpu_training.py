@@ -162,7 +162,7 @@ class Training:
             with stage("loss"):
                 loss = sampled_softmax(
                     query_BD.bfloat16(), item_BD.bfloat16(), temperature,
-                    log_q_N=self.log_q_N[batch.item_N], candidate_id_N=batch.item_N,
+                    log_q_N=self.log_q_N[batch.item_N], candidate_id_N=batch.item_N.int(),
                     weight_B=batch.weight_B,
                 )  # fmt: skip
             loss.backward()

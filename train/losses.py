@@ -52,7 +52,7 @@ def retrieval_loss(
         candidates.vector_ND,
         temperature,
         log_q_N=candidates.log_q_N,
-        candidate_id_N=candidates.id_N,
+        candidate_id_N=candidates.id_N.int() if items < 2**31 else candidates.id_N,
         weight_B=weight_B,
         positive_B=positive_B,
         positive="outside" if loss.kind == "bilateral" else uncorrected,
