@@ -282,9 +282,38 @@ def table_rows(op: str, found: dict[str, Any], more: dict[str, Any]) -> list[dic
     ]  # fmt: skip
 
 
-def sweep(on: Device, small: bool) -> list[dict[str, Any]]:
-    """Time tile sizes of the softmax and the interactions, and group sizes of the search."""
+def compile_ahead(processes: int, arguments: list[str]) -> None:
+    """Let processes compile the sweep's kernels, a share each, into Triton's cache."""
+    shares = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--sweep", f"--share={i}/{processes}", *arguments],
+            stdout=subprocess.DEVNULL,
+        )
+        for i in range(processes)
+    ]
+    for share in shares:
+        share.wait()
+
+
+def sweep(on: Device, small: bool, share: str = "0/1") -> list[dict[str, Any]]:
+    """Time tile sizes of the softmax and the interactions, and group sizes of the search.
+
+    Args:
+        on: where.
+        small: try the script only.
+        share: i/n, to run each n-th work alone.
+    """
     rows = []
+    own, shares = map(int, share.split("/"))
+    number = itertools.count()
+
+    def tried(work: Work) -> dict[str, Any] | None:
+        return _tried(on, work) if next(number) % shares == own else None
+
+    def add(row: dict[str, Any], found: dict[str, Any] | None) -> None:
+        if found is not None:
+            rows.append(row | found)
+
     batch = 256 if small else 32_768
     shapes = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))
     tiles = [Blocks(*s) for s in shapes][: 2 if small else None]
@@ -295,15 +324,16 @@ def sweep(on: Device, small: bool) -> list[dict[str, Any]]:
             for choice in tiles:
                 setattr(softmax, part, lambda *_, choice=choice: choice)
                 row = {"op": f"sampled_softmax {batch}² x {width}", "by": f"{part} {choice}"}
-                rows.append(row | _tried(on, softmax_step(softmax.sampled_softmax, inputs)))
+                add(row, tried(softmax_step(softmax.sampled_softmax, inputs)))
             setattr(softmax, part, usual)
-    item = unit(20_000 if small else 10_000_000, 128, on=on)
+    # A share compiles; where all of them run at once, memory is short.
+    item = unit(20_000 if small or shares > 1 else 10_000_000, 128, on=on)
     usual_group = top_k.LARGEST_GROUP
     for batch, group in itertools.product((1, 64), (32, 64, 128, 256)):
         query = unit(batch, 128, on=on)
         top_k.LARGEST_GROUP = group
         row = {"op": f"top_k {batch} x {len(item):,} x 128", "by": f"group {group}"}
-        rows.append(row | _tried(on, lambda _, q=query: top_k.top_k_inner_product(q, item, 10)))
+        add(row, tried(lambda _, q=query: top_k.top_k_inner_product(q, item, 100)))
     top_k.LARGEST_GROUP = usual_group
     choices = {
         # A tile of 27 features holds 32 or 64 rows.
@@ -317,7 +347,7 @@ def sweep(on: Device, small: bool) -> list[dict[str, Any]]:
             choice = Blocks(*shape)
             module.tiles = lambda *_, choice=choice: choice
             row = {"op": f"{name} {tuple(suite.inputs[0].shape)}", "by": f"tiles {choice}"}
-            rows.append(row | _tried(on, suite.step(suite.own)))
+            add(row, tried(suite.step(suite.own)))
         module.tiles = usual_tiles
     return sorted(rows, key=lambda r: (r["op"], r["by"].split()[0], r["ms"]))
 
@@ -333,6 +363,8 @@ def run_tests() -> str:
     """Run the kernels' tests on the GPU; their last line."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels",
                "--confcutdir=tests/kernels", "-p", "no:cacheprovider"]  # fmt: skip
+    if find_spec("xdist"):  # they mostly compile
+        command += ["-n", str(min(12, os.cpu_count() or 1))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout[-6000:])
     return (done.stdout.strip().splitlines() or ["no output"])[-1]
@@ -393,13 +425,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes that try the script only")
     parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--no-tests", action="store_true", help="leave the tests out")
+    parser.add_argument("--share", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: this benchmark measures one")
     torch.manual_seed(0)
     on = Device(torch.device(arguments.device), arguments.repeat)
     name = torch.cuda.get_device_name() if on.cuda else "cpu"
-    limit = limits(on, arguments.small)
+    limit = limits(on, arguments.small or bool(arguments.share))
     print(f"{name}: copy {limit['copy_gb_s']:,.0f} GB/s, bf16 matmul "
           f"{limit['matmul_tflop_s']:,.0f} TFLOP/s")  # fmt: skip
     result: dict[str, Any] = {"device": name, "limits": limit}
@@ -407,10 +441,17 @@ def main() -> None:
     if arguments.training:
         result["training"] = train(on, limit, arguments.small)
     elif arguments.sweep:
-        result["rows"] = sweep(on, arguments.small)
+        if not arguments.share:
+            small = ["--small"] * arguments.small
+            given = [f"--device={arguments.device}", "--repeat=1", *small]
+            compile_ahead(min(14, os.cpu_count() or 1), given)
+        result["rows"] = sweep(on, arguments.small, arguments.share or "0/1")
+        if arguments.share:
+            return
         show(result["rows"])
     else:
-        result["tests"] = run_tests() if on.cuda else "not run"
+        tested = on.cuda and not arguments.no_tests
+        result["tests"] = run_tests() if tested else "not run"
         result["rows"] = [
             row for bench in (bench_softmax, bench_top_k, bench_interactions)
             for row in bench(on, limit, arguments.small)

@@ -60,6 +60,7 @@ OUTSIDE = POSITIVES.index("outside")
 # (benchmarks/kernels_cpu.py --sweep).
 BLOCK_BYTES = 16 << 20
 LOG2_E = tl.constexpr(1.4426950408889634)
+LARGEST_TILE = 128
 # Numbers of a tile of vectors in the kernel that joins the splits.
 FINISHED = 4096
 
@@ -122,19 +123,16 @@ def _load(pointer, row, ROWS, D, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _candidates(log_q, candidate_id, row, N, HAS_LOG_Q: tl.constexpr, HAS_ID: tl.constexpr):
+def _candidates(lowered, candidate_id, row, N, HAS_ID: tl.constexpr):
     """Return what candidates' logits are lowered by, in base 2, and their ids.
 
     Beyond the last candidate it is infinite: nothing there ever counts. Without ids, a candidate's
     is its row.
     """
-    lowered = tl.where(row < N, 0.0, float("inf"))
-    if HAS_LOG_Q:
-        lowered = tl.load(log_q + row, mask=row < N, other=float("inf")) * LOG2_E
     ids = row
     if HAS_ID:
         ids = tl.load(candidate_id + row, mask=row < N, other=0)
-    return lowered, ids
+    return tl.load(lowered + row), ids
 
 
 @triton.jit
@@ -151,10 +149,11 @@ def _positives(at, candidate_id, row, B, DIAGONAL: tl.constexpr, HAS_ID: tl.cons
 
 @triton.jit
 def _forward_kernel(
-    query, candidate, scale_pointer, log_q, candidate_id, at, lse, total, count,
+    query, candidate, scale_pointer, lowered, candidate_id, at, lse, total, count,
     B, N, D, split_size,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LOG_Q: tl.constexpr,
-    HAS_ID: tl.constexpr, DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_ID: tl.constexpr,
+    DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of a block of queries' negatives in one split of the candidates, in base 2."""
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -166,11 +165,12 @@ def _forward_kernel(
     mass = tl.zeros([BLOCK_B], tl.float32)
     summed, counted = mass, mass
     first = split * split_size
-    for start in range(first, tl.minimum(first + split_size, N), BLOCK_N):
+    # Named here, the stages are also those of the loads that no product takes.
+    for start in tl.range(first, tl.minimum(first + split_size, N), BLOCK_N, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_N)
         c = _load(candidate, column, N, D, BLOCK_D, UPCAST)
-        lowered, ids = _candidates(log_q, candidate_id, column, N, HAS_LOG_Q, HAS_ID)
-        x = tl.dot(q, tl.trans(c), input_precision="tf32x3") * scale - lowered[None, :]
+        lower, ids = _candidates(lowered, candidate_id, column, N, HAS_ID)
+        x = tl.dot(q, tl.trans(c), input_precision="tf32x3") * scale - lower[None, :]
         negative = own_id[:, None] != ids[None, :]
         if SMOOTH:
             counts = negative & (column < N)[None, :]
@@ -191,10 +191,11 @@ def _forward_kernel(
 
 @triton.jit
 def _finish_kernel(
-    query, candidate, scale_pointer, log_q, at, weight, of_split, total, count,
-    loss, lse, slope, uniform, B, N, D, smoothing,
-    SPLITS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LOG_Q: tl.constexpr,
-    DIAGONAL: tl.constexpr, POSITIVE: tl.constexpr, SMOOTH: tl.constexpr,
+    query, candidate, scale_pointer, lowered, at, weight, of_split, total, count,
+    loss, lse, weighted_lse, slope, uniform, B, N, D, smoothing,
+    SPLITS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIAGONAL: tl.constexpr, CORRECTED: tl.constexpr, OUTSIDE: tl.constexpr,
+    SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Join the splits and the positive: each query's loss, lse, slope at its positive, uniform."""
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -202,17 +203,17 @@ def _finish_kernel(
     q = _load(query, row, B, D, BLOCK_D, True)
     c = _load(candidate, place, N, D, BLOCK_D, True)
     own = tl.sum(q * c, 1) * tl.load(scale_pointer) * LOG2_E
-    if HAS_LOG_Q and POSITIVE == 0:
-        own -= tl.load(log_q + place, mask=row < B, other=0.0) * LOG2_E
+    if CORRECTED:
+        own -= tl.load(lowered + place, mask=row < B, other=0.0)
     highest = tl.full([BLOCK_B], -float("inf"), tl.float32)
     for split in range(SPLITS):
         part = tl.load(of_split + split * B + row, mask=row < B, other=0.0)
         highest = tl.maximum(highest, part)
-    if POSITIVE != 2:
+    if not OUTSIDE:
         highest = tl.maximum(highest, own)
     highest = tl.where(highest == -float("inf"), 0.0, highest)
     mass = tl.zeros([BLOCK_B], tl.float32)
-    if POSITIVE != 2:
+    if not OUTSIDE:
         mass = tl.exp2(own - highest)
     summed, counted = own, tl.full([BLOCK_B], 1.0, tl.float32)
     for split in range(SPLITS):
@@ -228,13 +229,16 @@ def _finish_kernel(
     if SMOOTH:
         value -= share * summed
     at_positive = tl.full([BLOCK_B], -1.0, tl.float32)
-    if POSITIVE != 2:
+    if not OUTSIDE:
         at_positive = tl.exp2(own - all_lse) - rest
         if SMOOTH:
             at_positive -= share
     w = tl.load(weight + row, mask=row < B, other=0.0)
-    tl.store(loss + row, value * w / LOG2_E, mask=row < B)
-    tl.store(lse + row, all_lse, mask=row < B)
+    tl.store(loss + row, tl.where(w > 0, value * w / LOG2_E, 0.0), mask=row < B)
+    # Beyond the last query both are infinite: no slope there is other than 0.
+    all_lse = tl.where(row < B, all_lse, float("inf"))
+    tl.store(lse + row, all_lse)
+    tl.store(weighted_lse + row, all_lse - tl.log2(w))
     tl.store(slope + row, at_positive, mask=row < B)
     if SMOOTH:
         tl.store(uniform + row, share, mask=row < B)
@@ -242,10 +246,11 @@ def _finish_kernel(
 
 @triton.jit
 def _query_gradient_kernel(
-    query, candidate, scale_pointer, log_q, candidate_id, at, weight, lse, slope, uniform, out, dot,
+    query, candidate, scale_pointer, grad_pointer, lowered, candidate_id, at, weight, lse, slope,
+    uniform, out, dot,
     B, N, D, split_size,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LOG_Q: tl.constexpr,
-    HAS_ID: tl.constexpr, DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_ID: tl.constexpr,
+    DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sum slope x candidate over one split of the candidates, for a block of queries."""
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -254,7 +259,7 @@ def _query_gradient_kernel(
     scale = plain * LOG2_E
     q = _load(query, row, B, D, BLOCK_D, UPCAST)
     own_at, own_id = _positives(at, candidate_id, row, B, DIAGONAL, HAS_ID)
-    lse_row = tl.load(lse + row, mask=row < B, other=0.0)
+    lse_row = tl.load(lse + row)
     uniform_row = lse_row
     if SMOOTH:
         uniform_row = tl.load(uniform + row, mask=row < B, other=0.0)
@@ -266,15 +271,16 @@ def _query_gradient_kernel(
     for start in range(first, tl.minimum(first + split_size, N), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         c = _load(candidate, column, N, D, BLOCK_D, UPCAST)
-        lowered, ids = _candidates(log_q, candidate_id, column, N, HAS_LOG_Q, HAS_ID)
-        x = tl.dot(q, tl.trans(c), input_precision="tf32x3") * scale - lowered[None, :]
+        lower, ids = _candidates(lowered, candidate_id, column, N, HAS_ID)
+        x = tl.dot(q, tl.trans(c), input_precision="tf32x3") * scale - lower[None, :]
+        x = tl.where(own_id[:, None] != ids[None, :], x, -float("inf"))
         p = tl.exp2(x - lse_row[:, None])
         if SMOOTH:
-            p -= uniform_row[:, None]
-        p = tl.where(own_id[:, None] != ids[None, :], p, 0.0)
+            p = tl.where(x == -float("inf"), 0.0, p - uniform_row[:, None])
         sums = tl.dot(p.to(c.dtype), c, sums, input_precision="tf32x3")
     # The weight comes last, in fp32: slopes alone fill the range of bf16 best.
-    sums = sums * tl.load(weight + row, mask=row < B, other=0.0)[:, None]
+    factor = tl.load(weight + row, mask=row < B, other=0.0) * tl.load(grad_pointer)
+    sums = sums * factor[:, None]
     column_d = tl.arange(0, BLOCK_D)
     place = split.to(tl.int64) * B + row
     inside = (row < B)[:, None] & (column_d < D)[None, :]
@@ -285,12 +291,15 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _candidate_gradient_kernel(
-    query, candidate, scale_pointer, log_q, candidate_id, at, weight, lse, slope, uniform, out,
+    query, candidate, scale_pointer, grad_pointer, lowered, candidate_id, at, weight, lse, slope,
+    uniform, out,
     B, N, D, split_size,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LOG_Q: tl.constexpr,
-    HAS_ID: tl.constexpr, DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_ID: tl.constexpr,
+    DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sum slope x query over one split of the queries, for a block of candidates.
+    """Sum weight x slope x query over one split of the queries, for a block of candidates.
+
+    `lse` holds the weights: exp2(x - lse) is the weighted slope of a negative.
 
     Where positives do not lie on the diagonal, theirs are left to `_add_positives`.
     """
@@ -299,7 +308,7 @@ def _candidate_gradient_kernel(
     plain = tl.load(scale_pointer)
     scale = plain * LOG2_E
     c = _load(candidate, row, N, D, BLOCK_D, UPCAST)
-    lowered, own_id = _candidates(log_q, candidate_id, row, N, HAS_LOG_Q, HAS_ID)
+    lower, own_id = _candidates(lowered, candidate_id, row, N, HAS_ID)
     sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if DIAGONAL:
         rows = tl.where(split == 0, B, 0)
@@ -311,18 +320,20 @@ def _candidate_gradient_kernel(
         column = start + tl.arange(0, BLOCK_B)
         q = _load(query, column, B, D, BLOCK_D, UPCAST)
         _, ids = _positives(at, candidate_id, column, B, DIAGONAL, HAS_ID)
-        w = tl.load(weight + column, mask=column < B, other=0.0)
-        lse_row = tl.load(lse + column, mask=column < B, other=0.0)
-        x = tl.dot(c, tl.trans(q), input_precision="tf32x3") * scale - lowered[:, None]
+        lse_row = tl.load(lse + column)
+        x = tl.dot(c, tl.trans(q), input_precision="tf32x3") * scale - lower[:, None]
+        x = tl.where(own_id[:, None] != ids[None, :], x, -float("inf"))
         p = tl.exp2(x - lse_row[None, :])
         if SMOOTH:
-            p -= tl.load(uniform + column, mask=column < B, other=0.0)[None, :]
-        p = tl.where(own_id[:, None] != ids[None, :], p * w[None, :], 0.0)
+            w = tl.load(weight + column, mask=column < B, other=0.0)
+            share = w * tl.load(uniform + column, mask=column < B, other=0.0)
+            p = tl.where(x == -float("inf"), 0.0, p - share[None, :])
         sums = tl.dot(p.to(q.dtype), q, sums, input_precision="tf32x3")
     column_d = tl.arange(0, BLOCK_D)
     place = split.to(tl.int64) * N + row
     inside = (row < N)[:, None] & (column_d < D)[None, :]
-    tl.store(out + place[:, None] * D + column_d[None, :], sums * plain, mask=inside)
+    factor = plain * tl.load(grad_pointer)
+    tl.store(out + place[:, None] * D + column_d[None, :], sums * factor, mask=inside)
 
 
 def forward_blocks(width: int, dtype: torch.dtype) -> Blocks:
@@ -357,69 +368,84 @@ def triton_forward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
     candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, positive: int,
     smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the loss and, of each query (B,): lse in base 2, slope at the positive, uniform."""
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """Return the loss and what the backward pass needs beside the inputs.
+
+    That is, in base 2, what each candidate's logits are lowered by, and each query's lse without
+    and with its weight, all three up to whole tiles; and its slope at the positive and `uniform`.
+    """
     (b, d), n = query.shape, candidate.shape[0]
     tiles = forward_blocks(d, query.dtype)
+    lowered = query.new_full((_whole_tiles(n),), float("inf"), dtype=torch.float32)
+    lowered[:n] = 0 if log_q is None else log_q * LOG2_E.value
     programs = triton.cdiv(b, tiles.rows)
     splits = splits_for(programs, n, tiles.columns)
     of_split, total, count = query.new_empty(3, splits, b, dtype=torch.float32)
-    options = {
-        "BLOCK_D": power_of_two(d), "HAS_LOG_Q": log_q is not None, "DIAGONAL": at is None,
-        "SMOOTH": smoothing > 0,
-    }  # fmt: skip
+    options = {"BLOCK_D": power_of_two(d), "DIAGONAL": at is None, "SMOOTH": smoothing > 0}
     _forward_kernel[(programs, splits)](
-        query, candidate, scale, pointer(log_q, scale), pointer(candidate_id, scale),
-        pointer(at, scale), of_split, total, count, b, n, d, _split_size(n, splits, tiles.columns),
+        query, candidate, scale, lowered, pointer(candidate_id, scale), pointer(at, scale),
+        of_split, total, count, b, n, d, _split_size(n, splits, tiles.columns),
         BLOCK_B=tiles.rows, BLOCK_N=tiles.columns, HAS_ID=candidate_id is not None,
-        UPCAST=upcast(query.dtype), num_warps=tiles.warps, num_stages=tiles.stages, **options,
+        UPCAST=upcast(query.dtype), STAGES=tiles.stages, num_warps=tiles.warps,
+        num_stages=tiles.stages, **options,
     )  # fmt: skip
-    loss, lse, slope, uniform = (query.new_empty(b, dtype=torch.float32) for _ in range(4))
-    rows = max(1, FINISHED // power_of_two(d))
-    _finish_kernel[(triton.cdiv(b, rows),)](
-        query, candidate, scale, pointer(log_q, scale), pointer(at, scale), weight, of_split,
-        total, count, loss, lse, slope, uniform, b, n, d, smoothing, SPLITS=splits, BLOCK_B=rows,
-        POSITIVE=positive, **options,
+    loss, slope, uniform = (query.new_empty(b, dtype=torch.float32) for _ in range(3))
+    lse, weighted_lse = (query.new_empty(_whole_tiles(b), dtype=torch.float32) for _ in range(2))
+    rows = min(LARGEST_TILE, max(1, FINISHED // power_of_two(d)))
+    _finish_kernel[(len(lse) // rows,)](
+        query, candidate, scale, lowered, pointer(at, scale), weight, of_split, total, count,
+        loss, lse, weighted_lse, slope, uniform, b, n, d, smoothing, SPLITS=splits, BLOCK_B=rows,
+        CORRECTED=POSITIVES[positive] == "corrected", OUTSIDE=positive == OUTSIDE, **options,
     )  # fmt: skip
-    return loss.sum(), lse, slope, uniform
+    return loss.sum(), [lowered, lse, weighted_lse, slope, uniform]
 
 
 def triton_backward(
-    query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, lse: Tensor, slope: Tensor,
-    uniform: Tensor, smoothing: float,
+    query: Tensor, candidate: Tensor, scale: Tensor, grad: Tensor, candidate_id: Tensor | None,
+    weight: Tensor, at: Tensor | None, kept: list[Tensor], smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of queries (B, D), candidates (N, D) and the scale."""
+    """Return the gradients of queries (B, D), candidates (N, D) and the scale.
+
+    `grad` is that of the loss; `kept` is what the forward pass returned.
+    """
     (b, d), n = query.shape, candidate.shape[0]
+    lowered, lse, weighted_lse, slope, uniform = kept
     tiles = backward_blocks(d, query.dtype)
-    shared = (query, candidate, scale, pointer(log_q, scale), pointer(candidate_id, scale),
-              pointer(at, scale), weight, lse, slope, uniform)  # fmt: skip
+    shared = (query, candidate, scale, grad, lowered, pointer(candidate_id, scale),
+              pointer(at, scale), weight)  # fmt: skip
     options = {
-        "BLOCK_D": power_of_two(d), "HAS_LOG_Q": log_q is not None,
-        "HAS_ID": candidate_id is not None, "DIAGONAL": at is None, "SMOOTH": smoothing > 0,
-        "UPCAST": upcast(query.dtype), "num_warps": tiles.warps, "num_stages": tiles.stages,
+        "BLOCK_D": power_of_two(d), "HAS_ID": candidate_id is not None, "DIAGONAL": at is None,
+        "SMOOTH": smoothing > 0, "UPCAST": upcast(query.dtype), "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
     }  # fmt: skip
     programs = triton.cdiv(b, tiles.rows)
     splits = splits_for(programs, n, tiles.columns)
     of_query = query.new_empty(splits, b, d, dtype=torch.float32)
     dot = query.new_empty(splits, b, dtype=torch.float32)
     _query_gradient_kernel[(programs, splits)](
-        *shared, of_query, dot, b, n, d, _split_size(n, splits, tiles.columns),
+        *shared, lse, slope, uniform, of_query, dot, b, n, d,
+        _split_size(n, splits, tiles.columns),
         BLOCK_B=tiles.rows, BLOCK_N=tiles.columns, **options,
     )  # fmt: skip
     programs = triton.cdiv(n, tiles.rows)
     splits = splits_for(programs, b, tiles.columns)
     of_candidate = candidate.new_empty(splits, n, d, dtype=torch.float32)
     _candidate_gradient_kernel[(programs, splits)](
-        *shared, of_candidate, b, n, d, _split_size(b, splits, tiles.columns),
+        *shared, weighted_lse, slope, uniform, of_candidate, b, n, d,
+        _split_size(b, splits, tiles.columns),
         BLOCK_B=tiles.columns, BLOCK_N=tiles.rows, **options,
     )  # fmt: skip
     of_candidate = _summed(of_candidate)
     if at is not None:
-        of_positive = query.float() * (slope * weight * scale)[:, None]
+        of_positive = query.float() * (slope * weight * scale * grad)[:, None]
         # Of one order, unlike index_add_: results repeat to the bit.
         of_candidate.index_put_((at,), of_positive, accumulate=True)
     return _summed(of_query).to(query.dtype), of_candidate.to(candidate.dtype), dot.sum()
+
+
+def _whole_tiles(length: int) -> int:
+    """Return the length up to whole tiles of the largest kind."""
+    return int(triton.cdiv(length, LARGEST_TILE)) * LARGEST_TILE
 
 
 def _split_size(length: int, splits: int, block: int) -> int:
@@ -501,7 +527,8 @@ def cpu_forward(
     )  # fmt: skip
 
 
-Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# Loss; what a GPU's backward pass needs; what a CPU has computed: the three gradients.
+Forward = tuple[Tensor, list[Tensor], list[Tensor]]
 
 
 @torch.library.custom_op("twotower::sampled_softmax", mutates_args=())
@@ -510,14 +537,13 @@ def _forward(
     candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, positive: int,
     smoothing: float, with_gradients: bool,
 ) -> Forward:  # fmt: skip
-    """Return loss, lse, slope, uniform and, on a CPU, the three gradients; the rest is empty."""
+    """Return the loss and, on a GPU, what is kept; on a CPU, the gradients."""
     inputs = (query, candidate, scale, log_q, candidate_id, weight, at, positive, smoothing)
-    none = query.new_empty(0)
     with torch.autocast(query.device.type, enabled=False):
         if runs_triton(query.device):
-            return *triton_forward(*inputs), none, none.clone(), none.clone()
-        loss, *of = cpu_forward(*inputs, with_gradients)
-        return loss, none, none.clone(), none.clone(), of[0], of[1], of[2]
+            return *triton_forward(*inputs), []
+        loss, *gradients = cpu_forward(*inputs, with_gradients)
+        return loss, [], gradients
 
 
 @_forward.register_fake
@@ -527,64 +553,54 @@ def _forward_fake(
     smoothing: float, with_gradients: bool,
 ) -> Forward:  # fmt: skip
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    on_triton = runs_triton(query.device)
-    of = not on_triton and with_gradients
-    rows = [
-        query.new_empty(query.shape[0] if on_triton else 0, dtype=wide if on_triton else None)
-        for _ in range(3)
-    ]
-    return (
-        query.new_empty((), dtype=wide), *rows,
-        torch.empty_like(query) if of else query.new_empty(0),
-        torch.empty_like(candidate) if of else query.new_empty(0),
-        query.new_empty((), dtype=wide) if of else query.new_empty(0),
-    )  # fmt: skip
+    b, n = query.shape[0], candidate.shape[0]
+    loss = query.new_empty((), dtype=wide)
+    if runs_triton(query.device):
+        lengths = (_whole_tiles(n), _whole_tiles(b), _whole_tiles(b), b, b)
+        return loss, [query.new_empty(length, dtype=wide) for length in lengths], []
+    of = [query, candidate] if with_gradients else [query.new_empty(0), query.new_empty(0)]
+    of_scale = query.new_empty(() if with_gradients else 0, dtype=wide if with_gradients else None)
+    return loss, [], [*(torch.empty_like(t) for t in of), of_scale]
 
 
 @torch.library.custom_op("twotower::sampled_softmax_backward", mutates_args=())
 def _backward(
-    query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, lse: Tensor, slope: Tensor,
-    uniform: Tensor, smoothing: float,
+    query: Tensor, candidate: Tensor, scale: Tensor, grad: Tensor, candidate_id: Tensor | None,
+    weight: Tensor, at: Tensor | None, kept: list[Tensor], smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the logits again and return the three gradients."""
     with torch.autocast(query.device.type, enabled=False):
         return triton_backward(
-            query, candidate, scale, log_q, candidate_id, weight, at, lse, slope, uniform, smoothing
+            query, candidate, scale, grad, candidate_id, weight, at, kept, smoothing
         )
 
 
 @_backward.register_fake
 def _backward_fake(
-    query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, lse: Tensor, slope: Tensor,
-    uniform: Tensor, smoothing: float,
+    query: Tensor, candidate: Tensor, scale: Tensor, grad: Tensor, candidate_id: Tensor | None,
+    weight: Tensor, at: Tensor | None, kept: list[Tensor], smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(query), torch.empty_like(candidate), lse.new_empty(())
+    return torch.empty_like(query), torch.empty_like(candidate), kept[0].new_empty(())
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
-    query, candidate, scale, log_q, candidate_id, weight, at, _, smoothing, _ = inputs
-    _, lse, slope, uniform, *gradients = output
-    ctx.smoothing = smoothing
-    ctx.ready = not runs_triton(query.device)
+    query, candidate, scale, _, candidate_id, weight, at, _, smoothing, _ = inputs
+    _, kept, gradients = output
+    ctx.smoothing, ctx.ready = smoothing, not runs_triton(query.device)
     if ctx.ready:
-        ctx.save_for_backward(*gradients, scale)
+        ctx.save_for_backward(scale, *gradients)
     else:
-        ctx.save_for_backward(
-            query, candidate, scale, log_q, candidate_id, weight, at, lse, slope, uniform
-        )
+        ctx.save_for_backward(scale, query, candidate, candidate_id, weight, at, *kept)
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    scale, *saved = ctx.saved_tensors
     if ctx.ready:
-        *gradients, scale = ctx.saved_tensors
-        of_query, of_candidate, of_scale = (g * grad.to(g.dtype) for g in gradients)
+        of_query, of_candidate, of_scale = (g * grad.to(g.dtype) for g in saved)
     else:
-        *tensors, weight, at, lse, slope, uniform = ctx.saved_tensors
-        scale = tensors[2]
+        query, candidate, candidate_id, weight, at, *kept = saved
         of_query, of_candidate, of_scale = _backward(
-            *tensors, weight * grad, at, lse, slope, uniform, ctx.smoothing
+            query, candidate, scale, grad.float(), candidate_id, weight, at, kept, ctx.smoothing
         )
     return of_query, of_candidate, of_scale.to(scale.dtype), *[None] * 7
 

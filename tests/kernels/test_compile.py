@@ -87,9 +87,10 @@ def test_sampled_softmax_in_bf16_fits_hopper(kernel, blocks, width, diagonal) ->
     rows, columns = tiles.rows, tiles.columns
     if kernel == "_candidate_gradient_kernel":
         rows, columns = columns, rows
-    constants = {"BLOCK_B": rows, "BLOCK_N": columns, "BLOCK_D": width, "HAS_LOG_Q": True,
-                 "HAS_ID": True, "DIAGONAL": diagonal, "SMOOTH": False,
-                 "UPCAST": False}  # fmt: skip
+    constants = {"BLOCK_B": rows, "BLOCK_N": columns, "BLOCK_D": width, "HAS_ID": True,
+                 "DIAGONAL": diagonal, "SMOOTH": False, "UPCAST": False}  # fmt: skip
+    if kernel == "_forward_kernel":
+        constants["STAGES"] = tiles.stages
     types = {"query": "*bf16", "candidate": "*bf16"}
     ptx, shared, spilled = compiled(
         getattr(sampled_softmax, kernel), types, constants, tiles
