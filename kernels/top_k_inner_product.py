@@ -99,22 +99,32 @@ def _scores(
 
 
 @triton.jit
+def _key(score, row):
+    """Pack scores and rows as `_keys` does."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - row.to(tl.int64))
+
+
+@triton.jit
 def _group_maximum_kernel(
     query, item, item_scale, item_bits, required_bits, out, B, N, D, groups_a_program,
     GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BITS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Write the best score of each group of rows, for a block of queries: out (G, B)."""
+    """Write the key of each group of rows, of its best score, for a block of queries: (B, G)."""
+    groups = tl.cdiv(N, GROUP)
     query_row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     first = tl.program_id(1) * groups_a_program
-    for group in range(first, tl.minimum(first + groups_a_program, tl.cdiv(N, GROUP))):
+    for group in range(first, tl.minimum(first + groups_a_program, groups)):
         item_row = group * GROUP + tl.arange(0, GROUP)
         x = _scores(
             query, item, item_scale, item_bits, required_bits, query_row, item_row, B, N, D,
             BLOCK_D, HAS_SCALE, HAS_BITS, UPCAST,
         )  # fmt: skip
-        place = tl.cast(group, tl.int64) * B + query_row
-        tl.store(out + place, tl.max(x, 0), mask=query_row < B)
+        # Consecutive groups follow in time: their keys meet in the cache.
+        place = query_row.to(tl.int64) * groups + group
+        tl.store(out + place, _key(tl.max(x, 0), query_row * 0 + group), mask=query_row < B)
 
 
 @triton.jit
@@ -163,7 +173,7 @@ def _exclude_kernel(
         query, item, item_scale, item_bits, required_bits, exclude_row, exclude_offset,
         owner, group, B, N, D, GROUP, BLOCK_D, BLOCK_X, HAS_SCALE, HAS_BITS, True, UPCAST,
     )  # fmt: skip
-    tl.store(out + group * B + owner, tl.max(x, 0))
+    tl.store(out + owner * tl.cdiv(N, GROUP) + group, _key(tl.max(x, 0), group))
 
 
 @triton.jit
@@ -174,15 +184,16 @@ def _rescore_kernel(
     HAS_SCALE: tl.constexpr, HAS_BITS: tl.constexpr, HAS_EXCLUDED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Write the scores of a query's chosen groups: out (queries, CHOSEN, GROUP)."""
+    """Write the keys of the rows of a query's chosen groups: out (queries, CHOSEN, GROUP)."""
     place = tl.program_id(0).to(tl.int64)
-    group = tl.load(chosen + place)
+    group = 0xFFFFFFFF - (tl.load(chosen + place) & 0xFFFFFFFF)
     owner = first_query + place // CHOSEN
     x = _group_scores(
         query, item, item_scale, item_bits, required_bits, exclude_row, exclude_offset,
         owner, group, B, N, D, GROUP, BLOCK_D, BLOCK_X, HAS_SCALE, HAS_BITS, HAS_EXCLUDED, UPCAST,
     )  # fmt: skip
-    tl.store(out + place * GROUP + tl.arange(0, GROUP), x)
+    row = group * GROUP + tl.arange(0, GROUP)
+    tl.store(out + place * GROUP + tl.arange(0, GROUP), _key(x, row))
 
 
 def _keys(score: Tensor, row: Tensor) -> Tensor:
@@ -262,7 +273,7 @@ def triton_top_k(
         "HAS_BITS": item_bits is not None, "UPCAST": INTERPRET, "num_warps": 4,
     }  # fmt: skip
     block_b = query_block(b, d, query.dtype == torch.float32)
-    maximum = torch.empty(groups, b, device=query.device)
+    maximum = torch.empty(b, groups, dtype=torch.int64, device=query.device)
     # Few enough programs that each pipelines its loads, enough that all multiprocessors read.
     groups_a_program = max(1, min(16, groups // 2048))
     grid = (triton.cdiv(b, block_b), triton.cdiv(groups, groups_a_program))
@@ -277,23 +288,17 @@ def triton_top_k(
             query, item, *filters, *excluded, owner, maximum, b, n, d, BLOCK_X=32, **options
         )
     chosen_count = min(k, groups)
-    group = torch.arange(groups, device=query.device)
-    scores, rows = [], []
-    size = max(1, GPU_BLOCK_BYTES // (8 * max(groups, chosen_count * group_rows)))
+    keys = []
+    size = max(1, GPU_BLOCK_BYTES // (8 * chosen_count * group_rows))
     for start in range(0, b, size):
-        part = maximum[:, start : start + size].T
-        best_group = _best(_keys(part, group), chosen_count)
-        chosen = (LOW_32 - (best_group & LOW_32)).contiguous()
-        again = torch.empty(*chosen.shape, group_rows, device=query.device)
+        chosen = _best(maximum[start : start + size], chosen_count)
+        again = torch.empty(*chosen.shape, group_rows, dtype=torch.int64, device=query.device)
         _rescore_kernel[(chosen.numel(),)](
             query, item, *filters, *excluded, chosen, again, start, b, n, d, chosen_count,
             BLOCK_X=32, HAS_EXCLUDED=exclude_row is not None, **options,
         )  # fmt: skip
-        row = chosen[..., None] * group_rows + torch.arange(group_rows, device=query.device)
-        best = _unpack(_best(_keys(again.flatten(1), row.flatten(1)), k))
-        scores.append(best[0])
-        rows.append(best[1])
-    return torch.cat(scores), torch.cat(rows)
+        keys.append(_best(again.flatten(1), k))
+    return _unpack(torch.cat(keys))
 
 
 def cpu_top_k(
