@@ -140,7 +140,7 @@ class Training:
         plan = plan_tables(towers, config, find_hardware(device, 1, 1))
         self.plan = [f"{t.name}: {t.sharding}, {t.kernel}" for t in plan.tables]
         self.model = shard(towers, plan, device, 0)
-        self.optimizers = Optimizers(self.model, config, 1)
+        self.optimizers = Optimizers(self.model, config, 1, {})
         inner = self.model.module
         self.tables = LookUps({"bags": inner.bags})
         self.log_q_N = log_q(size, device)

@@ -339,17 +339,18 @@ def _candidate_gradient_kernel(
 def forward_blocks(width: int, dtype: torch.dtype) -> Blocks:
     """Return the tiles of the forward pass.
 
-    Reasoned for Hopper (227 KB of shared memory and 64 K registers a multiprocessor): the query
-    tile and `stages` candidate tiles lie in shared memory, the logits in registers. In bf16 nothing
-    spills up to D = 256 (tests/kernels/test_compile.py); fp32 spills beyond D = 128.
-    `benchmarks/gpu.py --sweep` measures the alternatives.
+    In bf16 up to D = 128 the fastest of 24 on an H200 (`benchmarks/gpu.py --sweep`): a warp of
+    two rows' worth of tile reads each candidate's numbers half as often. Wider ones and fp32 are
+    reasoned: the query tile and `stages` candidate tiles lie in Hopper's 227 KB of shared memory,
+    the logits in registers. In bf16 nothing spills up to D = 256 (tests/kernels/test_compile.py);
+    fp32 spills beyond D = 128.
     """
     if dtype == torch.float32:
         if width <= 128:
             return Blocks(64, 64, 4 if width <= 64 else 8, 2)
         return Blocks(64, 32, 8, 1) if width <= 256 else Blocks(32, 16, 8, 1)
     if width <= 128:
-        return Blocks(128, 128, 8, 3)
+        return Blocks(128, 64, 4, 3) if width <= 64 else Blocks(128, 128, 4, 2)
     return Blocks(128, 64, 8, 3) if width <= 256 else Blocks(64, 64, 8, 2)
 
 
@@ -360,7 +361,7 @@ def backward_blocks(width: int, dtype: torch.dtype) -> Blocks:
             return Blocks(64, 32, 4 if width <= 64 else 8, 2)
         return Blocks(64, 32, 8, 1) if width <= 256 else Blocks(32, 16, 8, 1)
     if width <= 128:
-        return Blocks(128, 64, 8, 3)
+        return Blocks(64, 128, 4, 3 if width <= 64 else 2)
     return Blocks(64, 64, 8, 2) if width <= 256 else Blocks(64, 32, 8, 2)
 
 

@@ -37,6 +37,9 @@ CPU_GROUP = 64
 CPU_DIRECT = 512
 CPU_DIRECT_BYTES = 16 << 20
 GPU_BLOCK_BYTES = 256 << 20
+# Keys of which a program finds the best, and the most results for which it does.
+SELECT_BLOCK = 4096
+MOST_SELECTED = 256
 LOW_32 = 0xFFFFFFFF
 LEAST_KEY = -2139095041 << 32  # of the score -inf, beyond every row
 MAX_ITEMS = 2**32 - 1
@@ -72,9 +75,14 @@ def top_k_inner_product_reference(
 @triton.jit
 def _scores(
     query, item, item_scale, item_bits, required_bits, query_row, item_row, B, N, D,
-    BLOCK_D: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BITS: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_D: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BITS: tl.constexpr,
+    QUERIES_FIRST: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Return the scores (items, queries) of a tile, -inf for what may not be answered."""
+    """Return the scores (items, queries) of a tile, -inf for what may not be answered.
+
+    Items that are the rows of the product waste nothing on few queries. Queries that are its rows
+    leave most scores of a query in one thread, where a maximum over items is cheap.
+    """
     column = tl.arange(0, BLOCK_D)
     q = tl.load(
         query + query_row.to(tl.int64)[:, None] * D + column[None, :],
@@ -86,8 +94,11 @@ def _scores(
     )  # fmt: skip
     if UPCAST:
         q = q.to(tl.float32)
-    # int8 fits the 8 bits that bf16 has.
-    x = tl.dot(c.to(q.dtype), tl.trans(q), input_precision="tf32x3")
+    c = c.to(q.dtype)  # int8 fits the 8 bits that bf16 has
+    if QUERIES_FIRST:
+        x = tl.trans(tl.dot(q, tl.trans(c), input_precision="tf32x3"))
+    else:
+        x = tl.dot(c, tl.trans(q), input_precision="tf32x3")
     if HAS_SCALE:
         x = x * tl.load(item_scale + item_row, mask=item_row < N, other=0.0)[:, None]
     allowed = (item_row < N)[:, None] & (query_row < B)[None, :] & (x == x)
@@ -120,7 +131,7 @@ def _group_maximum_kernel(
         item_row = group * GROUP + tl.arange(0, GROUP)
         x = _scores(
             query, item, item_scale, item_bits, required_bits, query_row, item_row, B, N, D,
-            BLOCK_D, HAS_SCALE, HAS_BITS, UPCAST,
+            BLOCK_D, HAS_SCALE, HAS_BITS, BLOCK_B >= 64, UPCAST,
         )  # fmt: skip
         # Consecutive groups follow in time: their keys meet in the cache.
         place = query_row.to(tl.int64) * groups + group
@@ -143,7 +154,7 @@ def _group_scores(
     copies = tl.arange(0, 16)
     x = _scores(
         query, item, item_scale, item_bits, required_bits, owner + copies * 0, item_row, B, N, D,
-        BLOCK_D, HAS_SCALE, HAS_BITS, UPCAST,
+        BLOCK_D, HAS_SCALE, HAS_BITS, False, UPCAST,
     )  # fmt: skip
     # All columns are the same query's.
     x = tl.max(x, 1)
@@ -196,6 +207,17 @@ def _rescore_kernel(
     tl.store(out + place * GROUP + tl.arange(0, GROUP), _key(x, row))
 
 
+@triton.jit
+def _select_kernel(key, out, M, parts, BLOCK: tl.constexpr, K: tl.constexpr):
+    """Write the K largest keys of each part of a query's M, sorted: out (B, parts, K)."""
+    part = tl.program_id(0)
+    query = tl.program_id(1).to(tl.int64)
+    place = part * BLOCK + tl.arange(0, BLOCK)
+    found = tl.load(key + query * M + place, mask=place < M, other=-(2**63))
+    best = tl.topk(found, K)
+    tl.store(out + (query * parts + part) * K + tl.arange(0, K), best)
+
+
 def _keys(score: Tensor, row: Tensor) -> Tensor:
     """Pack fp32 scores and rows below 2**32 into int64 that sort as (score, lower row first)."""
     # As integers, floats sort by magnitude: the bits of negative ones are turned. No number counts
@@ -215,6 +237,28 @@ def _unpack(key: Tensor) -> Result:
 def _best(key: Tensor, k: int) -> Tensor:
     """Return the k largest keys of each row, sorted."""
     return key.topk(k, dim=1, sorted=True).values
+
+
+def _select(key: Tensor, k: int) -> Tensor:
+    """Do the same on a GPU for up to thousands of queries: torch.topk walks the keys eight times.
+
+    Blocks of keys are reduced to their k best until there is one block. Triton's interpreter
+    cannot run `tl.topk`.
+    """
+    kept = int(triton.next_power_of_2(k))
+    if kept > MOST_SELECTED or INTERPRET:
+        return _best(key, k)
+    while True:
+        b, m = key.shape
+        block = max(kept, min(SELECT_BLOCK, int(triton.next_power_of_2(m))))
+        parts = int(triton.cdiv(m, block))
+        out = torch.empty(b, parts, kept, dtype=torch.int64, device=key.device)
+        _select_kernel[(parts, b)](
+            key, out, m, parts, BLOCK=block, K=kept, num_warps=max(1, min(8, block // 512))
+        )  # fmt: skip
+        key = out.flatten(1)
+        if parts == 1:
+            return key[:, :k]
 
 
 def merge_top_k(score_BM: Tensor, row_BM: Tensor, k: int) -> Result:
@@ -291,13 +335,13 @@ def triton_top_k(
     keys = []
     size = max(1, GPU_BLOCK_BYTES // (8 * chosen_count * group_rows))
     for start in range(0, b, size):
-        chosen = _best(maximum[start : start + size], chosen_count)
+        chosen = _select(maximum[start : start + size], chosen_count).contiguous()
         again = torch.empty(*chosen.shape, group_rows, dtype=torch.int64, device=query.device)
         _rescore_kernel[(chosen.numel(),)](
             query, item, *filters, *excluded, chosen, again, start, b, n, d, chosen_count,
             BLOCK_X=32, HAS_EXCLUDED=exclude_row is not None, **options,
         )  # fmt: skip
-        keys.append(_best(again.flatten(1), k))
+        keys.append(_select(again.flatten(1), k))
     return _unpack(torch.cat(keys))
 
 

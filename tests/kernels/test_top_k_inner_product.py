@@ -94,6 +94,17 @@ def test_no_worse_than_eager_against_fp64(device, shape, dtype) -> None:
     assert (at_rows - best).abs().max() <= tolerance, "no better row was missed"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [1, 3, 100, 256, 257])
+@pytest.mark.parametrize("shape", [(1, 300), (3, 4096), (2, 4097), (5, 70_001)])
+def test_the_selection_of_keys_is_a_sort(shape, k) -> None:
+    generator = torch.Generator().manual_seed(0)
+    key = torch.randint(-(2**62), 2**62, shape, generator=generator)
+    key[:, : shape[1] // 2] = module.LEAST_KEY
+    selected = module._select(key.cuda(), k).cpu()
+    assert torch.equal(selected, key.sort(1, descending=True).values[:, :k])
+
+
 @pytest.mark.parametrize("direct", [0, module.CPU_DIRECT])
 def test_numbers_that_are_none_come_last(device, direct) -> None:
     module.CPU_DIRECT = direct
