@@ -199,16 +199,17 @@ def bench_training(device: torch.device, limit: dict[str, float], small: bool) -
     losses.append(next(steps))
     del steps
     dist.destroy_process_group()
-    averages = profiler.key_averages()
-    top = sorted(averages, key=lambda e: -(e.self_device_time_total or e.self_cpu_time_total))
+    spent = "self_device_time_total" if cuda else "self_cpu_time_total"
+    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    averages = [e for e in profiler.key_averages() if e.device_type == kind]
+    top = sorted(averages, key=lambda e: -getattr(e, spent))
     result = {
         "size": vars(size), "plan": training.plan, "ms_a_step": median(times),
         "examples_per_s": 1000 * size.batch / median(times), "split_ms": split,
         "profiled_ms": profiled_ms / size.steps, "peak_gb": peak_gb, "rows_a_batch": rows,
         "loss": {"first": float(losses[0]), "last": float(losses[-1])},
         "top": {
-            e.key[:80]: (e.self_device_time_total or e.self_cpu_time_total) / 1000 / size.steps
-            for e in top[:15]
+            e.key[:80]: getattr(e, spent) / 1000 / size.steps for e in top[:20]
         },
     }  # fmt: skip
     result |= bounds(size, rows, limit, result)

@@ -170,7 +170,7 @@ def tiles(rank: int, dtype: torch.dtype, aligned: bool) -> Blocks:
     128 that is not aligned; in fp32 up to 0.3 KB do.
     """
     if dtype == torch.float32:
-        return Blocks(64, 32, 4, 2) if rank <= 64 else Blocks(64, 16, 8, 1)
+        return Blocks(64, 32, 4, 2) if rank <= 64 else Blocks(64, 16, 4, 1)
     if not aligned:
         return Blocks(64, 32 if rank <= 64 else 16, 8, 2 if rank <= 128 else 1)
     if rank <= 64:

@@ -245,7 +245,7 @@ def _select(key: Tensor, k: int) -> Tensor:
     Blocks of keys are reduced to their k best until there is one block. Triton's interpreter
     cannot run `tl.topk`.
     """
-    kept = int(triton.next_power_of_2(k))
+    kept = power_of_two(k)
     if kept > MOST_SELECTED or INTERPRET:
         return _best(key, k)
     while True:
