@@ -83,6 +83,19 @@ class Device:
         torch.cuda.synchronize()
         return median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
+    def graph_milliseconds(self, work: Work) -> float:
+        """Return the median time of a replayed graph: what the GPU alone takes."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                work(0)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work(0)
+        return self.milliseconds(lambda _: graph.replay())
+
     def peak_mb(self, work: Work) -> float:
         """Return what a work allocates above its inputs."""
         if not self.cuda:
@@ -95,9 +108,16 @@ class Device:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
 
     def measured(self, work: Work) -> dict[str, Any]:
-        """Return time and memory, or that the memory does not suffice."""
+        """Return time and memory, or that the memory does not suffice.
+
+        Where the host's share may show, below 5 ms, it is the time of a graph; `host_ms` is that of
+        launches.
+        """
         try:
-            return {"ms": self.milliseconds(work), "peak_mb": self.peak_mb(work)}
+            found = {"ms": self.milliseconds(work), "peak_mb": self.peak_mb(work)}
+            if self.cuda and found["ms"] < 5:
+                found |= {"host_ms": found["ms"], "ms": self.graph_milliseconds(work)}
+            return found
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return {"ms": float("inf"), "peak_mb": float("inf")}
@@ -279,8 +299,7 @@ def table_rows(op: str, found: dict[str, Any], more: dict[str, Any]) -> list[dic
     own = found["twotower"]
     return [
         {
-            "op": op, "by": name, "ms": value["ms"], "peak_mb": value["peak_mb"],
-            "twotower is": value["ms"] / own["ms"],
+            "op": op, "by": name, **value, "twotower is": value["ms"] / own["ms"],
             **(more if name == "twotower" else {}),
         }
         for name, value in found.items()
@@ -343,6 +362,16 @@ def sweep(on: Device, small: bool, share: str = "0/1") -> list[dict[str, Any]]:
         }
         add(row, tried(lambda _, q=query: top_k.top_k_inner_product(q, item, 100)))
     top_k.group_size = usual_group
+    usual_select = top_k.SELECT_BLOCK, top_k.SELECT_WARPS
+    for batch, *select in itertools.product((1, 64), (512, 1024, 2048, 4096), (2, 4, 8)):
+        query = unit(batch, 128, on=on)
+        top_k.SELECT_BLOCK, top_k.SELECT_WARPS = select
+        row = {
+            "op": f"top_k {batch} x {len(item):,} x 128",
+            "by": "select {} warps {}".format(*select),
+        }
+        add(row, tried(lambda _, q=query: top_k.top_k_inner_product(q, item, 100)))
+    top_k.SELECT_BLOCK, top_k.SELECT_WARPS = usual_select
     choices = {
         # A tile of 27 features holds 32 or 64 rows.
         "dot_interaction": (dot, itertools.product((32, 64), (32, 64, 128), (2, 4, 8), (2, 3))),
@@ -386,6 +415,8 @@ def show(rows: list[dict[str, Any]]) -> None:
             print(r["op"], f"({r['target']})" if "target" in r else "")
             last = r["op"]
         more = [f"{k} {v:.2f}" for k, v in r.items() if k in ("of matmul rate", "of copy rate")]
+        if "host_ms" in r:
+            more.append(f"launched {r['host_ms']:.3f} ms")
         ratio = f"twotower {r['twotower is']:6.2f}x as fast" if "twotower is" in r else ""
         print(f"  {r['by']:44} {r['ms']:9.3f} ms {r['peak_mb']:10.1f} MB {ratio}", *more)
 

@@ -38,7 +38,7 @@ CPU_DIRECT = 512
 CPU_DIRECT_BYTES = 16 << 20
 GPU_BLOCK_BYTES = 256 << 20
 # Keys of which a program finds the best, and the most results for which it does.
-SELECT_BLOCK = 4096
+SELECT_BLOCK, SELECT_WARPS = 4096, 8
 MOST_SELECTED = 256
 LOW_32 = 0xFFFFFFFF
 LEAST_KEY = -2139095041 << 32  # of the score -inf, beyond every row
@@ -254,7 +254,7 @@ def _select(key: Tensor, k: int) -> Tensor:
         parts = int(triton.cdiv(m, block))
         out = torch.empty(b, parts, kept, dtype=torch.int64, device=key.device)
         _select_kernel[(parts, b)](
-            key, out, m, parts, BLOCK=block, K=kept, num_warps=max(1, min(8, block // 512))
+            key, out, m, parts, BLOCK=block, K=kept, num_warps=SELECT_WARPS
         )  # fmt: skip
         key = out.flatten(1)
         if parts == 1:
