@@ -89,9 +89,9 @@ def sampled_softmax_reference(
     hit_BN = torch.zeros_like(logits_BN, dtype=torch.bool)
     if candidate_id_N is not None:
         hit_BN = candidate_id_N[positive_B, None] == candidate_id_N[None, :]
-        hit_BN[rows, positive_B] = False
+        hit_BN[rows, positive_B] = hit_BN.new_zeros(())
     if positive == "outside":
-        hit_BN[rows, positive_B] = True
+        hit_BN[rows, positive_B] = hit_BN.new_ones(())
         lse_B = logits_BN.masked_fill(hit_BN, float("-inf")).logsumexp(1)
         # Where no negative is left, nothing is compared with.
         loss_B = torch.where(hit_BN.all(1), 0, lse_B) - plain_B

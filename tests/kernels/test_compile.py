@@ -125,9 +125,10 @@ def test_top_k_fits_hopper(kernel, width, query, item) -> None:
 @pytest.mark.parametrize("k", [16, 128, 256])
 def test_the_selection_of_keys_fits_hopper(k) -> None:
     types = {"key": "*i64", "out": "*i64", "M": "i32", "parts": "i32"}
-    constants = {"BLOCK": top_k_inner_product.SELECT_BLOCK, "K": k}
+    block = max(top_k_inner_product.SELECT_BLOCK, 4 * k)
+    tiles = Blocks(block, 1, top_k_inner_product.SELECT_WARPS, 2)
     _, shared, spilled = compiled(
-        top_k_inner_product._select_kernel, types, constants, Blocks(0, 0, 8, 2)
+        top_k_inner_product._select_kernel, types, {"BLOCK": block, "K": k}, tiles
     )
     assert shared <= SHARED_BYTES // 2, "two programs share a multiprocessor"
     assert spilled == 0
