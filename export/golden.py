@@ -1,9 +1,12 @@
-"""Golden queries, answered by a bundle's graphs in ONNX Runtime; free of torch."""
+"""Golden queries: answered by a bundle's graphs in ONNX Runtime, and any answers judged.
+
+Free of torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,54 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from twotower.data.schema import PAD_INT64, PAD_STRING, TensorSpec
-from twotower.export.bundle import Golden
+from twotower.export.bundle import Golden, answer_difference
 
 Row = dict[str, Any]
 Answer = tuple[list[Any], list[float]]
 # Of a million items, more queries at once would take more memory and no less time.
 TOGETHER = 32
 Search = Callable[[npt.NDArray[np.float32], int], Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a runtime answers golden queries, beside eager PyTorch.
+
+    Attributes:
+        runtime: that answered.
+        tolerance: largest score difference that is none.
+        answers: ids and scores, best first, one a query.
+        differences: of the scores; infinite where the answers differ beyond ties.
+        reordered: answers with other ids or another order, ties included.
+    """
+
+    runtime: str
+    tolerance: float
+    answers: list[Answer]
+    differences: list[float]
+    reordered: int
+
+    @property
+    def worst(self) -> int:
+        """Place of the query that differs most."""
+        return int(np.argmax(self.differences))
+
+    @property
+    def passes(self) -> bool:
+        """Whether no query differs beyond the tolerance."""
+        return all(d <= self.tolerance for d in self.differences)
+
+
+def judge(
+    golden: Sequence[Golden], answers: Sequence[Answer], tolerance: float, runtime: str
+) -> Verdict:
+    """Compare a runtime's answers with the golden ones; an id is as good as one it ties with."""
+    pairs = list(zip(golden, answers, strict=True))
+    return Verdict(
+        runtime, tolerance, list(answers),
+        [answer_difference(g.item_ids, g.scores, *a, tolerance) for g, a in pairs],
+        sum(g.item_ids != ids for g, (ids, _) in pairs),
+    )  # fmt: skip
 
 
 def raw_tensors(specs: Sequence[TensorSpec], rows: Sequence[Row]) -> dict[str, npt.NDArray[Any]]:

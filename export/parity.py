@@ -16,8 +16,8 @@ from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
 from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
-from twotower.export.bundle import Golden, answer_difference
-from twotower.export.golden import Answer, Row, raw_tensors, session
+from twotower.export.bundle import Golden
+from twotower.export.golden import Answer, Row, judge, raw_tensors, session
 from twotower.kernels.top_k_inner_product import top_k_inner_product
 from twotower.towers.two_tower import TwoTower
 
@@ -97,17 +97,16 @@ def check_answers(
     Raises:
         ParityError: naming the worst query and by how much it differs.
     """
-    worst = 0.0
-    for number, (g, (ids, scores)) in enumerate(zip(golden, answers, strict=True)):
-        difference = answer_difference(g.item_ids, g.scores, ids, scores, tolerance)
-        if not difference <= tolerance:
-            raise ParityError(
-                f"golden query {number}: {runtime} answers {ids[:3]}… with {scores[:3]}, eager "
-                f"PyTorch {g.item_ids[:3]}… with {g.scores[:3]} (export.tolerance {tolerance:g}): "
-                "no bundle was made"
-            )
-        worst = max(worst, difference)
-    return worst
+    verdict = judge(golden, answers, tolerance, runtime)
+    number = verdict.worst
+    if not verdict.passes:
+        g, (ids, scores) = golden[number], answers[number]
+        raise ParityError(
+            f"golden query {number}: {runtime} answers {ids[:3]}… with {scores[:3]}, eager "
+            f"PyTorch {g.item_ids[:3]}… with {g.scores[:3]} (export.tolerance {tolerance:g}): "
+            "no bundle was made"
+        )
+    return verdict.differences[number]
 
 
 @torch.no_grad()

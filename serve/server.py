@@ -27,6 +27,7 @@ from twotower.serve.client import RecommendClient
 from twotower.serve.config import MODEL, ServeConfig
 from twotower.serve.hold import REPOSITORY, STATE
 from twotower.serve.repository import TARGET, render_repository
+from twotower.serve.request import Recommendation
 from twotower.serve.runtime import Runtime, find_runtime
 
 TOLERANCE = 1e-4
@@ -62,6 +63,11 @@ class TritonServer:
         self._probes = 0
 
     @property
+    def k_limit(self) -> int:
+        """Most results of a request."""
+        return min(self.config.max_k, self.bundle.manifest.num_items)
+
+    @property
     def grpc_url(self) -> str:
         """host:port of gRPC."""
         return f"{self.config.host}:{self.config.grpc_port}"
@@ -76,8 +82,8 @@ class TritonServer:
         """URL of the Prometheus metrics."""
         return f"http://{self.config.host}:{self.config.metrics_port}/metrics"
 
-    def start(self) -> None:
-        """Start, wait until ready, and check every golden query.
+    def start(self, *, prove: bool = True) -> None:
+        """Start, wait until ready, and check every golden query, unless who starts it does.
 
         Raises:
             UserError: for a port in use, a server that does not come up, or a wrong answer.
@@ -89,7 +95,8 @@ class TritonServer:
         self._launch()
         try:
             self._wait_ready()
-            self.prove()
+            if prove:
+                self.prove()
         except BaseException:
             self.stop()
             raise
@@ -191,14 +198,7 @@ class TritonServer:
 
     def _ask(self, client: RecommendClient, number: int) -> float:
         golden: Golden = self.golden[number]
-        limit = min(self.config.max_k, self.bundle.manifest.num_items)
-        k = min(max(1, len(golden.item_ids)), limit)
-        answer = client.recommend(golden.features, k=k, exclude=golden.exclude)
-        if not golden.item_ids:
-            # Everything was excluded; nothing may be answered.
-            if answer.item_ids:
-                raise UserError(f"golden query {number}: answered {answer.item_ids[:3]}, not none")
-            return 0.0
+        k, answer = ask(client, golden, self.k_limit)
         difference = answer_difference(
             golden.item_ids[:k], golden.scores[:k], answer.item_ids, answer.scores, TOLERANCE
         )
@@ -253,16 +253,34 @@ class TritonServer:
                 state.unlink()
 
 
-def _answerable(bundle: Bundle) -> list[Golden]:
-    """Return the golden queries that a server can be judged by.
+def is_answerable(golden: Golden) -> bool:
+    """Whether a server answers it.
 
     Numbers that overflow the towers' float32 give eager PyTorch a vector of zeros, so scores of
     zeros; the server refuses such a query.
+    """
+    return not golden.item_ids or any(golden.scores)
+
+
+def ask(client: RecommendClient, golden: Golden, limit: int) -> tuple[int, Recommendation]:
+    """Ask a golden query; how many items its answer is to have, and the answer.
+
+    Args:
+        client: of the server.
+        golden: with items, or with none where all are excluded.
+        limit: most results of a request.
+    """
+    k = min(len(golden.item_ids), limit)
+    return k, client.recommend(golden.features, k=max(1, k), exclude=golden.exclude)
+
+
+def _answerable(bundle: Bundle) -> list[Golden]:
+    """Return the golden queries that a server can be judged by.
 
     Raises:
         UserError: when there is none, since nothing else says that a server is healthy.
     """
-    golden = [g for g in bundle.golden() if not g.item_ids or any(g.scores)]
+    golden = [g for g in bundle.golden() if is_answerable(g)]
     if not golden:
         raise UserError(
             f"{bundle.path / 'golden.json'}: holds no golden query to judge the server by: make "

@@ -17,7 +17,16 @@ from typing import Any, get_args, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from rich.markup import escape
 
-from twotower import __version__, bundles, checkpoints, evaluations, inspection, serving, steps
+from twotower import (
+    __version__,
+    bundles,
+    checkpoints,
+    evaluations,
+    inspection,
+    serving,
+    steps,
+    verification,
+)
 from twotower.data.demo_log import DemoLogConfig
 from twotower.errors import UserError, did_you_mean
 from twotower.job import Job
@@ -113,6 +122,13 @@ def build_parser() -> ArgumentParser:
     look = ArgumentParser(description="Look at a bundle.", exit_on_error=False)
     commands_.add_subcommand("bundle", look, help=look.description)
     bundles.add_bundle_commands(look, ArgumentParser)
+    proof = ArgumentParser(
+        description="Prove that ONNX Runtime and Triton answer a bundle's golden queries as eager "
+        "PyTorch did; exit code 1 where they do not.",
+        exit_on_error=False,
+    )
+    verification.add_arguments(proof)
+    commands_.add_subcommand("verify", proof, help=proof.description)
     pair = ArgumentParser(
         description="Compare two evaluations on the same queries: what differs, and by chance?",
         exit_on_error=False,
@@ -207,6 +223,8 @@ def dispatch(arguments: list[str]) -> int:
         return bundles.index(options)
     if name == "bundle":
         return bundles.inspect(options)
+    if name == "verify":
+        return verification.verify(options)
     if name == "compare":
         return evaluations.compare(options)
     job = Job(**{f.name: options[f.name] for f in fields(Job)})
