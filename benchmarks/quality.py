@@ -1,7 +1,8 @@
 """What each option does for retrieval: variants of a recipe, beside four baselines, in one table.
 
     python benchmarks/quality.py --recipe movielens
-    python benchmarks/quality.py --recipe kuairand --variants plain,pooling
+    python benchmarks/quality.py --recipe kuairand --variants "recipe,item bias"
+    python benchmarks/quality.py --recipe user-lines
 
 Every row answers the same test queries, over the whole catalogue, without what the query's user
 had before. The seconds are those of `twotower train`, or of a baseline's one fit and its answers;
@@ -29,6 +30,7 @@ import torch
 import yaml
 from baselines import baselines
 from measure import RESULTS, ROOT, write_result
+from user_lines import write_user_lines
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
@@ -47,6 +49,25 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "movielens": ("configs/movielens.yaml", "ml-latest-small", {}),
     "movielens-liked": ("configs/movielens.yaml", "ml-latest-small", LIKED),
     "kuairand": ("configs/benchmarks/kuairand.yaml", "kuairand-pure", {}),
+    # Of KuaiRand's histories: see user_lines.py.
+    "user-lines": ("configs/benchmarks/gowalla.yaml", "kuairand-pure", {}),
+    "user-lines-sparse": ("configs/benchmarks/gowalla.yaml", "kuairand-pure", {}),
+}
+SEQUENCES = "train_user_sequences.parquet"
+HISTORY = {"name": "history", "kind": "history", "length": 200, "table": "item_id",
+           "pooling": "mean"}  # fmt: skip
+LINES: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "128 wide": {"model.dim": 128},
+    "64 wide": {"model.dim": 64},
+    "temperature 0.1": {"model.temperature": 0.1},
+    "temperature 0.15": {"model.temperature": 0.15},
+    "temperature 0.2": {"model.temperature": 0.2},
+    "rowwise Adagrad": {"train.table_optimizer": "rowwise_adagrad", "train.table_lr": 0.05},
+    "user id too": {"data.query": [{"name": "user_id", "kind": "id"}, HISTORY]},
+    "without item bias": {"model.item_bias": False},
+    "without logQ": {"train.log_q": 0},
+    "bilateral": {"train.loss": {"kind": "bilateral"}},
 }
 # What any recipe may be given.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -105,6 +126,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             },
         },
     },
+    "user-lines": LINES,
+    "user-lines-sparse": LINES,
 }
 
 
@@ -204,10 +227,14 @@ def main() -> None:
     print(f"{arguments.recipe:20} {'recall@20':>9} {'NDCG@20':>9} {'seconds':>8}")
     judge = EvaluateConfig(k=[K])
     with tempfile.TemporaryDirectory() as folder:
+        root = arguments.data / below
+        if variants is LINES:
+            sparse = arguments.recipe.endswith("sparse")
+            write_user_lines(root / SEQUENCES, Path(folder), sparse=sparse)
+            root = Path(folder)
         jobs = {
             name: changed(
-                yaml.safe_load(text),
-                {"data.root": str(arguments.data / below), **common, **variants[name]},
+                yaml.safe_load(text), {"data.root": str(root), **common, **variants[name]}
             )
             for name in [*variants][:1] + names
         }
