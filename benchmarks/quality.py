@@ -94,6 +94,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "data.query.history.pooling": "transformer", "train.every_position": True,
         "train.batch_size": 64,
     },
+    "256 wide": {"model.dim": 256},
     "temperature 0.05": {"model.temperature": 0.05},
     "temperature 0.2": {"model.temperature": 0.2},
 }  # fmt: skip
