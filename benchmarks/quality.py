@@ -61,7 +61,6 @@ LINES: dict[str, dict[str, Any]] = {
     "128 wide": {"model.dim": 128},
     "64 wide": {"model.dim": 64},
     "temperature 0.1": {"model.temperature": 0.1},
-    "temperature 0.15": {"model.temperature": 0.15},
     "temperature 0.2": {"model.temperature": 0.2},
     "rowwise Adagrad": {"train.table_optimizer": "rowwise_adagrad", "train.table_lr": 0.05},
     "user id too": {"data.query": [{"name": "user_id", "kind": "id"}, HISTORY]},
