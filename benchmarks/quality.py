@@ -93,7 +93,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "data.query.history.pooling": "transformer", "train.every_position": True,
         "train.batch_size": 64,
     },
-    "256 wide": {"model.dim": 256},
     "temperature 0.05": {"model.temperature": 0.05},
     "temperature 0.2": {"model.temperature": 0.2},
 }  # fmt: skip
@@ -101,6 +100,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "movielens": {
         **OPTIONS,
         "ids alone": {"data.item.genres": None, "data.item.year": None},
+        "256 wide": {"model.dim": 256},
         "half-life 1 year": {"train.half_life_days": 365},
         "item features": {"data.query.history.item_features": ["genres", "year"]},
         "item features at every position": {
@@ -110,12 +110,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "movielens-liked": {
         **OPTIONS,
+        "256 wide": {"model.dim": 256},
         "half skipped": {"train.negatives": {"in_batch": 0.5, "skipped": 0.5}},
         "a tenth skipped": {"train.negatives": {"in_batch": 0.9, "skipped": 0.1}},
     },
     "kuairand": {
         **OPTIONS,
         "ids alone": {"data.item.author_id": None, "data.item.tag": None},
+        "64 wide": {"model.dim": 64},
         "half-life 1 day": {"train.half_life_days": 1},
         "item features": {"data.query.history.item_features": ["author_id", "tag"]},
         "heads": {
