@@ -322,7 +322,7 @@ def compile_ahead(processes: int, arguments: list[str]) -> None:
         share.wait()
 
 
-def sweep(on: Device, small: bool, share: str = "0/1") -> list[dict[str, Any]]:
+def sweep(on: Device, small: bool, share: str) -> list[dict[str, Any]]:
     """Time tile sizes of the softmax and the interactions, and group sizes of the search.
 
     Args:
@@ -334,12 +334,9 @@ def sweep(on: Device, small: bool, share: str = "0/1") -> list[dict[str, Any]]:
     own, shares = map(int, share.split("/"))
     number = itertools.count()
 
-    def tried(work: Work) -> dict[str, Any] | None:
-        return _tried(on, work) if next(number) % shares == own else None
-
-    def add(row: dict[str, Any], found: dict[str, Any] | None) -> None:
-        if found is not None:
-            rows.append(row | found)
+    def attempt(op: str, by: str, work: Work) -> None:
+        if next(number) % shares == own:
+            rows.append({"op": op, "by": by} | _tried(on, work))
 
     batch = 256 if small else 32_768
     shapes = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))
@@ -350,30 +347,28 @@ def sweep(on: Device, small: bool, share: str = "0/1") -> list[dict[str, Any]]:
             usual = getattr(softmax, part)
             for choice in tiles:
                 setattr(softmax, part, lambda *_, choice=choice: choice)
-                row = {"op": f"sampled_softmax {batch}² x {width}", "by": f"{part} {choice}"}
-                add(row, tried(softmax_step(softmax.sampled_softmax, inputs)))
+                work = softmax_step(softmax.sampled_softmax, inputs)
+                attempt(f"sampled_softmax {batch}² x {width}", f"{part} {choice}", work)
             setattr(softmax, part, usual)
     # A share compiles; where all of them run at once, memory is short.
     item = unit(20_000 if small or shares > 1 else 10_000_000, 128, on=on)
+
+    def search(batch: int, by: str) -> None:
+        query = unit(batch, 128, on=on)
+        attempt(
+            f"top_k {batch} x {len(item):,} x 128", by,
+            lambda _: top_k.top_k_inner_product(query, item, 100),
+        )  # fmt: skip
+
     usual_group = top_k.group_size
     for batch, *group in itertools.product((1, 16, 64), (64, 128), (2, 3, 4)):
-        query = unit(batch, 128, on=on)
         top_k.group_size = lambda *_, group=group: group
-        row = {
-            "op": f"top_k {batch} x {len(item):,} x 128",
-            "by": "group {} stages {}".format(*group),
-        }
-        add(row, tried(lambda _, q=query: top_k.top_k_inner_product(q, item, 100)))
+        search(batch, "group {} stages {}".format(*group))
     top_k.group_size = usual_group
     usual_select = top_k.SELECT_BLOCK, top_k.SELECT_WARPS
     for batch, *select in itertools.product((1, 64), (512, 1024, 2048, 4096), (2, 4, 8)):
-        query = unit(batch, 128, on=on)
         top_k.SELECT_BLOCK, top_k.SELECT_WARPS = select
-        row = {
-            "op": f"top_k {batch} x {len(item):,} x 128",
-            "by": "select {} warps {}".format(*select),
-        }
-        add(row, tried(lambda _, q=query: top_k.top_k_inner_product(q, item, 100)))
+        search(batch, "select {} warps {}".format(*select))
     top_k.SELECT_BLOCK, top_k.SELECT_WARPS = usual_select
     choices = {
         # A tile of 27 features holds 32 or 64 rows.
@@ -386,8 +381,8 @@ def sweep(on: Device, small: bool, share: str = "0/1") -> list[dict[str, Any]]:
         for shape in itertools.islice(shapes, 2 if small else None):
             choice = Blocks(*shape)
             module.tiles = lambda *_, choice=choice: choice
-            row = {"op": f"{name} {tuple(suite.inputs[0].shape)}", "by": f"tiles {choice}"}
-            add(row, tried(suite.step(suite.own)))
+            op = f"{name} {tuple(suite.inputs[0].shape)}"
+            attempt(op, f"tiles {choice}", suite.step(suite.own))
         module.tiles = usual_tiles
     return sorted(rows, key=lambda r: (r["op"], r["by"].split()[0], r["ms"]))
 

@@ -61,6 +61,11 @@ class Bundle:
         """Read the golden queries."""
         return [Golden(**g) for g in json.loads((self.path / "golden.json").read_text())]
 
+    def job(self) -> dict[str, Any]:
+        """Read the job that made the bundle."""
+        job: dict[str, Any] = json.loads((self.path / "job.json").read_text())
+        return job
+
 
 @contextmanager
 def next_bundle(bundles: Path) -> Iterator[tuple[int, Path]]:

@@ -53,6 +53,12 @@ class Verdict:
         return all(d <= self.tolerance for d in self.differences)
 
 
+def catalogue_ids(directory: Path, dtype: str) -> list[Any]:
+    """Return the item ids of a bundle's directory, in row order; `dtype` is the manifest's."""
+    ids = np.load(directory / "item_ids.npy", allow_pickle=False)
+    return [i.decode() if dtype == "string" else int(i) for i in ids]
+
+
 def judge(
     golden: Sequence[Golden], answers: Sequence[Answer], tolerance: float, runtime: str
 ) -> Verdict:

@@ -9,7 +9,6 @@ Shape legend: `M` new items, `N` items after, `D` width.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +24,13 @@ from twotower.data.schema import DataConfig
 from twotower.errors import UserError
 from twotower.export.bundle import Bundle, next_bundle, read_bundle, seal
 from twotower.export.config import IndexConfig
-from twotower.export.golden import TOGETHER, answered, index_recall, onnx_answers
+from twotower.export.golden import (
+    TOGETHER,
+    answered,
+    catalogue_ids,
+    index_recall,
+    onnx_answers,
+)
 from twotower.export.index import VECTORS, blocks, build_index, created
 from twotower.export.new_items import NewItems, id_array, item_vectors, read_items
 from twotower.export.search import FAISS_FILE, exact_top_k, open_search
@@ -53,7 +58,7 @@ def update_bundle(
     Raises:
         UserError: naming the item or the column; no bundle is left then.
     """
-    m, job = source.manifest, read_job(source)
+    m, job = source.manifest, source.job()
     if (source.path / SIGNATURE).exists() and sign_with is None:
         raise UserError(
             f"{source.path} is signed: give the key that signs the new version (--sign-with)"
@@ -96,15 +101,9 @@ def update_bundle(
     return read_bundle(parent / str(number), verify=False)
 
 
-def read_job(bundle: Bundle) -> dict[str, Any]:
-    """Return the job that made a bundle."""
-    job: dict[str, Any] = json.loads((bundle.path / "job.json").read_text())
-    return job
-
-
 def index_settings(bundle: Bundle) -> IndexConfig:
     """Return the settings of a bundle's index; the defaults, where its job has none."""
-    return IndexConfig(**read_job(bundle).get("export", {}).get("index", {}))
+    return IndexConfig(**bundle.job().get("export", {}).get("index", {}))
 
 
 def _data(bundle: Bundle, job: dict[str, Any]) -> DataConfig:
@@ -175,9 +174,7 @@ def _write_golden(source: Bundle, target: Path) -> float:
     m, golden = source.manifest, source.golden()
     vectors = np.load(target / VECTORS, mmap_mode="r", allow_pickle=False)
     k = min(max((len(g.item_ids) for g in golden), default=1), len(vectors))
-    text = m.item_id_dtype == "string"
-    ids = [i.decode() if text else int(i) for i in np.load(target / "item_ids.npy")]
-
+    ids = catalogue_ids(target, m.item_id_dtype)
     exact = functools.partial(exact_top_k, vectors)
     golden = answered(golden, onnx_answers(target, m.query, golden, ids, k, exact, TOGETHER))
     recall = 1.0

@@ -301,7 +301,7 @@ def _candidate_gradient_kernel(
 
     `lse` holds the weights: exp2(x - lse) is the weighted slope of a negative.
 
-    Where positives do not lie on the diagonal, theirs are left to `_add_positives`.
+    Where positives do not lie on the diagonal, theirs are added behind, by `triton_backward`.
     """
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
@@ -342,8 +342,8 @@ def forward_blocks(width: int, dtype: torch.dtype) -> Blocks:
     In bf16 up to D = 128 the fastest of 24 on an H200 (`benchmarks/gpu.py --sweep`): a warp of
     two rows' worth of tile reads each candidate's numbers half as often. Wider ones and fp32 are
     reasoned: the query tile and `stages` candidate tiles lie in Hopper's 227 KB of shared memory,
-    the logits in registers. In bf16 nothing spills up to D = 256 (tests/kernels/test_compile.py);
-    fp32 spills beyond D = 128.
+    the logits in registers. What spills is small in bf16 up to D = 256, and counted
+    (tests/kernels/test_compile.py); fp32 spills beyond D = 128.
     """
     if dtype == torch.float32:
         if width <= 128:

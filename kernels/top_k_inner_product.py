@@ -242,7 +242,7 @@ def _best(key: Tensor, k: int) -> Tensor:
 
 
 def _select(key: Tensor, k: int) -> Tensor:
-    """Do the same on a GPU for up to thousands of queries: torch.topk walks the keys eight times.
+    """Return what `_best` does, on a GPU, where torch.topk walks int64 keys eight times.
 
     Blocks of keys are reduced to their k best until there is one block. Triton's interpreter
     cannot run `tl.topk`.

@@ -53,7 +53,7 @@ class TritonServer:
     def __init__(self, bundle: Bundle, config: ServeConfig, work_dir: Path) -> None:
         self.bundle, self.work_dir = bundle, work_dir
         self.wanted, self.config = config, config
-        self.golden = _answerable(bundle)
+        self.golden = answerable(bundle)
         self.runtime: Runtime = find_runtime()
         self.log = work_dir / "triton.log"
         self.repository = work_dir / REPOSITORY
@@ -198,7 +198,8 @@ class TritonServer:
 
     def _ask(self, client: RecommendClient, number: int) -> float:
         golden: Golden = self.golden[number]
-        k, answer = ask(client, golden, self.k_limit)
+        k = self.k_limit
+        answer = ask(client, golden, k)
         difference = answer_difference(
             golden.item_ids[:k], golden.scores[:k], answer.item_ids, answer.scores, TOLERANCE
         )
@@ -253,34 +254,23 @@ class TritonServer:
                 state.unlink()
 
 
-def is_answerable(golden: Golden) -> bool:
-    """Whether a server answers it.
+def ask(client: RecommendClient, golden: Golden, limit: int) -> Recommendation:
+    """Ask a golden query for as many items as its answer has, at most `limit`."""
+    # One of which nothing is left to answer is asked for one.
+    k = min(max(1, len(golden.item_ids)), limit)
+    return client.recommend(golden.features, k=k, exclude=golden.exclude)
+
+
+def answerable(bundle: Bundle) -> list[Golden]:
+    """Return the golden queries that a server can be judged by.
 
     Numbers that overflow the towers' float32 give eager PyTorch a vector of zeros, so scores of
     zeros; the server refuses such a query.
-    """
-    return not golden.item_ids or any(golden.scores)
-
-
-def ask(client: RecommendClient, golden: Golden, limit: int) -> tuple[int, Recommendation]:
-    """Ask a golden query; how many items its answer is to have, and the answer.
-
-    Args:
-        client: of the server.
-        golden: with items, or with none where all are excluded.
-        limit: most results of a request.
-    """
-    k = min(len(golden.item_ids), limit)
-    return k, client.recommend(golden.features, k=max(1, k), exclude=golden.exclude)
-
-
-def _answerable(bundle: Bundle) -> list[Golden]:
-    """Return the golden queries that a server can be judged by.
 
     Raises:
         UserError: when there is none, since nothing else says that a server is healthy.
     """
-    golden = [g for g in bundle.golden() if is_answerable(g)]
+    golden = [g for g in bundle.golden() if not g.item_ids or any(g.scores)]
     if not golden:
         raise UserError(
             f"{bundle.path / 'golden.json'}: holds no golden query to judge the server by: make "

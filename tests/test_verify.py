@@ -8,22 +8,18 @@ from pathlib import Path
 import pytest
 
 from twotower.export.bundle import read_bundle, seal
-from twotower.export.manifest import MANIFEST
-from twotower.serve.config import ServeConfig
 from twotower.serve.supervisor import running_server
+from twotower.verification import ANY_PORT
 
-FREE = ServeConfig(http_port=0, grpc_port=0, metrics_port=0)
 
-
-def altered(bundle: Path, target: Path, change) -> Path:
-    """A whole bundle whose golden queries are others."""
+def altered(bundle: Path, target: Path, change=lambda golden: None) -> Path:
+    """A whole bundle of the version that the target names, whose golden queries are others."""
     shutil.copytree(bundle, target)
     golden = json.loads((target / "golden.json").read_text())
     change(golden)
     (target / "golden.json").write_text(json.dumps(golden))
-    manifest = read_bundle(target, verify=False).manifest
-    (target / MANIFEST).unlink()
-    seal(target, replace(manifest, files={}))
+    manifest = read_bundle(bundle).manifest
+    seal(target, replace(manifest, version=int(target.name), files={}))
     return target
 
 
@@ -71,12 +67,8 @@ def test_the_threshold_is_the_users(finished_run, twotower, tmp_path) -> None:
 
 
 def test_a_running_server_is_asked(finished_run, twotower, tmp_path) -> None:
-    other = tmp_path / "2"
-    shutil.copytree(finished_run.bundle, other)
-    manifest = read_bundle(finished_run.bundle).manifest
-    (other / MANIFEST).unlink()
-    seal(other, replace(manifest, version=2, files={}))
-    with running_server(finished_run.bundle, FREE, tmp_path / "server") as server:
+    other = altered(finished_run.bundle, tmp_path / "2")
+    with running_server(finished_run.bundle, ANY_PORT, tmp_path / "server") as server:
         right = twotower("verify", finished_run.bundle, f"--url={server.grpc_url}", cwd=tmp_path)
         wrong = twotower("verify", other, f"--url={server.grpc_url}", cwd=tmp_path)
     assert right.returncode == 0, right.stdout + right.stderr

@@ -1,7 +1,8 @@
-"""The commands about a bundle itself: `twotower index BUNDLE` and `twotower bundle inspect BUNDLE`.
+"""The commands about a bundle itself: `twotower index`, `twotower verify` and `twotower bundle`.
 
     twotower index BUNDLE --compare [--k 100] [--json]
     twotower index BUNDLE --update ITEMS.parquet [--remove ID,...]
+    twotower verify BUNDLE                       see `twotower.verification`
     twotower bundle inspect BUNDLE
 
 BUNDLE is a bundle's directory, a folder of bundles or a run_dir, of which the newest is taken.
@@ -52,6 +53,22 @@ def add_index_arguments(parser: Any) -> None:
         "--sign-with", type=str, default=None,
         help="PEM file of the ed25519 private key that signs the new version.",
     )  # fmt: skip
+    parser.add_argument("--require-signature", type=str, default=None, help=SIGNED)
+
+
+def add_verify_arguments(parser: Any) -> None:
+    """Add the arguments of `twotower verify`."""
+    parser.add_argument("path", type=str, help=BUNDLE)
+    parser.add_argument(
+        "--url", type=str, default=None,
+        help="gRPC address of a Triton server to ask; without it, one is started for this.",
+    )  # fmt: skip
+    parser.add_argument("--no-server", action="store_true", help="Ask ONNX Runtime alone.")
+    parser.add_argument(
+        "--tolerance", type=float, default=None,
+        help="Largest score difference that is none; the export's without it.",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="Print JSON, not a table.")
     parser.add_argument("--require-signature", type=str, default=None, help=SIGNED)
 
 

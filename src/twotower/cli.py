@@ -25,7 +25,6 @@ from twotower import (
     inspection,
     serving,
     steps,
-    verification,
 )
 from twotower.data.demo_log import DemoLogConfig
 from twotower.errors import UserError, did_you_mean
@@ -127,7 +126,7 @@ def build_parser() -> ArgumentParser:
         "PyTorch did; exit code 1 where they do not.",
         exit_on_error=False,
     )
-    verification.add_arguments(proof)
+    bundles.add_verify_arguments(proof)
     commands_.add_subcommand("verify", proof, help=proof.description)
     pair = ArgumentParser(
         description="Compare two evaluations on the same queries: what differs, and by chance?",
@@ -224,7 +223,9 @@ def dispatch(arguments: list[str]) -> int:
     if name == "bundle":
         return bundles.inspect(options)
     if name == "verify":
-        return verification.verify(options)
+        from twotower.verification import verify  # and with it ONNX Runtime
+
+        return verify(options)
     if name == "compare":
         return evaluations.compare(options)
     job = Job(**{f.name: options[f.name] for f in fields(Job)})

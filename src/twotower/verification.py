@@ -17,16 +17,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
-from twotower.bundles import BUNDLE, SIGNED
 from twotower.errors import UserError
 from twotower.export.bundle import Bundle, Golden, find_bundle, read_bundle
-from twotower.export.golden import Answer, Verdict, judge, onnx_answers
+from twotower.export.golden import Answer, Verdict, catalogue_ids, judge, onnx_answers
 from twotower.export.search import open_search
 from twotower.serve.client import RecommendClient
 from twotower.serve.config import ServeConfig
-from twotower.serve.server import TritonServer, ask, is_answerable
+from twotower.serve.server import TritonServer, answerable, ask
 from twotower.show import console, facts, table
 
 DIFFERS = 1  # the exit code
@@ -34,34 +31,19 @@ SHOWN = 3
 ANY_PORT = ServeConfig(http_port=0, grpc_port=0, metrics_port=0)
 
 
-def add_arguments(parser: Any) -> None:
-    """Add the arguments of `twotower verify`."""
-    parser.add_argument("path", type=str, help=BUNDLE)
-    parser.add_argument(
-        "--url", type=str, default=None,
-        help="gRPC address of a Triton server to ask; without it, one is started for this.",
-    )  # fmt: skip
-    parser.add_argument("--no-server", action="store_true", help="Ask ONNX Runtime alone.")
-    parser.add_argument(
-        "--tolerance", type=float, default=None,
-        help="Largest score difference that is none; the export's without it.",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="Print JSON, not a table.")
-    parser.add_argument("--require-signature", type=str, default=None, help=SIGNED)
-
-
 def verify(options: Any) -> int:
-    """Answer the golden queries again, and show how far the answers differ; the exit code."""
+    """Answer the golden queries again, and show how far the answers differ; the exit code.
+
+    The options are those of `twotower.bundles.add_verify_arguments`.
+    """
     if options.url is not None and options.no_server:
         raise UserError("twotower verify: --url and --no-server contradict each other")
     with console.status("reading the bundle"):
         bundle = read_bundle(find_bundle(Path(options.path)), signed_by=options.require_signature)
     tolerance = options.tolerance
     if tolerance is None:
-        tolerance = json.loads((bundle.path / "job.json").read_text())["export"]["tolerance"]
-    golden = [g for g in bundle.golden() if is_answerable(g)]
-    if not golden:
-        raise UserError(f"{bundle.path / 'golden.json'}: holds no golden query to verify it by")
+        tolerance = bundle.job()["export"]["tolerance"]
+    golden = answerable(bundle)
     verdicts = []
     with console.status("ONNX Runtime answers"):
         verdicts.append(judge(golden, _onnx(bundle, golden), tolerance, "ONNX Runtime"))
@@ -79,10 +61,7 @@ def verify(options: Any) -> int:
 
 def _onnx(bundle: Bundle, golden: list[Golden]) -> list[Answer]:
     m = bundle.manifest
-    ids = [
-        i.decode() if isinstance(i, bytes) else int(i)
-        for i in np.load(bundle.path / "item_ids.npy")
-    ]
+    ids = catalogue_ids(bundle.path, m.item_id_dtype)
     search = open_search(bundle.path, asdict(m.index)).search
     k = max(len(g.item_ids) for g in golden)
     return onnx_answers(bundle.path, m.query, golden, ids, k, search)
@@ -110,7 +89,7 @@ def _triton(
 ) -> list[Answer]:
     version, answers = bundle.manifest.version, []
     for g in golden:
-        _, answer = ask(client, g, limit)
+        answer = ask(client, g, limit)
         if answer.version != version:
             raise UserError(
                 f"the server answers with version {answer.version}, and {bundle.path} is version "

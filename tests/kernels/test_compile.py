@@ -23,6 +23,11 @@ from twotower.kernels.launch import INTERPRET, Blocks
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 SHARED_BYTES = 227 << 10  # of an H100's multiprocessor
+# Bytes that the softmax's fastest tiles spill, as measured on an H200; all others spill none.
+SPILLS = {
+    ("_forward_kernel", 128): 48, ("_query_gradient_kernel", 64): 8,
+    ("_query_gradient_kernel", 128): 124, ("_candidate_gradient_kernel", 128): 40,
+}  # fmt: skip
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")
 
 SCALARS = {
@@ -97,8 +102,7 @@ def test_sampled_softmax_in_bf16_fits_hopper(kernel, blocks, width, diagonal) ->
     )  # fmt: skip
     assert "wgmma" in ptx, "tensor cores"
     assert shared <= SHARED_BYTES
-    # The fastest tiles up to D = 128, as measured, spill a few numbers a thread.
-    assert spilled <= (128 if width <= 128 else 0), spilled
+    assert spilled <= SPILLS.get((kernel, width), 0), spilled
 
 
 @pytest.mark.parametrize(("query", "item"), [("bf16", "bf16"), ("bf16", "i8"), ("fp32", "fp32")])

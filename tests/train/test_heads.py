@@ -47,7 +47,7 @@ def job(demo_log: Path, tmp_path_factory: pytest.TempPathFactory, twotower) -> P
     affinity = (taste[user] * quality[item]).sum(1) + 1.5 * quality[item, 0]
     missing = random.random(len(user)) < 0.2
     liked = pa.array(affinity > 0, mask=missing)
-    watch = pa.array(np.exp(8 + affinity / 3).astype(np.int64), mask=random.random(len(user)) < 0.2)
+    watch = pa.array(np.exp(8 + affinity / 2).astype(np.int64), mask=random.random(len(user)) < 0.2)
     log = log.append_column("liked", liked).append_column("watch_ms", watch)
     content = yaml.safe_load(QUICKSTART.read_text())
     pq.write_table(log, cwd / "log.parquet")
@@ -56,7 +56,7 @@ def job(demo_log: Path, tmp_path_factory: pytest.TempPathFactory, twotower) -> P
         "columns": {"outcomes": ["watch_ms", "liked"]},
     }  # fmt: skip
     content["run_dir"] = str(cwd / "run")
-    content["train"] = {"heads": HEADS, "batch_size": 256, "max_epochs": 6}
+    content["train"] = {"heads": HEADS, "batch_size": 256, "max_epochs": 12}
     content["tracking"] = {"wandb": "off"}
     path = cwd / "job.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -101,7 +101,7 @@ def test_a_job_with_heads_learns_them_and_reports_them(job, twotower) -> None:
     typical = np.expm1(np.log1p(train[~np.isnan(train)]).mean())
     test_watch = watch[test.start : test.stop]
     constant = np.abs(test_watch[~np.isnan(test_watch)] - typical).mean()
-    assert metrics["watch_mae"] < 0.9 * constant
+    assert metrics["watch_mae"] < 0.8 * constant
     logged = (next((run / "train" / "csv").rglob("metrics.csv"))).read_text().splitlines()[0]
     names = {"train/liked_loss", "train/watch_loss", "val/liked_auc", "val/watch_mae"}
     assert names <= set(logged.split(","))
