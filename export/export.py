@@ -100,12 +100,11 @@ def export(
         tables = entry_tables(model, data)
         kept = kept_rows(model, data) if config.prune_vocab else EVERY_ROW
         large = weight_bytes(model, *tables.vector_ND.values()) > INSIDE_BYTES
-        stored = StoredWeights(model, kept, partial if large else None)
+        stored = StoredWeights(model, kept, partial if large else None, table_file.release)
         for side, specs, share in (("query", query, 0.5), ("item", item, 0.6)):
             progress(f"{side} graph", share)
             graph = raw_graph(encoder, model, side, specs, tables, stored)
             save_graph(graph, partial / f"{side}.onnx")
-            table_file.release()
         progress(f"{config.index.kind} index", 0.7)
         spec = index_spec(config.index, vectors.shape[1], model.item_bias)
         build_index(partial, spec, config.index)

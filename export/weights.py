@@ -7,7 +7,7 @@ those that the query graph does not have. They are written block by block, each 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,10 +38,14 @@ class StoredWeights:
         model: the towers.
         kept: rows of its tables.
         folder: of files for large weights; None writes all into the graphs.
+        release: lets go of the memory of what was written.
     """
 
-    def __init__(self, model: TwoTower, kept: Kept = EVERY_ROW, folder: Path | None = None) -> None:
-        self.kept, self.folder = kept, folder
+    def __init__(
+        self, model: TwoTower, kept: Kept = EVERY_ROW, folder: Path | None = None,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.kept, self.folder, self.release = kept, folder, release
         self._rows = {model.table_weight(n).data_ptr(): rows for n, rows in kept.rows.items()}
         self._places: dict[int, tuple[str, int, int]] = {}
 
@@ -80,18 +84,18 @@ class StoredWeights:
             with path.open("ab") as file:
                 file.write(bytes(-file.tell() % ALIGNMENT))
                 start = file.tell()
-                _write(file, weight, rows)
+                self._write(file, weight, rows)
                 self._places[key] = (name, start, file.tell() - start)
         return self._places[key]
 
-
-def _write(file: BinaryIO, weight: Tensor, rows: npt.NDArray[np.int64] | None) -> None:
-    for block in _blocks(weight):
-        part = weight[block]
-        if rows is not None:
-            first, end = np.searchsorted(rows, [block.start, block.stop])
-            part = part[torch.from_numpy(rows[first:end] - block.start)]
-        file.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    def _write(self, file: BinaryIO, weight: Tensor, rows: npt.NDArray[np.int64] | None) -> None:
+        for block in _blocks(weight):
+            part = weight[block]
+            if rows is not None:
+                first, end = np.searchsorted(rows, [block.start, block.stop])
+                part = part[torch.from_numpy(rows[first:end] - block.start)]
+            file.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self.release()
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:
@@ -115,11 +119,13 @@ def check_weights(model: TwoTower) -> None:
     tables = {id(weight) for weight in model.table_parameters()}
     for path, weight in model.named_parameters():
         if id(weight) not in tables:
-            if not bool(torch.isfinite(weight).all()):
+            if not _is_finite(weight):
                 raise UserError(f"the weights of layer {path} hold NaN or infinity: {remedy}")
             continue
         bad, count = list[int](), 0
         for block in _blocks(weight):
+            if _is_finite(weight[block]):
+                continue
             found = torch.nonzero(~torch.isfinite(weight[block]).all(dim=1)).flatten()
             bad += (found[: FIRST_BAD - len(bad)] + block.start).tolist()
             count += len(found)
@@ -129,6 +135,11 @@ def check_weights(model: TwoTower) -> None:
                 f"table '{name}': {count:,} of {len(weight):,} rows hold NaN or infinity, rows "
                 f"{', '.join(map(str, bad))} first: {remedy}"
             )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether all are numbers: NaN is the least and the largest of what it is among."""
+    return bool(torch.isfinite(torch.stack(weight.detach().aminmax())).all())
 
 
 def to_proto(program: Any, side: str, stored: StoredWeights | None) -> Any:
