@@ -4,6 +4,8 @@
       manifest.json      `Manifest`: tensors, versions, metrics, SHA-256 of every other file
       query.onnx         raw query features -> `vector` (B, D), unit length; vocabularies inside
       item.onnx          raw item features -> `vector` (B, D)
+      query.weights      optional: large weights of `query.onnx`, as its external data
+      item.weights       optional: those of `item.onnx` that are not in query.weights
       index.onnx         `vector` (B, D), `k` (1) -> `scores` (B, K), `rows` (B, K); or, of some
                          kinds, index.faiss: see `twotower.export.index`
       item_vectors.npy   (N, D) float32; `index.onnx` reads it as its external data

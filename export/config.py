@@ -76,6 +76,9 @@ class ExportConfig:
     """How the item vectors are searched."""
     sign_with: str | None = None
     """PEM file of the ed25519 private key that signs the bundle; none, for no signature."""
+    prune_vocab: bool = False
+    """Leave out rows of tables whose ids cannot occur: no item has them, or training and the log
+    never did."""
 
     def validate(self, widths: Sequence[int]) -> None:
         """Refuse a gate that cannot close, and an index that cannot be.

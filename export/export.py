@@ -24,7 +24,7 @@ from twotower.export.bundle import Bundle, next_bundle, read_bundle, seal
 from twotower.export.config import ExportConfig
 from twotower.export.golden import TOGETHER, answered, index_recall, onnx_answers
 from twotower.export.graphs import entry_tables, raw_graph, save_graph
-from twotower.export.index import VECTORS, build_index, index_spec
+from twotower.export.index import VECTORS, build_index, created, index_spec
 from twotower.export.manifest import Manifest
 from twotower.export.new_items import check_vectors, id_array
 from twotower.export.parity import (
@@ -33,14 +33,19 @@ from twotower.export.parity import (
     eager_answers,
     golden_rows,
 )
+from twotower.export.prune import EVERY_ROW, kept_rows
 from twotower.export.search import FAISS_KINDS, exact_top_k, open_search
 from twotower.export.signature import read_private_key
+from twotower.export.weights import INSIDE_BYTES, StoredWeights, check_weights, weight_bytes
 from twotower.files import write_json
-from twotower.towers.catalogue import catalogue_vectors
+from twotower.towers.catalogue import catalogue_batches
+from twotower.towers.two_tower import TwoTower
+from twotower.train.checkpoint.table_file import TableFile
 from twotower.train.checkpoint.towers import load_towers
 
 LIBRARIES = ("twotower", "torch", "torchrec", "onnx", "onnxruntime", "numpy")
-Progress = Callable[[str], None]
+ITEMS_A_BATCH = 8192
+Progress = Callable[[str, float], None]
 
 
 def export(
@@ -68,38 +73,43 @@ def export(
         fingerprint: of the inputs.
         metrics: of the test split.
         seed: chooses the golden queries.
-        progress: is told each stage.
+        progress: is told the stage and the share done.
 
     Raises:
         ParityError: when ONNX Runtime disagrees with eager PyTorch; no bundle is left.
-        UserError: when the checkpoint does not fit.
+        UserError: when the checkpoint does not fit, or holds NaN.
     """
     if config.sign_with is not None:
         read_private_key(config.sign_with)  # a wrong one is said before the work
-    progress("loading the checkpoint")
-    model, encoder = load_towers(train_directory), data.encoder
-    query, item = (encoder.specs(data.config, side) for side in ("query", "item"))
     with next_bundle(bundles) as (number, partial):
-        progress("item vectors")
-        vectors = catalogue_vectors(
-            model.item_vectors, BatchBuilder(data), torch.device("cpu"), batch_size=8192
-        ).numpy()
+        progress("loading the checkpoint", 0.0)
+        table_file = TableFile(partial)
+        model, encoder = load_towers(train_directory, file=table_file), data.encoder
+        progress("checking the weights", 0.1)
+        check_weights(model)
+        table_file.release()
+        query, item = (encoder.specs(data.config, side) for side in ("query", "item"))
+        progress("item vectors", 0.2)
+        vectors = _write_vectors(partial / VECTORS, model, data, progress)
         check_vectors(vectors, data.items["id"])
-        np.save(partial / VECTORS, np.ascontiguousarray(vectors, np.float32))
         ids = data.items["id"]
         id_dtype = "int64" if pa.types.is_int64(ids.type) else "string"
         catalogue = ids.to_pylist()
         np.save(partial / "item_ids.npy", id_array(catalogue, id_dtype), allow_pickle=False)
         _write_items(data, partial / "items.parquet")
         tables = entry_tables(model, data)
-        for side, specs in (("query", query), ("item", item)):
-            progress(f"{side} graph")
-            save_graph(raw_graph(encoder, model, side, specs, tables), partial / f"{side}.onnx")
-        progress(f"{config.index.kind} index")
+        kept = kept_rows(model, data) if config.prune_vocab else EVERY_ROW
+        large = weight_bytes(model, *tables.vector_ND.values()) > INSIDE_BYTES
+        stored = StoredWeights(model, kept, partial if large else None, table_file.release)
+        for side, specs, share in (("query", query, 0.5), ("item", item, 0.6)):
+            progress(f"{side} graph", share)
+            graph = raw_graph(encoder, model, side, specs, tables, stored)
+            save_graph(graph, partial / f"{side}.onnx")
+        progress(f"{config.index.kind} index", 0.7)
         spec = index_spec(config.index, vectors.shape[1], model.item_bias)
         build_index(partial, spec, config.index)
         search = open_search(partial, asdict(spec)).search
-        progress("parity")
+        progress("parity", 0.8)
         rows = golden_rows(data, query, config.golden_queries, seed)
         k = min(config.golden_k, len(vectors))
         golden = eager_answers(model, vectors, data, rows, k)
@@ -117,7 +127,7 @@ def export(
             golden = answered(golden, answers)
         write_json(partial / "golden.json", [vars(g) for g in golden])
         write_json(partial / "job.json", job)
-        progress("manifest")
+        progress("manifest", 0.95)
         seal(partial, Manifest(
             version=number,
             name=name,
@@ -131,8 +141,26 @@ def export(
             metrics=metrics,
             parity=parity,
             index=spec,
+            pruned=kept.pruned,
+            pruned_bytes=kept.pruned_bytes,
         ), config.sign_with)  # fmt: skip
     return read_bundle(bundles / str(number), verify=False)
+
+
+def _write_vectors(path: Path, model: TwoTower, data: PreparedDataset, progress: Progress) -> Any:
+    """Write the vectors (N, D) of the catalogue, batch after batch, and return them mapped."""
+    n, done = len(data.items), 0
+    vector_ND: Any = None
+    for part in catalogue_batches(
+        model.item_vectors, BatchBuilder(data), torch.device("cpu"), ITEMS_A_BATCH
+    ):
+        if vector_ND is None:
+            vector_ND = created(path, np.float32, (n, part.shape[1]))
+        vector_ND[done : done + len(part)] = part.numpy()
+        done += len(part)
+        progress("item vectors", 0.2 + 0.3 * done / n)
+    vector_ND.flush()
+    return vector_ND
 
 
 def _versions(index: str) -> dict[str, str]:

@@ -29,6 +29,7 @@ from twotower.data.encode import Encoder
 from twotower.data.prepared import PreparedDataset, one_chunk
 from twotower.data.schema import ID_KINDS, Feature, TensorSpec
 from twotower.data.vocabulary import DynamicIds
+from twotower.errors import UserError
 from twotower.export.id_nodes import (
     IR_VERSION,
     OPSET,
@@ -39,6 +40,8 @@ from twotower.export.id_nodes import (
     row_nodes,
     slot_nodes,
 )
+from twotower.export.prune import EVERY_ROW, Kept
+from twotower.export.weights import StoredWeights, to_proto
 from twotower.towers.catalogue import catalogue_vectors
 from twotower.towers.tower import Tower
 from twotower.towers.two_tower import TwoTower
@@ -46,8 +49,8 @@ from twotower.towers.two_tower import TwoTower
 ELEMENT = {
     "string": TensorProto.STRING, "int64": TensorProto.INT64, "float32": TensorProto.FLOAT,
 }  # fmt: skip
-# Protobuf refuses messages of 2 GB; larger weights go to a file beside the graph.
-EXTERNAL_BYTES = 1 << 30
+# Protobuf refuses messages of 2 GB.
+MOST_BYTES = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,9 @@ class PaddedTower(nn.Module):
 
 
 def tower_graph(
-    model: TwoTower, side: str, specs: list[TensorSpec], tables: EntryTables | None = None
-) -> Any:
+    model: TwoTower, side: str, specs: list[TensorSpec], tables: EntryTables | None = None,
+    stored: StoredWeights | None = None,
+) -> Any:  # fmt: skip
     """Return the second half as an ONNX model with inputs `<feature>_encoded`.
 
     Behind them come `<history>:items_encoded`, of histories with item features.
@@ -158,7 +162,7 @@ def tower_graph(
             dynamic_shapes=(tuple(dynamic),), opset_version=OPSET,
         )  # fmt: skip
     assert program is not None
-    graph = program.model_proto
+    graph = to_proto(program, side, stored)
     graph.ir_version = IR_VERSION
     return graph
 
@@ -180,13 +184,14 @@ def entry_tables(model: TwoTower, data: PreparedDataset) -> EntryTables:
 
 def encoding_graph(
     encoder: Encoder, model: TwoTower, side: str, specs: list[TensorSpec],
-    tables: EntryTables | None = None,
+    tables: EntryTables | None = None, kept: Kept = EVERY_ROW,
 ) -> Any:  # fmt: skip
     """Return the first half: raw features to `<feature>:encoded`.
 
     No feature's name holds a colon, so names made with one meet none.
     """
     features = {f.name: f for t, f in model.data.features() if t == side}
+    encoder = kept.encoder(encoder)
     nodes: list[Any] = []
     initializers: list[Any] = []
     inputs, outputs = [], []
@@ -203,7 +208,8 @@ def encoding_graph(
             vocabulary = encoder.vocabularies[feature.table_name]
             if isinstance(vocabulary, DynamicIds):
                 slots = model.dynamic_slots(feature.table_name)
-                nodes += slot_nodes(spec, slots, out, initializers)
+                rows = kept.rows.get(feature.table_name)
+                nodes += slot_nodes(spec, slots, rows, out, initializers)
             else:
                 nodes += row_nodes(spec, vocabulary, out, initializers)
             if feature.item_features and tables is not None:
@@ -228,7 +234,7 @@ def encoding_graph(
 
 def raw_graph(
     encoder: Encoder, model: TwoTower, side: str, specs: list[TensorSpec],
-    tables: EntryTables | None = None,
+    tables: EntryTables | None = None, stored: StoredWeights | None = None,
 ) -> Any:  # fmt: skip
     """Return the whole graph: raw features to `vector` (B, D).
 
@@ -238,39 +244,43 @@ def raw_graph(
         side: query or item.
         specs: the raw features.
         tables: see `entry_tables`; needed where histories have item features.
+        stored: how weights are stored; all in the graph by default.
     """
-    first = encoding_graph(encoder, model, side, specs, tables)
-    second = tower_graph(model, side, specs, tables)
+    kept = EVERY_ROW if stored is None else stored.kept
+    first = encoding_graph(encoder, model, side, specs, tables, kept)
+    second = tower_graph(model, side, specs, tables, stored)
     # Names of the two halves may not meet, but for the ones that join them.
     second = onnx.compose.add_prefix(second, "tower/", rename_inputs=True, rename_outputs=True)
-    merged = onnx.compose.merge_models(
-        _same_opsets(first), _same_opsets(second),
+    # Not merge_models, whose checker wants the files of external data in the working directory.
+    graph = onnx.compose.merge_graphs(
+        first.graph, second.graph,
         io_map=[(o.name, f"tower/{o.name.removesuffix(':encoded')}_encoded")
                 for o in first.graph.output],
     )  # fmt: skip
-    for node in merged.graph.node:
+    for node in graph.node:
         for i, output in enumerate(node.output):
             if output == "tower/vector":
                 node.output[i] = "vector"
-    merged.graph.output[0].name = "vector"
-    return merged
-
-
-def _same_opsets(model: Any) -> Any:
-    del model.opset_import[:]
-    model.opset_import.extend(OPSETS)
-    return model
+    graph.output[0].name = "vector"
+    return helper.make_model(
+        graph, opset_imports=OPSETS, ir_version=IR_VERSION, functions=second.functions
+    )
 
 
 def save_graph(graph: Any, path: Path) -> None:
-    """Write a graph without the exporter's traces, large weights beside it in `<name>.weights`."""
+    """Write a graph without the exporter's traces.
+
+    Raises:
+        UserError: when it is too large for ONNX.
+    """
     # Lines of source files, of one machine, and worth more bytes than a small tower.
     for part in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.functions):
         del part.metadata_props[:]
         if hasattr(part, "doc_string"):
             part.doc_string = ""
-    large = graph.ByteSize() > EXTERNAL_BYTES
-    onnx.save_model(
-        graph, str(path), save_as_external_data=large, location=f"{path.stem}.weights",
-        size_threshold=1024, all_tensors_to_one_file=True,
-    )  # fmt: skip
+    if (size := graph.ByteSize()) > MOST_BYTES:
+        raise UserError(
+            f"{path.name}: the ids that it maps make it {size:,} bytes large, an ONNX graph can "
+            f"have {MOST_BYTES:,}: lower data.tables.*.max_size, or give the tables slots"
+        )
+    path.write_bytes(graph.SerializeToString())

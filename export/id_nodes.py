@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
@@ -77,9 +78,18 @@ def age_nodes(name: str, out: str, initializers: list[Any]) -> list[Any]:
 
 
 def slot_nodes(
-    spec: TensorSpec, slots: DynamicSlots, out: str, initializers: list[Any]
-) -> list[Any]:
-    """Return nodes for: padding -> -1, an id with a slot -> it, another -> that of its part."""
+    spec: TensorSpec, slots: DynamicSlots, kept: npt.NDArray[np.int64] | None, out: str,
+    initializers: list[Any],
+) -> list[Any]:  # fmt: skip
+    """Return nodes for: padding -> -1, an id with a slot -> it, another -> that of its part.
+
+    Args:
+        spec: of the ids.
+        slots: the table's.
+        kept: slots that the graph's table has as rows; None for all.
+        out: name of the result.
+        initializers: get the nodes' constants.
+    """
     name = spec.name
 
     def number(word: str, value: int) -> str:
@@ -87,7 +97,11 @@ def slot_nodes(
 
     half, shift = number("half", HALF), number("shift", 2 * HALF)
     part_keys, part_slots = number("part_keys", slots.part_keys), slots.part_slots
-    keys, rows = (tensor.tolist() for tensor in slots.assigned())
+    keys, rows = (tensor.numpy() for tensor in slots.assigned())
+    shared = np.arange(part_slots - 1, slots.parts * part_slots, part_slots)
+    if kept is not None:
+        rows, shared = (np.searchsorted(kept, found) for found in (rows, shared))
+    shared_name = constant(f"{name}:shared", shared, initializers)
     text = spec.dtype == "string"
     pad = np.array(PAD_STRING if text else PAD_INT64, object if text else np.int64)
     padding = constant(f"{name}:pad", pad, initializers)
@@ -106,12 +120,7 @@ def slot_nodes(
         ),
         # The last slot of the key's part.
         helper.make_node("Div", [f"{name}:key", part_keys], [f"{name}:part"]),
-        helper.make_node(
-            "Mul", [f"{name}:part", number("part_slots", part_slots)], [f"{name}:first"]
-        ),
-        helper.make_node(
-            "Add", [f"{name}:first", number("last", part_slots - 1)], [f"{name}:fallback"]
-        ),
+        helper.make_node("Gather", [shared_name, f"{name}:part"], [f"{name}:fallback"]),
         *_or_nodes(name, f"{name}:known", f"{name}:fallback", f"{name}:row", initializers),
         helper.make_node("Equal", [name, padding], [f"{name}:is_pad"]),
         helper.make_node("Where", [f"{name}:is_pad", missing, f"{name}:row"], [out]),

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 REMEDY = "make it again with `twotower export`, or copy it whole"
 REQUIRED = (
@@ -75,6 +75,10 @@ class Manifest:
     """Largest difference seen between eager PyTorch and ONNX Runtime."""
     index: IndexSpec
     """How the item vectors are searched."""
+    pruned: dict[str, int] = field(default_factory=dict)
+    """Table -> rows left out of the graphs; see `export.prune_vocab`."""
+    pruned_bytes: int = 0
+    """Of these rows, in a table's own type."""
     base: int = 0
     """Version whose towers this one took over, with other items; 0 for one of `export`."""
     format: int = FORMAT

@@ -5,7 +5,7 @@ Shape legend: `N` items, `D` width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -20,13 +20,19 @@ def catalogue_vectors(
     embed: Callable[[Batch], Tensor], builder: BatchBuilder, device: torch.device, batch_size: int
 ) -> Tensor:
     """Return the vectors of all items (N, D), on every rank of those that work together."""
+    return torch.cat(list(catalogue_batches(embed, builder, device, batch_size)))
+
+
+@torch.no_grad()
+def catalogue_batches(
+    embed: Callable[[Batch], Tensor], builder: BatchBuilder, device: torch.device, batch_size: int
+) -> Iterator[Tensor]:
+    """Yield what `catalogue_vectors` returns, in batches of items (`batch_size`, D)."""
     n = len(builder.data.items)
-    parts = []
     for start in range(0, n, batch_size):
         rows = np.arange(start, min(start + batch_size, n))
         part = embed(builder.items(rows[part_of_rank(len(rows))]).to(device))
-        parts.append(gather_parts(part, len(rows)))
-    return torch.cat(parts)
+        yield gather_parts(part, len(rows))
 
 
 def part_of_rank(size: int) -> slice:

@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from twotower.errors import UserError
 from twotower.export.bundle import Bundle, find_bundle, read_bundle
+from twotower.export.manifest import Manifest
 from twotower.export.signature import SIGNATURE
 from twotower.serving import id_list
 from twotower.show import console, facts, long_work, table
@@ -175,10 +176,19 @@ def inspect(options: Any) -> int:
         ) or "-",
         "parity": ", ".join(f"{name} {value:.1e}" for name, value in m.parity.items()),
         "made by": ", ".join(f"{name} {v}" for name, v in m.versions.items()),
+        "pruned": pruned_text(m),
         "signature": SIGNATURE if (path / SIGNATURE).exists() else "none",
         "size": f"{total / 1e6:,.1f} MB in {len(sizes)} files", "whole": state,
     })  # fmt: skip
     return 2 if state.startswith("REFUSED") else 0
+
+
+def pruned_text(m: Manifest) -> str:
+    """Return what `export.prune_vocab` left out of a bundle."""
+    if not m.pruned:
+        return "nothing"
+    tables = ", ".join(f"{rows:,} of {name}" for name, rows in m.pruned.items())
+    return f"{sum(m.pruned.values()):,} rows ({tables}), {m.pruned_bytes / 1e6:,.1f} MB of tables"
 
 
 def _index_text(bundle: Bundle) -> str:

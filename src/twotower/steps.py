@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from twotower.bundles import pruned_text
 from twotower.errors import UserError
 from twotower.evaluations import show_evaluation
 from twotower.export.bundle import bundle_versions, read_bundle
@@ -188,11 +189,11 @@ def export(job: Job) -> None:
             return _unchanged("export", newest)
     from twotower.export.export import export as export_bundle
 
-    with console.status("exporting") as status:
+    with long_work("export") as report:
         bundle = export_bundle(
             data, job.path("train"), bundles, config=job.export, job=asdict(job), name=job.name,
             fingerprint=mark, metrics=metrics, seed=job.seed,
-            progress=lambda stage: status.update(f"exporting: {stage}"),
+            progress=report,
         )  # fmt: skip
     _track(job, bundle.path, trained, metrics)
     m = bundle.manifest
@@ -201,6 +202,7 @@ def export(job: Job) -> None:
         "bundle": bundle.path, "version": m.version, "items": m.num_items, "width": m.dim,
         "golden queries": len(bundle.golden()),
         "largest score difference": f"{m.parity['scores']:.1e} (eager against ONNX Runtime)",
+        **({"pruned": pruned_text(m)} if job.export.prune_vocab else {}),
         "size": f"{size:.1f} MB",
     })  # fmt: skip
 

@@ -1,6 +1,7 @@
-"""A bundle of towers whose tables have dynamic ids, made in a few seconds."""
+"""Bundles of towers that are made in a few seconds."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def dynamic_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundl
             "user_id": Table(slots=200), "item_id": Table(slots=30), "tags": Table(slots=6),
         },
     )  # fmt: skip
-    return _exported(data, folder, "dynamic")
+    return exported(data, folder)
 
 
 def timed_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]:
@@ -71,7 +72,7 @@ def timed_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]
         Feature(name=kind, kind="history", table="item_id", length=5, pooling=kind, time_gaps=True)
         for kind in ENCODERS
     ])  # fmt: skip
-    return _exported(data, folder, "timed")
+    return exported(data, folder)
 
 
 def featured_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]:
@@ -96,12 +97,10 @@ def featured_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bund
         Feature(name="item_id", kind="id"), Feature(name="tags", kind="ids", length=2),
         Feature(name="price", kind="number"),
     ]  # fmt: skip
-    return _exported(make(events, items=items, query=query, item=item), folder, "featured")
+    return exported(make(events, items=items, query=query, item=item), folder)
 
 
-def _exported(
-    data: PreparedDataset, folder: Path, name: str
-) -> tuple[PreparedDataset, TwoTower, Bundle]:
+def exported(data: PreparedDataset, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]:
     """Export towers that have seen a few events and whose every parameter takes part."""
     torch.manual_seed(0)
     config = ModelConfig(dim=8, hidden=[16])
@@ -119,8 +118,12 @@ def _exported(
     state = {MODEL + name: value for name, value in model.state_dict().items()}
     storage.save(train / "checkpoint", state, {})
     write_summary(train, {"fingerprint": "of a test"})
-    bundle = export(
-        data, train, folder / "bundles", config=ExportConfig(), job={}, name=name,
-        fingerprint="of a test", metrics={}, seed=0, progress=lambda _: None,
+    return data, model, export_again(data, folder)
+
+
+def export_again(data: PreparedDataset, folder: Path, **config: Any) -> Bundle:
+    """Export the towers in a folder once more, with other settings."""
+    return export(
+        data, folder / "train", folder / "bundles", config=ExportConfig(**config), job={},
+        name="of a test", fingerprint="of a test", metrics={}, seed=0, progress=lambda *_: None,
     )  # fmt: skip
-    return data, model, bundle

@@ -137,7 +137,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(finished_run, tmp_path) -> Non
         PreparedDataset(finished_run.run_dir / "prepared"), finished_run.run_dir / "train",
         tmp_path / "bundles", config=ExportConfig(), job=job, name=manifest.name,
         fingerprint=manifest.fingerprint, metrics=manifest.metrics, seed=job["seed"],
-        progress=lambda _: None,
+        progress=lambda *_: None,
     )  # fmt: skip
     for file in sorted(finished_run.bundle.iterdir()):
         assert file.read_bytes() == (again.path / file.name).read_bytes(), file.name

@@ -87,7 +87,7 @@ def test_a_difference_beyond_the_tolerance_leaves_no_bundle(finished_run, tmp_pa
         export(
             PreparedDataset(finished_run.run_dir / "prepared"), finished_run.run_dir / "train",
             tmp_path / "bundles", config=strict, job={}, name="x", fingerprint="x",
-            metrics={}, seed=0, progress=lambda _: None,
+            metrics={}, seed=0, progress=lambda *_: None,
         )  # fmt: skip
     assert list((tmp_path / "bundles").iterdir()) == []
 

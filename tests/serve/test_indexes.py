@@ -21,7 +21,7 @@ def exported(run, folder, index: IndexConfig):
     return export(
         PreparedDataset(run.run_dir / "prepared"), run.run_dir / "train", folder / "bundles",
         config=ExportConfig(index=index), job=json.loads((run.bundle / "job.json").read_text()),
-        name="indexed", fingerprint="of a test", metrics={}, seed=0, progress=lambda _: None,
+        name="indexed", fingerprint="of a test", metrics={}, seed=0, progress=lambda *_: None,
     )  # fmt: skip
 
 

@@ -56,6 +56,8 @@ from twotower.train.checkpoint.numbered import numbered
 from twotower.train.checkpoint.safe_file import Entry, write_safe_file
 
 MOST_DIFFERENCES = 4
+# Of a checkpoint's file that are mapped at once.
+BLOCK_BYTES = 1 << 26
 
 
 def rank_file(rank: int) -> str:
@@ -346,27 +348,37 @@ class _Reader(StorageReader):
         for item in plan.items:
             by_file.setdefault(self.chunks[item.storage_index].file, []).append(item)
         for name, items in by_file.items():
-            with safe_open(self.path / name, framework="pt") as file:
-                for item in items:
-                    target = planner.resolve_tensor(item).detach()
-                    target.copy_(_block(file, self.chunks[item.storage_index].key, item))
-                    planner.commit_tensor(item, target)
+            for item in items:
+                target = planner.resolve_tensor(item).detach()
+                self._fill(target, name, item)
+                planner.commit_tensor(item, target)
         done: torch.futures.Future[None] = torch.futures.Future()
         done.set_result(None)
         return done
 
+    def _fill(self, target: Tensor, name: str, item: Any) -> None:
+        """Copy a block of rows after rows, and open the file for each anew.
+
+        What was read of a mapped file counts as memory of the process until the file is closed: of
+        a large table, as a second copy of it.
+        """
+        key = self.chunks[item.storage_index].key
+        if not item.lengths:  # a number has no slices
+            with safe_open(self.path / name, framework="pt") as file:
+                target.copy_(file.get_tensor(key))
+            return
+        first, *others = (
+            slice(start, start + length)
+            for start, length in zip(item.storage_offsets, item.lengths, strict=True)
+        )
+        step = max(1, BLOCK_BYTES * len(target) // max(1, target.nbytes))
+        for start in range(first.start, first.stop, step):
+            rows = slice(start, min(start + step, first.stop))
+            with safe_open(self.path / name, framework="pt") as file:
+                block = file.get_slice(key)[(rows, *others)]
+                target[rows.start - first.start : rows.stop - first.start].copy_(block)
+                del block
+
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
-
-
-def _block(file: Any, key: str, item: Any) -> Tensor:
-    if not item.lengths:  # a number has no slices
-        number: Tensor = file.get_tensor(key)
-        return number
-    slices = tuple(
-        slice(start, start + length)
-        for start, length in zip(item.storage_offsets, item.lengths, strict=True)
-    )
-    block: Tensor = file.get_slice(key)[slices]
-    return block

@@ -22,6 +22,7 @@ from twotower.towers.config import ModelConfig, model_config
 from twotower.towers.two_tower import TwoTower
 from twotower.train.checkpoint.manifest import MODEL
 from twotower.train.checkpoint.storage import load
+from twotower.train.checkpoint.table_file import TableFile
 from twotower.train.heads import Heads
 from twotower.train.heads_config import HeadConfig
 from twotower.train.summary import check_training
@@ -53,19 +54,27 @@ def read_model_spec(directory: Path) -> dict[str, Any]:
     }
 
 
-def load_towers(directory: Path, checkpoint: Path | None = None) -> TwoTower:
+def load_towers(
+    directory: Path, checkpoint: Path | None = None, file: TableFile | None = None
+) -> TwoTower:
     """Return the trained towers, unsharded, on the CPU and in evaluation mode.
 
     Args:
         directory: the training directory.
         checkpoint: the checkpoint in it, `checkpoint/` by default; saved on any world size.
+        file: where the tables go; into memory without.
 
     Raises:
         UserError: when it is missing, is not as training left it, or does not fit the model.
     """
     if checkpoint is None:
         check_training(directory)
-    model = TwoTower(**read_model_spec(directory))
+    # Tables get no first weights, which would take as long as reading the last ones.
+    model = TwoTower(**read_model_spec(directory), table_device="meta")
+    for tables in model.collections().values():
+        tables.to_empty(device="cpu")
+    if file is not None:
+        file.move(model.table_parameters())
     path = checkpoint or directory / "checkpoint"
     load(path, {MODEL + name: value for name, value in model.state_dict().items()})
     return model.eval()
