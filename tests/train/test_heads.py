@@ -36,18 +36,18 @@ def job(demo_log: Path, tmp_path_factory: pytest.TempPathFactory, twotower) -> P
     """A prepared job, whose outcomes follow from the event's user and item, with some missing."""
     cwd = tmp_path_factory.mktemp("heads")
     log = pq.read_table(demo_log / "interactions.parquet")
-    user, item = (
-        np.unique(log[c].to_pylist(), return_inverse=True)[1] for c in ("user_id", "item_id")
-    )
+    items = pq.read_table(demo_log / "items.parquet").sort_by("item_id")
+    user = np.unique(log["user_id"].to_pylist(), return_inverse=True)[1]
+    item = np.searchsorted(items["item_id"].to_pylist(), log["item_id"].to_pylist())
     random = np.random.default_rng(0)
-    taste, quality = (
-        random.normal(size=(user.max() + 1, 2)),
-        random.normal(size=(item.max() + 1, 2)),
-    )
-    affinity = (taste[user] * quality[item]).sum(1) + 1.5 * quality[item, 0]
+    taste, quality = random.normal(size=(user.max() + 1, 2)), random.normal(size=(len(items), 2))
+    # Mostly the genre's: many items of the test period are new.
+    genre = np.unique(items["genre"].to_pylist(), return_inverse=True)[1]
+    liking = 2 * random.normal(size=genre.max() + 1)
+    affinity = (taste[user] * quality[item]).sum(1) + liking[genre[item]]
     missing = random.random(len(user)) < 0.2
     liked = pa.array(affinity > 0, mask=missing)
-    watch = pa.array(np.exp(8 + affinity / 2).astype(np.int64), mask=random.random(len(user)) < 0.2)
+    watch = pa.array(np.exp(8 + affinity / 3).astype(np.int64), mask=random.random(len(user)) < 0.2)
     log = log.append_column("liked", liked).append_column("watch_ms", watch)
     content = yaml.safe_load(QUICKSTART.read_text())
     pq.write_table(log, cwd / "log.parquet")
