@@ -24,6 +24,7 @@ from twotower.export.bundle import Bundle, next_bundle, read_bundle, seal
 from twotower.export.config import ExportConfig
 from twotower.export.golden import TOGETHER, answered, index_recall, onnx_answers
 from twotower.export.graphs import entry_tables, raw_graph, save_graph
+from twotower.export.halves import check_towers, write_halves
 from twotower.export.index import VECTORS, build_index, index_spec
 from twotower.export.manifest import Manifest
 from twotower.export.new_items import check_vectors, id_array
@@ -95,6 +96,9 @@ def export(
         for side, specs in (("query", query), ("item", item)):
             progress(f"{side} graph")
             save_graph(raw_graph(encoder, model, side, specs, tables), partial / f"{side}.onnx")
+        if config.tensorrt.precisions:
+            progress("query tower for TensorRT")
+            write_halves(partial, encoder, model, query, tables, config)
         progress(f"{config.index.kind} index")
         spec = index_spec(config.index, vectors.shape[1], model.item_bias)
         build_index(partial, spec, config.index)
@@ -109,6 +113,7 @@ def export(
         parity = {
             "scores": check_answers(golden, answers, config.tolerance, "ONNX Runtime"),
             "item_vectors": check_item_graph(partial, item, data, vectors, config.tolerance),
+            **check_towers(partial, query, golden, catalogue, k, exact, config, TOGETHER),
         }
         if lossy:
             # What a server must answer is what the index finds, though it lack items.

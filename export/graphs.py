@@ -9,8 +9,6 @@ Shape legend: `B` batch, `L` entries of a list, `D` width, `N` items, `K` result
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,9 +27,9 @@ from twotower.data.encode import Encoder
 from twotower.data.prepared import PreparedDataset, one_chunk
 from twotower.data.schema import ID_KINDS, Feature, TensorSpec
 from twotower.data.vocabulary import DynamicIds
+from twotower.export.conversion import to_onnx
 from twotower.export.id_nodes import (
     IR_VERSION,
-    OPSET,
     OPSETS,
     age_nodes,
     catalogue_node,
@@ -118,11 +116,22 @@ class PaddedTower(nn.Module):
 
 
 def tower_graph(
-    model: TwoTower, side: str, specs: list[TensorSpec], tables: EntryTables | None = None
-) -> Any:
+    model: TwoTower, side: str, specs: list[TensorSpec], tables: EntryTables | None = None,
+    *, whole_lists: bool = False,
+) -> Any:  # fmt: skip
     """Return the second half as an ONNX model with inputs `<feature>_encoded`.
 
     Behind them come `<history>:items_encoded`, of histories with item features.
+
+    Args:
+        model: the towers.
+        side: query or item.
+        specs: the raw features.
+        tables: see `entry_tables`; needed where histories have item features.
+        whole_lists: every list has all its places, padded, so that the batch alone varies.
+
+    Raises:
+        UserError: naming the layer that has no ONNX operator.
     """
     twin = PaddedTower(model, side, tables).eval()
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
@@ -135,10 +144,11 @@ def tower_graph(
             example.append(torch.zeros(example[history].shape))
             shape = dynamic[history]
         elif spec.kind in ID_KINDS:
-            length = min(spec.length, 3) if spec.is_list else 1
+            varies = spec.is_list and not whole_lists
+            length = min(spec.length, 3) if varies else spec.length
             example.append(torch.zeros(2, length, dtype=torch.int64))
             # A window of one entry has nothing to vary.
-            if spec.is_list and spec.length > 1:
+            if varies and spec.length > 1:
                 shape[1] = torch.export.Dim(f"{spec.name}_length", min=1, max=spec.length)
         else:
             example.append(torch.zeros(2, spec.length))
@@ -149,18 +159,8 @@ def tower_graph(
         example.append(torch.zeros_like(example[place]))
         dynamic.append(dynamic[place])
         names.append(items_name(history))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            twin, tuple(example), dynamo=True, verbose=False, optimize=True,
-            input_names=[f"{name}_encoded" for name in names], output_names=["vector"],
-            dynamic_shapes=(tuple(dynamic),), opset_version=OPSET,
-        )  # fmt: skip
-    assert program is not None
-    graph = program.model_proto
-    graph.ir_version = IR_VERSION
-    return graph
+    inputs = [f"{name}_encoded" for name in names]
+    return to_onnx(twin, example, dynamic, inputs, f"{side} tower")
 
 
 def items_name(history: str) -> str:

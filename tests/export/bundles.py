@@ -21,7 +21,9 @@ from twotower.train.summary import write_summary
 USERS, ITEMS, EVENTS = 60, 40, 600
 
 
-def dynamic_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]:
+def dynamic_bundle(
+    make, folder: Path, config: ExportConfig | None = None
+) -> tuple[PreparedDataset, TwoTower, Bundle]:
     """Export towers whose tables hold some ids of a log and lack others.
 
     Users are integers and items strings; user ids stand alone and in a bag, items alone, pooled by
@@ -56,7 +58,7 @@ def dynamic_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundl
             "user_id": Table(slots=200), "item_id": Table(slots=30), "tags": Table(slots=6),
         },
     )  # fmt: skip
-    return _exported(data, folder, "dynamic")
+    return _exported(data, folder, "dynamic", config)
 
 
 def timed_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]:
@@ -100,12 +102,12 @@ def featured_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bund
 
 
 def _exported(
-    data: PreparedDataset, folder: Path, name: str
+    data: PreparedDataset, folder: Path, name: str, config: ExportConfig | None = None
 ) -> tuple[PreparedDataset, TwoTower, Bundle]:
     """Export towers that have seen a few events and whose every parameter takes part."""
     torch.manual_seed(0)
-    config = ModelConfig(dim=8, hidden=[16])
-    model = TwoTower(data.config, {n: t["rows"] for n, t in data.summary["tables"].items()}, config)
+    shape = ModelConfig(dim=8, hidden=[16])
+    model = TwoTower(data.config, {n: t["rows"] for n, t in data.summary["tables"].items()}, shape)
     builder = BatchBuilder(data)
     with torch.no_grad():
         for start in range(0, 120, 40):
@@ -115,12 +117,12 @@ def _exported(
     model.eval()
     train = folder / "train"
     train.mkdir()
-    write_model_spec(train, data, config)
+    write_model_spec(train, data, shape)
     state = {MODEL + name: value for name, value in model.state_dict().items()}
     storage.save(train / "checkpoint", state, {})
     write_summary(train, {"fingerprint": "of a test"})
     bundle = export(
-        data, train, folder / "bundles", config=ExportConfig(), job={}, name=name,
+        data, train, folder / "bundles", config=config or ExportConfig(), job={}, name=name,
         fingerprint="of a test", metrics={}, seed=0, progress=lambda _: None,
     )  # fmt: skip
     return data, model, bundle
