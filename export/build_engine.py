@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description = read_description(HERE, options.precision)
         trt, capability = find_tensorrt(), compute_capability()
         name = engine_name(description, trt.__version__, capability)
+        print(trtexec_line(description), file=sys.stderr)
         engine = cached_engine(trt, description, options.cache / name)
         if options.output is not None:
             write_whole(options.output, engine.read_bytes())
@@ -68,7 +69,7 @@ def read_description(bundle: Path, precision: str | None) -> dict[str, Any]:
 
     Returns:
         `precision`; `graph`, the path of the ONNX file; `weights`, those of files that it reads;
-        `batch`, the least, usual and largest.
+        `inputs`, name -> shape without the batch; `batch`, the least, usual and largest.
 
     Raises:
         BuildError: when there is none.
@@ -77,7 +78,7 @@ def read_description(bundle: Path, precision: str | None) -> dict[str, Any]:
     try:
         described = json.loads(file.read_text())
         graphs: dict[str, str] = described["graphs"]
-        weights, batch = described["weights"], described["batch"]
+        weights, rest = described["weights"], {k: described[k] for k in ("inputs", "batch")}
     except FileNotFoundError:
         raise BuildError(
             f"{file}: missing: this bundle was exported without export.tensorrt.precisions"
@@ -91,7 +92,7 @@ def read_description(bundle: Path, precision: str | None) -> dict[str, Any]:
     for path in paths:
         if not path.is_file():
             raise BuildError(f"{path}: missing: copy the bundle whole")
-    return {"precision": chosen, "graph": paths[0], "weights": paths[1:], "batch": batch}
+    return {"precision": chosen, "graph": paths[0], "weights": paths[1:], **rest}
 
 
 def find_tensorrt() -> Any:
@@ -194,13 +195,9 @@ def build(trt: Any, description: dict[str, Any], capability: str | None = None) 
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
     profile = builder.create_optimization_profile()
-    shapes: dict[str, tuple[int, ...]] = {}
-    for place in range(network.num_inputs):
-        tensor = network.get_input(place)
-        shapes[tensor.name] = tuple(tensor.shape)[1:]
-        profile.set_shape(tensor.name, *((b, *shapes[tensor.name]) for b in description["batch"]))
+    for name, shape in description["inputs"].items():
+        profile.set_shape(name, *((batch, *shape) for batch in description["batch"]))
     config.add_optimization_profile(profile)
-    print(trtexec_line(description, shapes), file=sys.stderr)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise BuildError(
@@ -209,17 +206,15 @@ def build(trt: Any, description: dict[str, Any], capability: str | None = None) 
     return bytes(engine)
 
 
-def trtexec_line(description: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> str:
-    """Return the command that builds the same engine.
-
-    Args:
-        description: see `read_description`.
-        shapes: of the inputs, without the batch.
-    """
+def trtexec_line(description: dict[str, Any]) -> str:
+    """Return the command that builds the same engine; see `read_description`."""
     words = ["trtexec", f"--onnx={description['graph']}", "--stronglyTyped", "--noTF32"]
     for option, batch in zip(("min", "opt", "max"), description["batch"], strict=True):
-        sizes = (f"{name}:{'x'.join(map(str, (batch, *shape)))}" for name, shape in shapes.items())
-        words.append(f"--{option}Shapes={','.join(sizes)}")
+        shapes = (
+            f"{name}:{'x'.join(map(str, (batch, *shape)))}"
+            for name, shape in description["inputs"].items()
+        )
+        words.append(f"--{option}Shapes={','.join(shapes)}")
     return " ".join([*words, "--saveEngine=model.plan"])
 
 

@@ -4,7 +4,7 @@
     query_tower.<precision>.onnx  these, lists padded to their length -> `vector`; TensorRT too
     query_tower.weights         the embedding tables, which all precisions read; absent where
                                 query.onnx has them in a file, which they read then
-    tensorrt.json               the graphs, their files of weights, and the batch sizes
+    tensorrt.json               the graphs, their files of weights, inputs and batch sizes
     build_engine.py             builds an engine where it will run
 
 `query.onnx`, both halves in one, stays what a CPU runs. There are no such halves of the item tower:
@@ -73,6 +73,7 @@ def write_halves(
     write_json(bundle / "tensorrt.json", {
         "graphs": {p: tower_file(p) for p in config.tensorrt.precisions},
         "weights": weights,
+        "inputs": input_shapes(tower),
         "batch": config.tensorrt.batch,
     })  # fmt: skip
     shutil.copyfile(build_engine.__file__, bundle / "build_engine.py")
@@ -94,6 +95,13 @@ def dotted_tower(
         for place, name in enumerate(node.input):
             node.input[place] = dotted.get(name, name)
     return graph
+
+
+def input_shapes(tower: Any) -> dict[str, list[int]]:
+    """Return the shape of each of a tower's inputs, without the batch."""
+    return {
+        i.name: [d.dim_value for d in i.type.tensor_type.shape.dim[1:]] for i in tower.graph.input
+    }
 
 
 def padded_encoding(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from twotower.errors import UserError
-from twotower.export.build_engine import BuildError, build, cached_engine, engine_name
+from twotower.export.build_engine import BuildError, build, cached_engine, engine_name, trtexec_line
 from twotower.export.build_engine import read_description as described
 from twotower.export.bundle import read_bundle
 from twotower.export.config import ExportConfig, TensorRTConfig
@@ -45,11 +45,6 @@ def made(tmp_path_factory):
     """Data, towers and a bundle for TensorRT."""
     folder = tmp_path_factory.mktemp("halves")
     return dynamic_bundle(maker(folder), folder, CONFIG)
-
-
-@pytest.fixture(scope="module")
-def trt():
-    return pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is for Linux on x86-64")
 
 
 def run_script(bundle, *arguments, **environment):
@@ -221,6 +216,14 @@ def test_an_engine_is_built_of_each_precision_and_found_again(made, trt, tmp_pat
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_the_line_for_trtexec_gives_every_inputs_shapes(made) -> None:
+    line = trtexec_line(described(made[2].path, "bf16"))
+    assert f"--onnx={made[2].path / 'query_tower.bf16.onnx'} --stronglyTyped --noTF32" in line
+    shapes = "user_id.encoded:{0}x1,friends.encoded:{0}x4,city.encoded:{0}x1,history.encoded:{0}x5"
+    for option, batch in zip(("min", "opt", "max"), CONFIG.tensorrt.batch, strict=True):
+        assert f" --{option}Shapes={shapes.format(batch)},liked.encoded:{batch}x3 " in line
+
+
 def test_an_engines_name_changes_with_all_that_it_depends_on(made, tmp_path) -> None:
     _, _, bundle = made
     description = described(bundle.path, None)
@@ -249,7 +252,9 @@ def test_tensorrt_refuses_an_operator_by_the_name_of_its_node(trt, tmp_path) -> 
     )  # fmt: skip
     onnx.save(model, tmp_path / "bad.onnx")
     with pytest.raises(BuildError, match=r"refuses node 'layers.1/unique' \(Unique\) of bad.onnx"):
-        build(trt, {"graph": tmp_path / "bad.onnx", "weights": [], "batch": [1, 2, 3]}, "SM80")
+        build(
+            trt, {"graph": tmp_path / "bad.onnx", "inputs": {"x": []}, "batch": [1, 2, 3]}, "SM80"
+        )
 
 
 def test_the_script_says_in_one_line_why_it_built_nothing(made, tmp_path) -> None:
