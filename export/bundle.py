@@ -13,6 +13,7 @@
       items.parquet      the display columns and the training count of each item, in row order
       golden.json        `Golden` queries with the answers that eager PyTorch gave
       job.json           the job that made it
+      query_tower.*      optional, for TensorRT, with what is beside it: `twotower.export.halves`
       manifest.sig       optional: `twotower.export.signature`
 
 The same checkpoint and settings give the same bytes. The reader needs neither torch nor onnx, and a

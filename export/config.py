@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from twotower.errors import UserError, one_of
 
 INDEX_KINDS = ("exact", "int8", "pq", "ivf", "hnsw")
+PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,47 @@ class IndexConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TensorRTConfig:
+    """Graphs of the query tower for TensorRT, and how far they may be from eager PyTorch."""
+
+    precisions: list[str] = field(default_factory=list)
+    """fp32, fp16 or bf16, of the tower's matrix products: a graph each, the first the one that
+    build_engine.py takes by itself; none by default."""
+    batch: list[int] = field(default_factory=lambda: [1, 64, 1024])
+    """Least, usual and largest number of queries at once that an engine is built for."""
+    fp16_tolerance: float = 5e-3
+    """Largest difference of a score in fp16, by default ten times what it rounds by."""
+    bf16_tolerance: float = 4e-2
+    """Largest difference of a score in bf16, by default ten times what it rounds by."""
+    overlap: float = 0.9
+    """Least share of eager PyTorch's golden answers that every precision must give."""
+
+    def validate(self) -> None:
+        """Refuse precisions that there are none of, and batches that no engine takes.
+
+        Raises:
+            UserError: naming the key.
+        """
+        for precision in self.precisions:
+            one_of("export.tensorrt.precisions", precision, PRECISIONS)
+        if len(set(self.precisions)) < len(self.precisions):
+            raise UserError(
+                f"export.tensorrt.precisions must differ from each other, got {self.precisions}"
+            )
+        rises = sorted(self.batch) == self.batch and len(self.batch) == 3
+        if not rises or self.batch[0] < 1:
+            raise UserError(
+                "export.tensorrt.batch must be three sizes from 1 that do not fall, got "
+                f"{self.batch}: for instance [1, 64, 1024]"
+            )
+        for name in ("fp16_tolerance", "bf16_tolerance"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"export.tensorrt.{name} must be > 0, got {getattr(self, name)}")
+        if not 0 <= self.overlap <= 1:
+            raise UserError(f"export.tensorrt.overlap must be in [0, 1], got {self.overlap}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """How a checkpoint becomes a bundle."""
 
@@ -74,6 +116,8 @@ class ExportConfig:
     """Answers a golden query."""
     index: IndexConfig = field(default_factory=IndexConfig)
     """How the item vectors are searched."""
+    tensorrt: TensorRTConfig = field(default_factory=TensorRTConfig)
+    """Graphs of the query tower for TensorRT."""
     sign_with: str | None = None
     """PEM file of the ed25519 private key that signs the bundle; none, for no signature."""
     prune_vocab: bool = False
@@ -90,6 +134,7 @@ class ExportConfig:
             UserError: naming the key.
         """
         self.index.validate(widths)
+        self.tensorrt.validate()
         if self.tolerance <= 0:
             raise UserError(f"export.tolerance must be > 0, got {self.tolerance}")
         for name in ("golden_queries", "golden_k"):

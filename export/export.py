@@ -24,6 +24,7 @@ from twotower.export.bundle import Bundle, next_bundle, read_bundle, seal
 from twotower.export.config import ExportConfig
 from twotower.export.golden import TOGETHER, answered, index_recall, onnx_answers
 from twotower.export.graphs import entry_tables, raw_graph, save_graph
+from twotower.export.halves import check_towers, write_halves
 from twotower.export.index import VECTORS, build_index, created, index_spec
 from twotower.export.manifest import Manifest
 from twotower.export.new_items import check_vectors, id_array
@@ -105,6 +106,9 @@ def export(
             progress(f"{side} graph", share)
             graph = raw_graph(encoder, model, side, specs, tables, stored)
             save_graph(graph, partial / f"{side}.onnx")
+        if config.tensorrt.precisions:
+            progress("query tower for TensorRT", 0.65)
+            write_halves(partial, encoder, model, query, tables, stored, config)
         progress(f"{config.index.kind} index", 0.7)
         spec = index_spec(config.index, vectors.shape[1], model.item_bias)
         build_index(partial, spec, config.index)
@@ -119,6 +123,7 @@ def export(
         parity = {
             "scores": check_answers(golden, answers, config.tolerance, "ONNX Runtime"),
             "item_vectors": check_item_graph(partial, item, data, vectors, config.tolerance),
+            **check_towers(partial, query, golden, catalogue, k, exact, config, TOGETHER),
         }
         if lossy:
             # What a server must answer is what the index finds, though it lack items.

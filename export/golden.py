@@ -118,11 +118,19 @@ def onnx_answers(
     """
     tensors = raw_tensors(specs, [g.features for g in golden])
     (vector,) = session(bundle / "query.onnx").run(["vector"], tensors)
+    return vector_answers(vector, golden, ids, k, search, together)
+
+
+def vector_answers(
+    vector_BD: npt.NDArray[np.float32], golden: Sequence[Golden], ids: list[Any], k: int,
+    search: Search, together: int = 1,
+) -> list[Answer]:  # fmt: skip
+    """Answer golden queries whose vectors are given; see `onnx_answers`."""
     answers: list[Answer] = []
     for start in range(0, len(golden), together):
         part = golden[start : start + together]
         most = min(len(ids), k + max(len(set(g.exclude)) for g in part))
-        found = search(vector[start : start + together], most)
+        found = search(vector_BD[start : start + together], most)
         for scores, rows, g in zip(*found, part, strict=True):
             excluded = set(g.exclude)
             best = [(ids[r], float(s)) for r, s in zip(rows, scores, strict=True)]

@@ -9,8 +9,6 @@ Shape legend: `B` batch, `L` entries of a list, `D` width, `N` items, `K` result
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,9 +28,9 @@ from twotower.data.prepared import PreparedDataset, one_chunk
 from twotower.data.schema import ID_KINDS, Feature, TensorSpec
 from twotower.data.vocabulary import DynamicIds
 from twotower.errors import UserError
+from twotower.export.conversion import to_onnx
 from twotower.export.id_nodes import (
     IR_VERSION,
-    OPSET,
     OPSETS,
     age_nodes,
     catalogue_node,
@@ -41,7 +39,7 @@ from twotower.export.id_nodes import (
     slot_nodes,
 )
 from twotower.export.prune import EVERY_ROW, Kept
-from twotower.export.weights import StoredWeights, to_proto
+from twotower.export.weights import StoredWeights
 from twotower.towers.catalogue import catalogue_vectors
 from twotower.towers.tower import Tower
 from twotower.towers.two_tower import TwoTower
@@ -122,11 +120,22 @@ class PaddedTower(nn.Module):
 
 def tower_graph(
     model: TwoTower, side: str, specs: list[TensorSpec], tables: EntryTables | None = None,
-    stored: StoredWeights | None = None,
+    stored: StoredWeights | None = None, *, whole_lists: bool = False,
 ) -> Any:  # fmt: skip
     """Return the second half as an ONNX model with inputs `<feature>_encoded`.
 
     Behind them come `<history>:items_encoded`, of histories with item features.
+
+    Args:
+        model: the towers.
+        side: query or item.
+        specs: the raw features.
+        tables: see `entry_tables`; needed where histories have item features.
+        stored: how weights are stored; all in the graph by default.
+        whole_lists: every list has all its places, padded, so that the batch alone varies.
+
+    Raises:
+        UserError: naming the layer that has no ONNX operator.
     """
     twin = PaddedTower(model, side, tables).eval()
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
@@ -139,10 +148,11 @@ def tower_graph(
             example.append(torch.zeros(example[history].shape))
             shape = dynamic[history]
         elif spec.kind in ID_KINDS:
-            length = min(spec.length, 3) if spec.is_list else 1
+            varies = spec.is_list and not whole_lists
+            length = min(spec.length, 3) if varies else spec.length
             example.append(torch.zeros(2, length, dtype=torch.int64))
             # A window of one entry has nothing to vary.
-            if spec.is_list and spec.length > 1:
+            if varies and spec.length > 1:
                 shape[1] = torch.export.Dim(f"{spec.name}_length", min=1, max=spec.length)
         else:
             example.append(torch.zeros(2, spec.length))
@@ -153,16 +163,11 @@ def tower_graph(
         example.append(torch.zeros_like(example[place]))
         dynamic.append(dynamic[place])
         names.append(items_name(history))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            twin, tuple(example), dynamo=True, verbose=False, optimize=True,
-            input_names=[f"{name}_encoded" for name in names], output_names=["vector"],
-            dynamic_shapes=(tuple(dynamic),), opset_version=OPSET,
-        )  # fmt: skip
-    assert program is not None
-    graph = to_proto(program, side, stored)
+    inputs = [f"{name}_encoded" for name in names]
+    program = to_onnx(twin, example, dynamic, inputs, f"{side} tower")
+    if stored is not None:
+        stored.store(program.model, side)
+    graph = program.model_proto
     graph.ir_version = IR_VERSION
     return graph
 

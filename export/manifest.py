@@ -21,6 +21,11 @@ INDEX_FILE = {
     "exact": "index.onnx", "int8": "index.onnx", "pq": "index.faiss", "ivf": "index.faiss",
     "hnsw": "index.faiss",
 }  # fmt: skip
+# Of a bundle with export.tensorrt.precisions: see `twotower.export.halves`.
+HALVES = (
+    "query_encoding.onnx", "query_tower.fp32.onnx", "query_tower.fp16.onnx",
+    "query_tower.bf16.onnx", "query_tower.weights", "tensorrt.json", "build_engine.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +77,8 @@ class Manifest:
     metrics: dict[str, float]
     """Of the test split, empty when it was not evaluated."""
     parity: dict[str, float]
-    """Largest difference seen between eager PyTorch and ONNX Runtime."""
+    """Largest difference seen between eager PyTorch and ONNX Runtime; of what ends in `_overlap`,
+    the share of eager PyTorch's golden answers."""
     index: IndexSpec
     """How the item vectors are searched."""
     pruned: dict[str, int] = field(default_factory=dict)

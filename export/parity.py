@@ -91,8 +91,9 @@ def check_answers(
     answers: Sequence[Answer],
     tolerance: float,
     runtime: str,
+    key: str = "export.tolerance",
 ) -> float:
-    """Return the largest score difference.
+    """Return the largest score difference; `key` is where the tolerance is set.
 
     Raises:
         ParityError: naming the worst query and by how much it differs.
@@ -103,7 +104,7 @@ def check_answers(
         g, (ids, scores) = golden[number], answers[number]
         raise ParityError(
             f"golden query {number}: {runtime} answers {ids[:3]}… with {scores[:3]}, eager "
-            f"PyTorch {g.item_ids[:3]}… with {g.scores[:3]} (export.tolerance {tolerance:g}): "
+            f"PyTorch {g.item_ids[:3]}… with {g.scores[:3]} ({key} {tolerance:g}): "
             "no bundle was made"
         )
     return verdict.differences[number]

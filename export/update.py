@@ -32,12 +32,15 @@ from twotower.export.golden import (
     onnx_answers,
 )
 from twotower.export.index import VECTORS, blocks, build_index, created
+from twotower.export.manifest import HALVES
 from twotower.export.new_items import NewItems, id_array, item_vectors, read_items
 from twotower.export.search import FAISS_FILE, exact_top_k, open_search
 from twotower.export.signature import SIGNATURE
 from twotower.files import link_or_copy, write_json
 
-SAME = ("query.onnx", "query.weights", "item.onnx", "item.weights", "job.json")
+SAME = (
+    "query.onnx", "query.weights", "item.onnx", "item.weights", "job.json", *HALVES,
+)  # fmt: skip
 SAME_SHARE = 0.8
 Report = Callable[[str, float], None]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -140,10 +140,3 @@ def check_weights(model: TwoTower) -> None:
 def _is_finite(weight: Tensor) -> bool:
     """Whether all are numbers: NaN is the least and the largest of what it is among."""
     return bool(torch.isfinite(torch.stack(weight.detach().aminmax())).all())
-
-
-def to_proto(program: Any, side: str, stored: StoredWeights | None) -> Any:
-    """Return what the exporter made as an ONNX model, its weights stored as they are to be."""
-    if stored is not None:
-        stored.store(program.model, side)
-    return program.model_proto

@@ -107,9 +107,8 @@ HISTORY = Feature(name="history", kind="history", table="item_id", length=3)
 ITEM = Feature(name="item_id", kind="id")
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """Prepare a log given as columns and return the dataset."""
+def maker(root: Path) -> Make:
+    """Return what prepares a log given as columns below a folder, and returns the dataset."""
     number = 0
 
     def prepared(
@@ -120,7 +119,7 @@ def make(tmp_path: Path) -> Make:
     ) -> PreparedDataset:
         nonlocal number
         number += 1
-        folder = tmp_path / str(number)
+        folder = root / str(number)
         (folder / "prepared").mkdir(parents=True)
         for name, columns in (("log", events), ("users", users), ("items", items)):
             if columns is not None:
@@ -133,3 +132,9 @@ def make(tmp_path: Path) -> Make:
         return PreparedDataset(folder / "prepared")
 
     return prepared
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Prepare a log given as columns and return the dataset."""
+    return maker(tmp_path)

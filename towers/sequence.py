@@ -95,11 +95,24 @@ class TransformerBlock(nn.Module):
         sees_BHLL = lists.sees_BLL.unsqueeze(1)
         if gap_BHLL is not None:
             sees_BHLL = gap_BHLL.masked_fill(~sees_BHLL, -torch.inf).to(q_BHLK.dtype)
-        mixed_BHLK = F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, attn_mask=sees_BHLL)
+        mixed_BHLK = _attend(q_BHLK, k_BHLK, v_BHLK, sees_BHLL)
         mixed_TD = lists.take(mixed_BHLK.transpose(1, 2).flatten(2))
         x_TD = x_TD + self.dropout(self.joined(mixed_TD))
         next_TD: Tensor = x_TD + self.dropout(self.layers(self.layers_norm(x_TD)))
         return next_TD
+
+
+def _attend(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_BHLL: Tensor) -> Tensor:
+    """Return softmax attention (B, H, L, K) under a mask, or with terms added to its scores."""
+    if not torch.compiler.is_exporting():
+        return F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, attn_mask=mask_BHLL)
+    # Of several heads with time gaps, torch 2.13 cannot decompose its operator for ONNX.
+    score_BHLL = q_BHLK @ k_BHLK.transpose(-1, -2) * q_BHLK.shape[-1] ** -0.5
+    if mask_BHLL.dtype == torch.bool:
+        score_BHLL = score_BHLL.masked_fill(~mask_BHLL, -torch.inf)
+    else:
+        score_BHLL = score_BHLL + mask_BHLL
+    return torch.softmax(score_BHLL, dim=-1) @ v_BHLK
 
 
 class HstuBlock(nn.Module):

@@ -59,6 +59,18 @@ def sweep(job: Job, _: Namespace) -> None:
     search(job)
 
 
+def export(job: Job, options: Namespace) -> None:
+    """Make a bundle and, where it is asked for, the engines of this host's GPU."""
+    if options.tensorrt and not job.export.tensorrt.precisions:
+        raise UserError(
+            "--tensorrt: export.tensorrt.precisions is empty: name those to build, for instance "
+            "--export.tensorrt.precisions=[fp16]"
+        )
+    steps.export(job)
+    if options.tensorrt:
+        steps.build_engines(job)
+
+
 def run(job: Job, _: Namespace) -> None:
     """Do every step, then answer for three users from a real server."""
     for step in (steps.prepare, steps.train, steps.evaluate, steps.export):
@@ -79,7 +91,7 @@ JOB_COMMANDS: dict[str, tuple[str, Callable[[Job, Namespace], int | None]]] = {
         "Judge the towers over the whole catalogue, beside two baselines.",
         lambda job, _: steps.evaluate(job),
     ),
-    "export": ("Make a bundle, if ONNX agrees with PyTorch.", lambda job, _: steps.export(job)),
+    "export": ("Make a bundle, if ONNX agrees with PyTorch.", export),
     "serve": ("Serve the newest bundle from Triton until stopped.", serving.serve),
     "recommend": (RECOMMEND, serving.recommend),
 }
@@ -140,6 +152,12 @@ def build_parser() -> ArgumentParser:
         command.add_class_arguments(Job)
         if name == "recommend":
             _add_recommend_arguments(command)
+        if name == "export":
+            command.add_argument(
+                "--tensorrt", action="store_true",
+                help="Also build the TensorRT engines of export.tensorrt.precisions for this "
+                "host's GPU, as the bundle's build_engine.py does elsewhere.",
+            )  # fmt: skip
         if name == "inspect":
             command.add_argument(
                 "--against", type=str, default=None,

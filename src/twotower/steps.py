@@ -19,6 +19,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +31,7 @@ from rich.markup import escape
 from twotower.bundles import pruned_text
 from twotower.errors import UserError
 from twotower.evaluations import show_evaluation
-from twotower.export.bundle import bundle_versions, read_bundle
+from twotower.export.bundle import bundle_versions, latest_bundle, read_bundle
 from twotower.files import (
     atomic_directory,
     fingerprint,
@@ -205,6 +207,28 @@ def export(job: Job) -> None:
         **({"pruned": pruned_text(m)} if job.export.prune_vocab else {}),
         "size": f"{size:.1f} MB",
     })  # fmt: skip
+
+
+def build_engines(job: Job) -> None:
+    """Build the newest bundle's TensorRT engines for this host's GPU, into the user's cache.
+
+    Raises:
+        UserError: where there is no GPU or no TensorRT, or it refuses a graph.
+    """
+    script = latest_bundle(job.path("bundles")) / "build_engine.py"
+    engines: dict[str, Any] = {}
+    for precision in job.export.tensorrt.precisions:
+        command = [sys.executable, str(script), "--precision", precision]
+        with console.status(f"building the {precision} engine"):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise UserError(
+                f"the bundle is whole, but no {precision} engine was built: "
+                f"{reason.removeprefix('build_engine: ')} (the host that serves can run {script})"
+            )
+        engines[precision] = done.stdout.splitlines()[-1]
+    facts("TensorRT engines", engines)
 
 
 def _track(job: Job, bundle: Path, trained: dict[str, Any], metrics: dict[str, float]) -> None:

@@ -22,7 +22,7 @@ from twotower.train.summary import write_summary
 USERS, ITEMS, EVENTS = 60, 40, 600
 
 
-def dynamic_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]:
+def dynamic_bundle(make, folder: Path, **config: Any) -> tuple[PreparedDataset, TwoTower, Bundle]:
     """Export towers whose tables hold some ids of a log and lack others.
 
     Users are integers and items strings; user ids stand alone and in a bag, items alone, pooled by
@@ -57,7 +57,7 @@ def dynamic_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundl
             "user_id": Table(slots=200), "item_id": Table(slots=30), "tags": Table(slots=6),
         },
     )  # fmt: skip
-    return exported(data, folder)
+    return exported(data, folder, **config)
 
 
 def timed_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]:
@@ -100,11 +100,13 @@ def featured_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bund
     return exported(make(events, items=items, query=query, item=item), folder)
 
 
-def exported(data: PreparedDataset, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]:
+def exported(
+    data: PreparedDataset, folder: Path, **config: Any
+) -> tuple[PreparedDataset, TwoTower, Bundle]:
     """Export towers that have seen a few events and whose every parameter takes part."""
     torch.manual_seed(0)
-    config = ModelConfig(dim=8, hidden=[16])
-    model = TwoTower(data.config, {n: t["rows"] for n, t in data.summary["tables"].items()}, config)
+    shape = ModelConfig(dim=8, hidden=[16])
+    model = TwoTower(data.config, {n: t["rows"] for n, t in data.summary["tables"].items()}, shape)
     builder = BatchBuilder(data)
     with torch.no_grad():
         for start in range(0, 120, 40):
@@ -114,11 +116,11 @@ def exported(data: PreparedDataset, folder: Path) -> tuple[PreparedDataset, TwoT
     model.eval()
     train = folder / "train"
     train.mkdir()
-    write_model_spec(train, data, config)
+    write_model_spec(train, data, shape)
     state = {MODEL + name: value for name, value in model.state_dict().items()}
     storage.save(train / "checkpoint", state, {})
     write_summary(train, {"fingerprint": "of a test"})
-    return data, model, export_again(data, folder)
+    return data, model, export_again(data, folder, **config)
 
 
 def export_again(data: PreparedDataset, folder: Path, **config: Any) -> Bundle:

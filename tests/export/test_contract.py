@@ -1,0 +1,176 @@
+"""The contract of the query graph's halves, for every kind of feature, encoder and interaction.
+
+Eager PyTorch = both halves in ONNX Runtime, in each precision, and TensorRT builds an engine of the
+tower: tensorrt-rtx does so ahead of time, without a GPU. What it cannot show is that the engine's
+answers are right, and that TensorRT proper builds too, which shares the parser but not the kernels.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from twotower.data.batches import BatchBuilder
+from twotower.data.schema import ENCODERS, ID_KINDS, Feature
+from twotower.export.build_engine import build
+from twotower.export.bundle import answer_difference
+from twotower.export.config import PRECISIONS, TensorRTConfig
+from twotower.export.golden import raw_tensors
+from twotower.export.graphs import entry_tables, save_graph
+from twotower.export.halves import (
+    ENCODING,
+    dotted_tower,
+    input_shapes,
+    padded_encoding,
+    tower_file,
+    tower_vectors,
+)
+from twotower.export.precision import lowered
+from twotower.towers.config import INTERACTIONS, EncoderConfig, ModelConfig
+from twotower.towers.two_tower import TwoTower
+
+USERS, ITEMS, EVENTS, QUERIES, K = 60, 50, 600, 300, 10
+POOLINGS = ("mean", "attention", *ENCODERS)
+# fp32: the rounding of a few layers, on vectors of length 1. The others are the defaults' gate.
+TOLERANCE = {
+    "fp32": 1e-5, "fp16": TensorRTConfig().fp16_tolerance, "bf16": TensorRTConfig().bf16_tolerance,
+}  # fmt: skip
+KINDS = {
+    "id": Feature(name="user_id", kind="id"),
+    "string id": Feature(name="city", kind="id"),
+    "ids": Feature(name="friends", kind="ids", table="user_id", pooling="sum", length=4),
+    "number": Feature(name="age", kind="number"),
+    "vector": Feature(name="text", kind="vector", width=3),
+}
+
+
+def history(pooling: str, **more: object) -> Feature:
+    return Feature(
+        name="history", kind="history", table="item_id", length=6, pooling=pooling, **more
+    )
+
+
+# All kinds at once, whatever reads the history and however they meet; then each kind alone, and
+# what a history may bring besides its ids.
+CASES = {
+    f"{pooling}, {interaction}": ([*KINDS.values(), history(pooling)], interaction)
+    for pooling in POOLINGS for interaction in INTERACTIONS
+}  # fmt: skip
+CASES |= {kind: ([feature], "concat") for kind, feature in KINDS.items()}
+CASES["a window of one"] = (
+    [Feature(name="history", kind="history", table="item_id", length=1)], "concat",
+)  # fmt: skip
+CASES |= {
+    f"{p}, time gaps and item features": (
+        [history(p, time_gaps=True, item_features=["price"])], "concat",
+    )
+    for p in ENCODERS
+}  # fmt: skip
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def log(make, rng):
+    """Prepare a log of random events with the query features."""
+    events = {
+        "user_id": rng.integers(0, USERS, EVENTS).tolist(),
+        "item_id": [f"item {i}" for i in rng.integers(0, ITEMS, EVENTS)],
+        "timestamp": np.cumsum(rng.integers(1, 10**5, EVENTS)).tolist(),
+    }
+    users = {
+        "user_id": list(range(USERS)),
+        "city": [["x", "é", None][i % 3] for i in range(USERS)],
+        "friends": [rng.integers(0, USERS, i % 6).tolist() for i in range(USERS)],
+        "age": [None if i % 7 == 0 else float(i) for i in range(USERS)],
+        "text": rng.standard_normal((USERS, 3)).tolist(),
+    }
+    items = {
+        "item_id": [f"item {i}" for i in range(ITEMS)], "price": rng.random(ITEMS).tolist(),
+    }  # fmt: skip
+    item = [Feature(name="item_id", kind="id"), Feature(name="price", kind="number")]
+    return lambda query: make(events, users=users, items=items, query=query, item=item)
+
+
+def towers(data, interaction: str) -> TwoTower:
+    """Return towers of random weights, in which every parameter takes part."""
+    torch.manual_seed(1)
+    rows = {name: table["rows"] for name, table in data.summary["tables"].items()}
+    model = TwoTower(data.config, rows, ModelConfig(
+        dim=8, hidden=[16], interaction=interaction, layer_norm=True,
+        encoder=EncoderConfig(layers=1, heads=2),
+    )).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def requests(data, rng, count: int) -> list:
+    """Return raw queries at random events, of which some name what no log holds."""
+    rows = []
+    for i, event in enumerate(rng.integers(0, len(data.events), count)):
+        user = int(data.event_columns["user"][event])
+        line = slice(data.history_from[user], data.event_columns["history_to"][event])
+        seconds = data.timeline_seconds[line] if data.config.timed_histories() else None
+        row = data.raw_query(user, int(event), data.timeline[line], seconds)
+        if i % 10 == 0:
+            for f in data.config.query:
+                if f.kind == "history":
+                    row[f.name] = ["no such item"] * (i % 3)
+                    row |= {f.times_name: [None] * (i % 3)} if f.time_gaps else {}
+                elif f.kind in ID_KINDS and f.name != "friends":
+                    row[f.name] = "nowhere" if f.name == "city" else 2**40 + i
+        rows.append(row)
+    return rows
+
+
+def answers(query_BD, item_ND) -> tuple:
+    score_BN = query_BD @ item_ND.T
+    found_BK = np.argsort(-score_BN, axis=1, kind="stable")[:, :K]
+    return found_BK, np.take_along_axis(score_BN, found_BK, 1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_halves_agree_with_eager_and_tensorrt_builds_the_tower(
+    name: str, log, rng, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    features, interaction = CASES[name]
+    data = log(features)
+    model = towers(data, interaction)
+    specs = data.encoder.specs(data.config, "query")
+    tables = entry_tables(model, data)
+    save_graph(padded_encoding(data.encoder, model, "query", specs, tables), tmp_path / ENCODING)
+    tower = dotted_tower(model, "query", specs, tables)
+    assert max(o.version for o in tower.opset_import) <= 20
+    assert {node.domain for node in tower.graph.node} == {""}
+    builder = BatchBuilder(data)
+    rows = requests(data, rng, QUERIES)
+    with torch.no_grad():
+        eager_BD = model.query_vectors(builder.requests("query", rows)).numpy()
+        item_ND = model.item_vectors(builder.items(np.arange(len(data.items)))).numpy()
+    wanted = answers(eager_BD, item_ND)
+    tensors = raw_tensors(specs, rows)
+    for precision in PRECISIONS:
+        save_graph(lowered(tower, precision, tmp_path), tmp_path / tower_file(precision))
+        vector_BD = tower_vectors(tmp_path, precision, tensors)
+        tolerance = TOLERANCE[precision]
+        np.testing.assert_allclose(vector_BD, eager_BD, atol=tolerance)
+        found = answers(vector_BD, item_ND)
+        shared = np.mean(
+            [len(set(a) & set(b)) / K for a, b in zip(wanted[0], found[0], strict=True)]
+        )
+        assert shared >= (0.999 if precision == "fp32" else 0.9)
+        for query in zip(*wanted, *found, strict=True):
+            assert answer_difference(*query, tolerance) <= tolerance
+    trt = request.getfixturevalue("trt")  # what is left is skipped where there is none
+    for precision in PRECISIONS:
+        build(trt, {
+            "graph": tmp_path / tower_file(precision), "inputs": input_shapes(tower),
+            "batch": [1, 8, 64],
+        }, "SM80")  # fmt: skip
