@@ -30,22 +30,26 @@ from twotower.data.prepare.prepare import prepare
 from twotower.data.prepared import PreparedDataset
 from twotower.data.schema import ENCODERS, DataConfig, Feature
 from twotower.export.build_engine import build
-from twotower.export.config import PRECISIONS
+from twotower.export.config import PRECISIONS, TensorRTConfig
 from twotower.export.golden import raw_tensors
 from twotower.export.graphs import save_graph
 from twotower.export.halves import (
     ENCODING,
+    calibrated,
     dotted_tower,
+    in_precision,
     input_shapes,
     padded_encoding,
     tower_file,
     tower_vectors,
 )
-from twotower.export.precision import lowered
+from twotower.export.parity import event_rows
 from twotower.towers.config import INTERACTIONS, EncoderConfig, ModelConfig
 from twotower.towers.two_tower import TwoTower
 
 USERS, ITEMS, EVENTS, QUERIES, K = 2_000, 10_000, 60_000, 1_000, 10
+# Compute capability of the oldest GPU that has the products.
+CAPABILITY = dict.fromkeys(PRECISIONS, "SM80") | {"fp8": "SM89"}
 SHAPE: dict[str, Any] = {"dim": 64, "hidden": [128], "encoder": EncoderConfig(layers=2, heads=2)}
 
 
@@ -82,17 +86,6 @@ def prepared(folder: Path, pooling: str) -> PreparedDataset:
     return PreparedDataset(target)
 
 
-def queries(data: PreparedDataset) -> list[dict[str, Any]]:
-    """Return raw queries at random events."""
-    rows = []
-    for event in np.random.default_rng(1).integers(0, len(data.events), QUERIES):
-        user = int(data.event_columns["user"][event])
-        line = slice(data.history_from[user], data.event_columns["history_to"][event])
-        seconds = data.timeline_seconds[line] if data.config.timed_histories() else None
-        rows.append(data.raw_query(user, int(event), data.timeline[line], seconds))
-    return rows
-
-
 def top(query_BD: npt.NDArray[Any], item_ND: npt.NDArray[Any]) -> tuple[Any, Any]:
     """Return the best items' rows (B, K) and scores."""
     score_BN = query_BD @ item_ND.T
@@ -108,7 +101,7 @@ def measured(data: PreparedDataset, interaction: str, folder: Path) -> dict[str,
     specs, builder, raw = (
         data.encoder.specs(data.config, "query"),
         BatchBuilder(data),
-        queries(data),
+        event_rows(data, 2, QUERIES, 1),
     )
     with torch.no_grad():
         eager_BD = model.query_vectors(builder.requests("query", raw)).numpy()
@@ -117,15 +110,17 @@ def measured(data: PreparedDataset, interaction: str, folder: Path) -> dict[str,
     tower = dotted_tower(model, "query", specs)
     wanted, scores = top(eager_BD, item_ND)
     result: dict[str, Any] = {}
+    calibration = event_rows(data, 0, TensorRTConfig().calibration_queries, 1)
+    largest = calibrated(folder, tower, raw_tensors(specs, calibration))
     for precision in PRECISIONS:
         path = folder / tower_file(precision)
-        save_graph(lowered(tower, precision, folder), path)
+        save_graph(in_precision(tower, precision, folder, largest), path)
         vector_BD = tower_vectors(folder, precision, raw_tensors(specs, raw))
         found, _ = top(vector_BD, item_ND)
         mine = np.take_along_axis(vector_BD @ item_ND.T, wanted, 1)
         started = time.perf_counter()
         description = {"graph": path, "inputs": input_shapes(tower), "batch": [1, 64, 1024]}
-        engine = build(tensorrt_rtx, description, "SM80")
+        engine = build(tensorrt_rtx, description, CAPABILITY[precision])
         result[precision] = {
             "vectors": float(np.abs(vector_BD - eager_BD).max()),
             "scores": float(np.abs(mine - scores).max()),

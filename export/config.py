@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from twotower.errors import UserError, one_of
 
 INDEX_KINDS = ("exact", "int8", "pq", "ivf", "hnsw")
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +68,20 @@ class TensorRTConfig:
     """Graphs of the query tower for TensorRT, and how far they may be from eager PyTorch."""
 
     precisions: list[str] = field(default_factory=list)
-    """fp32, fp16 or bf16, of the tower's matrix products: a graph each, the first the one that
-    build_engine.py takes by itself; none by default."""
+    """fp32, fp16, bf16, int8 or fp8, of the tower's matrix products: a graph each, the first the
+    one that build_engine.py takes by itself; none by default."""
     batch: list[int] = field(default_factory=lambda: [1, 64, 1024])
     """Least, usual and largest number of queries at once that an engine is built for."""
     fp16_tolerance: float = 5e-3
     """Largest difference of a score in fp16, by default ten times what it rounds by."""
     bf16_tolerance: float = 4e-2
     """Largest difference of a score in bf16, by default ten times what it rounds by."""
+    int8_tolerance: float = 1e-1
+    """Largest difference of a score in int8."""
+    fp8_tolerance: float = 2e-1
+    """Largest difference of a score in fp8."""
+    calibration_queries: int = 512
+    """Queries of the training split whose activations scale int8 and fp8."""
     overlap: float = 0.9
     """Least share of eager PyTorch's golden answers that every precision must give."""
 
@@ -97,9 +103,14 @@ class TensorRTConfig:
                 "export.tensorrt.batch must be three sizes from 1 that do not fall, got "
                 f"{self.batch}: for instance [1, 64, 1024]"
             )
-        for name in ("fp16_tolerance", "bf16_tolerance"):
+        for precision in PRECISIONS[1:]:
+            name = f"{precision}_tolerance"
             if not getattr(self, name) > 0:
                 raise UserError(f"export.tensorrt.{name} must be > 0, got {getattr(self, name)}")
+        if self.calibration_queries < 1:
+            raise UserError(
+                f"export.tensorrt.calibration_queries must be >= 1, got {self.calibration_queries}"
+            )
         if not 0 <= self.overlap <= 1:
             raise UserError(f"export.tensorrt.overlap must be in [0, 1], got {self.overlap}")
 

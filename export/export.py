@@ -108,7 +108,7 @@ def export(
             save_graph(graph, partial / f"{side}.onnx")
         if config.tensorrt.precisions:
             progress("query tower for TensorRT", 0.65)
-            write_halves(partial, encoder, model, query, tables, stored, config)
+            write_halves(partial, data, model, query, tables, stored, config.tensorrt, seed)
         progress(f"{config.index.kind} index", 0.7)
         spec = index_spec(config.index, vectors.shape[1], model.item_bias)
         build_index(partial, spec, config.index)

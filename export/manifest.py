@@ -24,7 +24,8 @@ INDEX_FILE = {
 # Of a bundle with export.tensorrt.precisions: see `twotower.export.halves`.
 HALVES = (
     "query_encoding.onnx", "query_tower.fp32.onnx", "query_tower.fp16.onnx",
-    "query_tower.bf16.onnx", "query_tower.weights", "tensorrt.json", "build_engine.py",
+    "query_tower.bf16.onnx", "query_tower.int8.onnx", "query_tower.fp8.onnx",
+    "query_tower.weights", "tensorrt.json", "build_engine.py",
 )  # fmt: skip
 
 

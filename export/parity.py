@@ -35,19 +35,10 @@ def golden_rows(data: PreparedDataset, specs: list[TensorSpec], count: int, seed
     before, so any log has some. Each row is a request's features plus `exclude`, the item ids seen
     before.
     """
-    test, c = data.section(2), data.event_columns
-    chosen = np.random.default_rng(seed).choice(len(test), min(count, len(test)), replace=False)
-    ids, rows = data.items["id"], []
-    for i, event in enumerate(test.start + np.sort(chosen)):
-        user = int(c["user"][event])
-        line = slice(data.history_from[user], c["history_to"][event])
-        seen = data.timeline[line]
-        seconds = data.timeline_seconds[line] if data.config.timed_histories() else None
-        row = data.raw_query(user, int(event), seen, seconds)
-        # Every other query filters what the user has seen.
-        exclude = np.unique(seen) if i % 2 == 0 else np.empty(0, np.int64)
-        row["exclude"] = ids.take(exclude).to_pylist()
-        rows.append(row)
+    rows = event_rows(data, 2, count, seed)
+    # Every other query filters what the user has seen.
+    for row in rows[1::2]:
+        row["exclude"] = []
     for i, row in enumerate(rows[: max(1, len(rows) // 20)]):
         for spec in specs:
             if spec.kind == "id":
@@ -56,6 +47,22 @@ def golden_rows(data: PreparedDataset, specs: list[TensorSpec], count: int, seed
                 row[spec.name] = [None] * (i % 2)
             elif spec.is_list:
                 row[spec.name] = [UNSEEN_ID[spec.dtype]] * (i % 2)
+    return rows
+
+
+def event_rows(data: PreparedDataset, split: int, count: int, seed: int) -> list[Row]:
+    """Return the raw queries at a sample of a split's events, `exclude` what was seen before."""
+    events, c = data.section(split), data.event_columns
+    chosen = np.random.default_rng(seed).choice(len(events), min(count, len(events)), replace=False)
+    ids, rows = data.items["id"], []
+    for event in events.start + np.sort(chosen):
+        user = int(c["user"][event])
+        line = slice(data.history_from[user], c["history_to"][event])
+        seen = data.timeline[line]
+        seconds = data.timeline_seconds[line] if data.config.timed_histories() else None
+        row = data.raw_query(user, int(event), seen, seconds)
+        row["exclude"] = ids.take(np.unique(seen)).to_pylist()
+        rows.append(row)
     return rows
 
 

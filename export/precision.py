@@ -53,7 +53,7 @@ def lowered(graph: Any, precision: str, folder: Path) -> Any:
         (result,) = node.output
         node.output[0] = f"{result}:product"
         nodes += [node, helper.make_node("Cast", [node.output[0]], [result], to=TensorProto.FLOAT)]
-    _replace_nodes(model, nodes)
+    replace_nodes(model, nodes)
     return model
 
 
@@ -88,7 +88,7 @@ def rounded(graph: Any) -> Any:
             )
         node.output[0] = f"{result}:sum"
         nodes += [node, helper.make_node("Cast", [node.output[0]], [result], to=kind)]
-    _replace_nodes(model, nodes)
+    replace_nodes(model, nodes)
     return model
 
 
@@ -98,7 +98,7 @@ def _half(weight: Any, name: str, kind: int, dtype: torch.dtype, folder: Path) -
     return helper.make_tensor(name, kind, weight.dims, values.numpy().tobytes(), raw=True)
 
 
-def _replace_nodes(model: Any, nodes: list[Any]) -> None:
+def replace_nodes(model: Any, nodes: list[Any]) -> None:
     """Give a graph other nodes, and take out the initializers that none of them reads."""
     graph = model.graph
     used = {name for node in nodes for name in node.input}

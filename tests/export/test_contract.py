@@ -20,22 +20,26 @@ from twotower.export.golden import raw_tensors
 from twotower.export.graphs import entry_tables, save_graph
 from twotower.export.halves import (
     ENCODING,
+    calibrated,
     dotted_tower,
+    in_precision,
     input_shapes,
     padded_encoding,
     tower_file,
     tower_vectors,
 )
-from twotower.export.precision import lowered
+from twotower.export.parity import event_rows
 from twotower.towers.config import INTERACTIONS, EncoderConfig, ModelConfig
 from twotower.towers.two_tower import TwoTower
 
 USERS, ITEMS, EVENTS, QUERIES, K = 60, 50, 600, 300, 10
 POOLINGS = ("mean", "attention", *ENCODERS)
 # fp32: the rounding of a few layers, on vectors of length 1. The others are the defaults' gate.
-TOLERANCE = {
-    "fp32": 1e-5, "fp16": TensorRTConfig().fp16_tolerance, "bf16": TensorRTConfig().bf16_tolerance,
-}  # fmt: skip
+TOLERANCE = {"fp32": 1e-5} | {
+    p: getattr(TensorRTConfig(), f"{p}_tolerance") for p in PRECISIONS if p != "fp32"
+}
+# Compute capability of the oldest GPU that has the products.
+CAPABILITY = dict.fromkeys(PRECISIONS, "SM80") | {"fp8": "SM89"}
 KINDS = {
     "id": Feature(name="user_id", kind="id"),
     "string id": Feature(name="city", kind="id"),
@@ -111,14 +115,10 @@ def towers(data, interaction: str) -> TwoTower:
     return model
 
 
-def requests(data, rng, count: int) -> list:
+def requests(data, count: int) -> list:
     """Return raw queries at random events, of which some name what no log holds."""
-    rows = []
-    for i, event in enumerate(rng.integers(0, len(data.events), count)):
-        user = int(data.event_columns["user"][event])
-        line = slice(data.history_from[user], data.event_columns["history_to"][event])
-        seconds = data.timeline_seconds[line] if data.config.timed_histories() else None
-        row = data.raw_query(user, int(event), data.timeline[line], seconds)
+    rows = event_rows(data, 0, count, 0)
+    for i, row in enumerate(rows):
         if i % 10 == 0:
             for f in data.config.query:
                 if f.kind == "history":
@@ -126,7 +126,6 @@ def requests(data, rng, count: int) -> list:
                     row |= {f.times_name: [None] * (i % 3)} if f.time_gaps else {}
                 elif f.kind in ID_KINDS and f.name != "friends":
                     row[f.name] = "nowhere" if f.name == "city" else 2**40 + i
-        rows.append(row)
     return rows
 
 
@@ -138,7 +137,7 @@ def answers(query_BD, item_ND) -> tuple:
 
 @pytest.mark.parametrize("name", CASES)
 def test_halves_agree_with_eager_and_tensorrt_builds_the_tower(
-    name: str, log, rng, tmp_path: Path, request: pytest.FixtureRequest
+    name: str, log, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     features, interaction = CASES[name]
     data = log(features)
@@ -150,14 +149,16 @@ def test_halves_agree_with_eager_and_tensorrt_builds_the_tower(
     assert max(o.version for o in tower.opset_import) <= 20
     assert {node.domain for node in tower.graph.node} == {""}
     builder = BatchBuilder(data)
-    rows = requests(data, rng, QUERIES)
+    rows = requests(data, QUERIES)
     with torch.no_grad():
         eager_BD = model.query_vectors(builder.requests("query", rows)).numpy()
         item_ND = model.item_vectors(builder.items(np.arange(len(data.items)))).numpy()
     wanted = answers(eager_BD, item_ND)
     tensors = raw_tensors(specs, rows)
+    largest = calibrated(tmp_path, tower, tensors)
     for precision in PRECISIONS:
-        save_graph(lowered(tower, precision, tmp_path), tmp_path / tower_file(precision))
+        graph = in_precision(tower, precision, tmp_path, largest)
+        save_graph(graph, tmp_path / tower_file(precision))
         vector_BD = tower_vectors(tmp_path, precision, tensors)
         tolerance = TOLERANCE[precision]
         np.testing.assert_allclose(vector_BD, eager_BD, atol=tolerance)
@@ -173,4 +174,4 @@ def test_halves_agree_with_eager_and_tensorrt_builds_the_tower(
         build(trt, {
             "graph": tmp_path / tower_file(precision), "inputs": input_shapes(tower),
             "batch": [1, 8, 64],
-        }, "SM80")  # fmt: skip
+        }, CAPABILITY[precision])  # fmt: skip
