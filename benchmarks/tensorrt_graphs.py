@@ -30,19 +30,21 @@ from twotower.data.prepare.prepare import prepare
 from twotower.data.prepared import PreparedDataset
 from twotower.data.schema import ENCODERS, DataConfig, Feature
 from twotower.export.build_engine import build
-from twotower.export.config import PRECISIONS, TensorRTConfig
+from twotower.export.config import TensorRTConfig
 from twotower.export.golden import raw_tensors
 from twotower.export.graphs import save_graph
 from twotower.export.halves import (
-    ENCODING,
     calibrated,
     dotted_tower,
+    encoded_inputs,
+    encoding_file,
     in_precision,
     input_shapes,
     padded_encoding,
     tower_file,
     tower_vectors,
 )
+from twotower.export.manifest import PRECISIONS
 from twotower.export.parity import event_rows
 from twotower.towers.config import INTERACTIONS, EncoderConfig, ModelConfig
 from twotower.towers.two_tower import TwoTower
@@ -106,20 +108,30 @@ def measured(data: PreparedDataset, interaction: str, folder: Path) -> dict[str,
     with torch.no_grad():
         eager_BD = model.query_vectors(builder.requests("query", raw)).numpy()
         item_ND = model.item_vectors(builder.items(np.arange(len(data.items)))).numpy()
-    save_graph(padded_encoding(data.encoder, model, "query", specs), folder / ENCODING)
+    save_graph(
+        padded_encoding(data.encoder, model, "query", specs), folder / encoding_file("query")
+    )
     tower = dotted_tower(model, "query", specs)
     wanted, scores = top(eager_BD, item_ND)
+    encoded = encoded_inputs(folder, "query", raw_tensors(specs, raw))
     result: dict[str, Any] = {}
     calibration = event_rows(data, 0, TensorRTConfig().calibration_queries, 1)
-    largest = calibrated(folder, tower, raw_tensors(specs, calibration))
+    largest = calibrated(
+        folder, tower, encoded_inputs(folder, "query", raw_tensors(specs, calibration))
+    )
     for precision in PRECISIONS:
-        path = folder / tower_file(precision)
+        path = folder / tower_file("query", precision)
         save_graph(in_precision(tower, precision, folder, largest), path)
-        vector_BD = tower_vectors(folder, precision, raw_tensors(specs, raw))
+        vector_BD = tower_vectors(folder, "query", precision, encoded)
         found, _ = top(vector_BD, item_ND)
         mine = np.take_along_axis(vector_BD @ item_ND.T, wanted, 1)
         started = time.perf_counter()
-        description = {"graph": path, "inputs": input_shapes(tower), "batch": [1, 64, 1024]}
+        description = {
+            "graph": path,
+            "inputs": input_shapes(tower),
+            "batch": [1, 64, 1024],
+            "refit": False,
+        }
         engine = build(tensorrt_rtx, description, CAPABILITY[precision])
         result[precision] = {
             "vectors": float(np.abs(vector_BD - eager_BD).max()),

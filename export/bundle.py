@@ -13,7 +13,7 @@
       items.parquet      the display columns and the training count of each item, in row order
       golden.json        `Golden` queries with the answers that eager PyTorch gave
       job.json           the job that made it
-      query_tower.*      optional, for TensorRT, with what is beside it: `twotower.export.halves`
+      *_tower.*          optional, for TensorRT, with what is beside them: `twotower.export.halves`
       manifest.sig       optional: `twotower.export.signature`
 
 The same checkpoint and settings give the same bytes. The reader needs neither torch nor onnx, and a
@@ -68,6 +68,11 @@ class Bundle:
         """Read the job that made the bundle."""
         job: dict[str, Any] = json.loads((self.path / "job.json").read_text())
         return job
+
+    def tensorrt(self) -> dict[str, Any] | None:
+        """Read what the bundle has for TensorRT, if anything; see `twotower.export.halves`."""
+        path = self.path / "tensorrt.json"
+        return json.loads(path.read_text()) if path.exists() else None
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from twotower.errors import UserError, one_of
+from twotower.export.manifest import PRECISIONS
 
 INDEX_KINDS = ("exact", "int8", "pq", "ivf", "hnsw")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,10 @@ class TensorRTConfig:
     fp8_tolerance: float = 2e-1
     """Largest difference of a score in fp8."""
     calibration_queries: int = 512
-    """Queries of the training split whose activations scale int8 and fp8."""
+    """Queries of the training split, and items, whose activations scale int8 and fp8."""
+    refit: bool = False
+    """Build engines that another bundle's weights can be put into, with build_engine.py --refit;
+    TensorRT optimises them less."""
     overlap: float = 0.9
     """Least share of eager PyTorch's golden answers that every precision must give."""
 

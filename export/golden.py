@@ -93,11 +93,9 @@ def raw_tensors(specs: Sequence[TensorSpec], rows: Sequence[Row]) -> dict[str, n
     return out
 
 
-def session(path: Path, *, optimise: bool = True) -> ort.InferenceSession:
-    """Open a graph for the CPU, to be run as it is written where it is not to be optimised."""
+def session(path: Path) -> ort.InferenceSession:
+    """Open a graph for the CPU."""
     options = ort.SessionOptions()
-    if not optimise:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

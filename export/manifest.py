@@ -21,11 +21,13 @@ INDEX_FILE = {
     "exact": "index.onnx", "int8": "index.onnx", "pq": "index.faiss", "ivf": "index.faiss",
     "hnsw": "index.faiss",
 }  # fmt: skip
+SIDES = ("query", "item")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 # Of a bundle with export.tensorrt.precisions: see `twotower.export.halves`.
 HALVES = (
-    "query_encoding.onnx", "query_tower.fp32.onnx", "query_tower.fp16.onnx",
-    "query_tower.bf16.onnx", "query_tower.int8.onnx", "query_tower.fp8.onnx",
-    "query_tower.weights", "tensorrt.json", "build_engine.py",
+    "towers.weights", "tensorrt.json", "tensorrt_check.npz", "build_engine.py",
+    *(f"{side}_encoding.onnx" for side in SIDES),
+    *(f"{side}_tower.{precision}.onnx" for side in SIDES for precision in PRECISIONS),
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from twotower.export.golden import Answer, Row, judge, raw_tensors, session
 from twotower.kernels.top_k_inner_product import top_k_inner_product
 from twotower.towers.two_tower import TwoTower
 
+ITEM_SAMPLE = 1000
 UNSEEN_ID = {"string": "an id that no log holds", "int64": 2**62 + 1}
 
 
@@ -120,22 +121,40 @@ def check_answers(
 @torch.no_grad()
 def check_item_graph(
     bundle: Path, specs: Sequence[TensorSpec], data: PreparedDataset,
-    vectors: npt.NDArray[np.float32], tolerance: float, sample: int = 1000,
+    vectors: npt.NDArray[np.float32], tolerance: float,
 ) -> float:  # fmt: skip
     """Return the largest difference between `item.onnx` and the item vectors, over a sample.
 
     Raises:
         ParityError: when it exceeds the tolerance.
     """
-    rows = np.linspace(0, len(vectors) - 1, min(sample, len(vectors))).astype(np.int64)
-    table = data.items.take(rows)
-    raw = table.select([f"raw.{s.name}" for s in specs])
-    raw = raw.rename_columns([s.name for s in specs]).to_pylist()
+    rows, raw = item_rows(data, ITEM_SAMPLE)
     (got,) = session(bundle / "item.onnx").run(["vector"], raw_tensors(specs, raw))
-    difference = float(np.abs(got - vectors[rows]).max())
+    return check_vectors_of(got, vectors[rows], tolerance, "item graph")
+
+
+def item_rows(data: PreparedDataset, count: int) -> tuple[npt.NDArray[np.int64], list[Row]]:
+    """Return catalogue rows spread over it, and their raw features."""
+    n = len(data.items)
+    rows = np.linspace(0, n - 1, min(count, n)).astype(np.int64)
+    names = [s.name for s in data.encoder.specs(data.config, "item")]
+    raw = data.items.take(rows).select([f"raw.{name}" for name in names])
+    return rows, raw.rename_columns(names).to_pylist()
+
+
+def check_vectors_of(
+    got_ND: npt.NDArray[np.float32], wanted_ND: npt.NDArray[np.float32], tolerance: float,
+    runtime: str, key: str = "export.tolerance",
+) -> float:  # fmt: skip
+    """Return the largest difference of a coordinate.
+
+    Raises:
+        ParityError: when it exceeds the tolerance.
+    """
+    difference = float(np.abs(got_ND - wanted_ND).max())
     if not difference <= tolerance:
         raise ParityError(
-            f"item graph: vectors differ by {difference:.2e} from eager PyTorch "
-            f"(export.tolerance {tolerance:g}): no bundle was made"
+            f"{runtime}: vectors differ by {difference:.2e} from eager PyTorch "
+            f"({key} {tolerance:g}): no bundle was made"
         )
     return difference

@@ -21,13 +21,14 @@ from typing import Any
 from twotower.data.schema import TensorSpec
 from twotower.export import search
 from twotower.export.bundle import Bundle
+from twotower.export.manifest import HALVES
 from twotower.files import atomic_directory, link_or_copy
 from twotower.serve.config import MODEL, ServeConfig
 
 TARGET = "cpu"
 TYPES = {"string": "TYPE_STRING", "int64": "TYPE_INT64", "float32": "TYPE_FP32"}
 # What a request does not need stays in the bundle.
-LEFT_OUT = {"item.onnx", "item.weights", "items.parquet", "golden.json", "job.json"}
+LEFT_OUT = {"item.onnx", "item.weights", "items.parquet", "golden.json", "job.json", *HALVES}
 
 
 def render_repository(

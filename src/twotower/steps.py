@@ -16,6 +16,7 @@ Heavy libraries are imported by the steps that need them: `serve` and `recommend
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ from twotower.bundles import pruned_text
 from twotower.errors import UserError
 from twotower.evaluations import show_evaluation
 from twotower.export.bundle import bundle_versions, latest_bundle, read_bundle
+from twotower.export.manifest import SIDES
 from twotower.files import (
     atomic_directory,
     fingerprint,
@@ -217,17 +219,18 @@ def build_engines(job: Job) -> None:
     """
     script = latest_bundle(job.path("bundles")) / "build_engine.py"
     engines: dict[str, Any] = {}
-    for precision in job.export.tensorrt.precisions:
-        command = [sys.executable, str(script), "--precision", precision]
-        with console.status(f"building the {precision} engine"):
+    precisions = job.export.tensorrt.precisions
+    for tower, precision in itertools.product(SIDES, precisions):
+        command = [sys.executable, str(script), "--tower", tower, "--precision", precision]
+        with console.status(f"building the {tower} tower's {precision} engine"):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise UserError(
-                f"the bundle is whole, but no {precision} engine was built: "
+                f"the bundle is whole, but no {precision} engine of the {tower} tower was built: "
                 f"{reason.removeprefix('build_engine: ')} (the host that serves can run {script})"
             )
-        engines[precision] = done.stdout.splitlines()[-1]
+        engines[f"{tower} {precision}"] = done.stdout.splitlines()[-1]
     facts("TensorRT engines", engines)
 
 

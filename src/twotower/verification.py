@@ -4,11 +4,13 @@
 
 A bundle carries golden queries with the answers that eager PyTorch gave in fp32 (of a lossy index,
 what that index finds). Here ONNX Runtime answers them, and an NVIDIA Triton server: a running one,
-or one that is started for this. Loads no torch.
+or one that is started for this; and the towers for TensorRT, where the bundle has some, in ONNX
+Runtime with their products rounded as on a GPU.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +19,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from twotower.errors import UserError
 from twotower.export.bundle import Bundle, Golden, find_bundle, read_bundle
-from twotower.export.golden import Answer, Verdict, catalogue_ids, judge, onnx_answers
-from twotower.export.search import open_search
+from twotower.export.golden import (
+    Answer,
+    Verdict,
+    answered,
+    catalogue_ids,
+    judge,
+    onnx_answers,
+    raw_tensors,
+    vector_answers,
+)
+from twotower.export.index import VECTORS
+from twotower.export.search import exact_top_k, open_search
 from twotower.serve.client import RecommendClient
 from twotower.serve.config import ServeConfig
 from twotower.serve.server import TritonServer, answerable, ask
@@ -47,6 +61,7 @@ def verify(options: Any) -> int:
     verdicts = []
     with console.status("ONNX Runtime answers"):
         verdicts.append(judge(golden, _onnx(bundle, golden), tolerance, "ONNX Runtime"))
+        verdicts += _towers(bundle, golden, options.tolerance)
     if not options.no_server:
         with console.status("Triton answers"), _client(bundle, options.url) as (client, limit):
             answers = _triton(client, golden, limit, bundle)
@@ -65,6 +80,29 @@ def _onnx(bundle: Bundle, golden: list[Golden]) -> list[Answer]:
     search = open_search(bundle.path, asdict(m.index)).search
     k = max(len(g.item_ids) for g in golden)
     return onnx_answers(bundle.path, m.query, golden, ids, k, search)
+
+
+def _towers(bundle: Bundle, golden: list[Golden], tolerance: float | None) -> list[Verdict]:
+    """Judge the query towers for TensorRT, by an exact search whatever the index is."""
+    described = bundle.tensorrt()
+    if described is None:
+        return []
+    from twotower.export.halves import encoded_inputs, tower_vectors  # and with them torch
+
+    m = bundle.manifest
+    ids, k = catalogue_ids(bundle.path, m.item_id_dtype), max(len(g.item_ids) for g in golden)
+    vectors = np.load(bundle.path / VECTORS, mmap_mode="r", allow_pickle=False)
+    exact = functools.partial(exact_top_k, vectors)
+    wanted = answered(golden, onnx_answers(bundle.path, m.query, golden, ids, k, exact))
+    tensors = raw_tensors(m.query, [g.features for g in golden])
+    encoded = encoded_inputs(bundle.path, "query", tensors)
+    verdicts = []
+    for precision, limit in described["tolerance"].items():
+        vector_BD = tower_vectors(bundle.path, "query", precision, encoded)
+        answers = vector_answers(vector_BD, golden, ids, k, exact)
+        name = f"{precision} tower"
+        verdicts.append(judge(wanted, answers, limit if tolerance is None else tolerance, name))
+    return verdicts
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The contract of the query graph's halves, for every kind of feature, encoder and interaction.
+"""The contract of the graphs' halves, for every kind of feature, encoder and interaction.
 
 Eager PyTorch = both halves in ONNX Runtime, in each precision, and TensorRT builds an engine of the
 tower: tensorrt-rtx does so ahead of time, without a GPU. What it cannot show is that the engine's
@@ -15,20 +15,22 @@ from twotower.data.batches import BatchBuilder
 from twotower.data.schema import ENCODERS, ID_KINDS, Feature
 from twotower.export.build_engine import build
 from twotower.export.bundle import answer_difference
-from twotower.export.config import PRECISIONS, TensorRTConfig
+from twotower.export.config import TensorRTConfig
 from twotower.export.golden import raw_tensors
 from twotower.export.graphs import entry_tables, save_graph
 from twotower.export.halves import (
-    ENCODING,
     calibrated,
     dotted_tower,
+    encoded_inputs,
+    encoding_file,
     in_precision,
     input_shapes,
     padded_encoding,
     tower_file,
     tower_vectors,
 )
-from twotower.export.parity import event_rows
+from twotower.export.manifest import PRECISIONS
+from twotower.export.parity import event_rows, item_rows
 from twotower.towers.config import INTERACTIONS, EncoderConfig, ModelConfig
 from twotower.towers.two_tower import TwoTower
 
@@ -38,6 +40,7 @@ POOLINGS = ("mean", "attention", *ENCODERS)
 TOLERANCE = {"fp32": 1e-5} | {
     p: getattr(TensorRTConfig(), f"{p}_tolerance") for p in PRECISIONS if p != "fp32"
 }
+OVERLAP = {"fp32": 0.999, "fp16": 0.9, "bf16": 0.9, "int8": 0.8, "fp8": 0.7}
 # Compute capability of the oldest GPU that has the products.
 CAPABILITY = dict.fromkeys(PRECISIONS, "SM80") | {"fp8": "SM89"}
 KINDS = {
@@ -95,8 +98,15 @@ def log(make, rng):
     }
     items = {
         "item_id": [f"item {i}" for i in range(ITEMS)], "price": rng.random(ITEMS).tolist(),
+        "kind": [["x", "é", None][i % 3] for i in range(ITEMS)],
+        "tags": [[f"tag {j}" for j in range(i % 4)] for i in range(ITEMS)],
+        "image": rng.standard_normal((ITEMS, 3)).tolist(),
     }  # fmt: skip
-    item = [Feature(name="item_id", kind="id"), Feature(name="price", kind="number")]
+    item = [
+        Feature(name="item_id", kind="id"), Feature(name="price", kind="number"),
+        Feature(name="kind", kind="id"), Feature(name="tags", kind="ids", length=3),
+        Feature(name="image", kind="vector", width=3),
+    ]  # fmt: skip
     return lambda query: make(events, users=users, items=items, query=query, item=item)
 
 
@@ -136,42 +146,62 @@ def answers(query_BD, item_ND) -> tuple:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_halves_agree_with_eager_and_tensorrt_builds_the_tower(
+def test_query_halves_agree_with_eager_and_tensorrt_builds_the_tower(
     name: str, log, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     features, interaction = CASES[name]
     data = log(features)
     model = towers(data, interaction)
-    specs = data.encoder.specs(data.config, "query")
-    tables = entry_tables(model, data)
-    save_graph(padded_encoding(data.encoder, model, "query", specs, tables), tmp_path / ENCODING)
-    tower = dotted_tower(model, "query", specs, tables)
-    assert max(o.version for o in tower.opset_import) <= 20
-    assert {node.domain for node in tower.graph.node} == {""}
-    builder = BatchBuilder(data)
     rows = requests(data, QUERIES)
     with torch.no_grad():
-        eager_BD = model.query_vectors(builder.requests("query", rows)).numpy()
-        item_ND = model.item_vectors(builder.items(np.arange(len(data.items)))).numpy()
+        eager_BD = model.query_vectors(BatchBuilder(data).requests("query", rows)).numpy()
+        item_ND = model.item_vectors(BatchBuilder(data).items(np.arange(len(data.items)))).numpy()
     wanted = answers(eager_BD, item_ND)
-    tensors = raw_tensors(specs, rows)
-    largest = calibrated(tmp_path, tower, tensors)
-    for precision in PRECISIONS:
-        graph = in_precision(tower, precision, tmp_path, largest)
-        save_graph(graph, tmp_path / tower_file(precision))
-        vector_BD = tower_vectors(tmp_path, precision, tensors)
+    for precision, vector_BD in each_precision("query", data, model, rows, tmp_path, request):
         tolerance = TOLERANCE[precision]
         np.testing.assert_allclose(vector_BD, eager_BD, atol=tolerance)
         found = answers(vector_BD, item_ND)
         shared = np.mean(
             [len(set(a) & set(b)) / K for a, b in zip(wanted[0], found[0], strict=True)]
         )
-        assert shared >= (0.999 if precision == "fp32" else 0.9)
+        assert shared >= OVERLAP[precision]
         for query in zip(*wanted, *found, strict=True):
             assert answer_difference(*query, tolerance) <= tolerance
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_item_halves_agree_with_eager_and_tensorrt_builds_the_tower(
+    interaction: str, log, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    data = log([KINDS["id"]])
+    model = towers(data, interaction)
+    places, rows = item_rows(data, ITEMS)
+    assert len(places) == ITEMS
+    with torch.no_grad():
+        eager_ND = model.item_vectors(BatchBuilder(data).items(places)).numpy()
+    for precision, vector_ND in each_precision("item", data, model, rows, tmp_path, request):
+        np.testing.assert_allclose(vector_ND, eager_ND, atol=TOLERANCE[precision])
+
+
+def each_precision(side, data, model, rows, folder, request):
+    """Yield each precision and the vectors of its halves, then build an engine of each."""
+    specs = data.encoder.specs(data.config, side)
+    tables = entry_tables(model, data)
+    save_graph(
+        padded_encoding(data.encoder, model, side, specs, tables), folder / encoding_file(side)
+    )
+    tower = dotted_tower(model, side, specs, tables)
+    assert max(o.version for o in tower.opset_import) <= 20
+    assert {node.domain for node in tower.graph.node} == {""}
+    encoded = encoded_inputs(folder, side, raw_tensors(specs, rows))
+    largest = calibrated(folder, tower, encoded)
+    for precision in PRECISIONS:
+        graph = in_precision(tower, precision, folder, largest)
+        save_graph(graph, folder / tower_file(side, precision))
+        yield precision, tower_vectors(folder, side, precision, encoded)
     trt = request.getfixturevalue("trt")  # what is left is skipped where there is none
     for precision in PRECISIONS:
         build(trt, {
-            "graph": tmp_path / tower_file(precision), "inputs": input_shapes(tower),
-            "batch": [1, 8, 64],
+            "graph": folder / tower_file(side, precision), "inputs": input_shapes(tower),
+            "batch": [1, 8, 64], "refit": False,
         }, CAPABILITY[precision])  # fmt: skip

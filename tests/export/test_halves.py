@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -27,17 +26,17 @@ from twotower.export.config import ExportConfig, TensorRTConfig
 from twotower.export.golden import TOGETHER
 from twotower.export.graphs import tower_graph
 from twotower.export.halves import check_towers
-from twotower.export.manifest import HALVES
+from twotower.export.manifest import HALVES, SIDES
 from twotower.export.parity import ParityError
 from twotower.export.precision import HALF, PRODUCTS, lowered, rounded
 from twotower.export.search import exact_top_k
 from twotower.export.update import update_bundle
 
 from ..conftest import maker
-from .bundles import ITEMS, dynamic_bundle, export_again
+from .bundles import dynamic_bundle, export_again
 from .test_weights import put_outside
 
-PRECISIONS = ["fp16", "fp32", "bf16"]
+PRECISIONS = ["fp16", "fp32", "bf16", "int8", "fp8"]
 CONFIG = ExportConfig(tensorrt=TensorRTConfig(precisions=PRECISIONS, batch=[1, 8, 32]))
 
 
@@ -60,9 +59,11 @@ def test_a_bundle_holds_both_halves_its_parity_and_each_table_once(made) -> None
     m = bundle.manifest
     assert set(HALVES) <= set(m.files)
     assert m.parity["tensorrt_fp32"] <= CONFIG.tolerance
-    for precision in ("fp16", "bf16"):
-        assert 0 < m.parity[f"tensorrt_{precision}"] < 0.01
-        assert m.parity[f"tensorrt_{precision}_overlap"] > 0.95
+    assert m.parity["tensorrt_fp32_items"] <= CONFIG.tolerance
+    for precision, most in (("fp16", 0.01), ("bf16", 0.01), ("int8", 0.1), ("fp8", 0.1)):
+        assert 0 < m.parity[f"tensorrt_{precision}"] < most
+        assert 0 < m.parity[f"tensorrt_{precision}_items"] < most
+        assert m.parity[f"tensorrt_{precision}_overlap"] > 0.9
     places = set()
     for precision in PRECISIONS:
         graph = onnx.load(bundle.path / f"query_tower.{precision}.onnx", load_external_data=False)
@@ -71,18 +72,28 @@ def test_a_bundle_holds_both_halves_its_parity_and_each_table_once(made) -> None
         assert {i.data_type for i in outside} == {TensorProto.FLOAT}
         places.add(tuple(e.value for i in outside for e in i.external_data))
     assert len(places) == 1, "all precisions read the same bytes"
-    tables = sum(int(np.prod(i.dims)) * 4 for i in outside)
-    assert tables <= (bundle.path / "query_tower.weights").stat().st_size < tables + 4096 * 8
+    item = onnx.load(bundle.path / "item_tower.fp16.onnx", load_external_data=False)
+    also = {
+        (i.external_data[1].value, *i.dims) for i in item.graph.initializer
+        if i.data_location == TensorProto.EXTERNAL
+    }  # fmt: skip
+    shared = also & {(i.external_data[1].value, *i.dims) for i in outside}
+    assert len(shared) == 1, "the items' ids"
+    shapes = [i.dims for i in outside] + [shape for _, *shape in also - shared]
+    tables = sum(int(np.prod(shape)) * 4 for shape in shapes)
+    assert tables <= (bundle.path / "towers.weights").stat().st_size < tables + 4096 * 8
 
 
 def test_a_table_that_query_onnx_keeps_in_a_file_is_not_written_again(made, monkeypatch) -> None:
     put_outside(monkeypatch)  # as of tables beyond 1 GiB
     data, _, bundle = made
     again = export_again(data, bundle.path.parent.parent, tensorrt=CONFIG.tensorrt)
-    assert "query_tower.weights" not in again.manifest.files
-    assert json.loads((again.path / "tensorrt.json").read_text())["weights"] == ["query.weights"]
+    assert "towers.weights" not in again.manifest.files
+    towers = again.tensorrt()["towers"]
+    assert towers["query"]["weights"] == ["query.weights"]
+    assert towers["item"]["weights"] == ["item.weights", "query.weights"]
     for name, difference in bundle.manifest.parity.items():
-        assert again.manifest.parity[name] == pytest.approx(difference, abs=1e-6)
+        assert again.manifest.parity[name] == pytest.approx(difference, abs=1e-5)
 
 
 def test_other_items_keep_the_halves(made) -> None:
@@ -104,15 +115,15 @@ def test_a_precision_past_its_tolerance_leaves_no_bundle(made) -> None:
 
 
 def test_a_precision_that_finds_other_items_is_refused(made) -> None:
-    bundle = made[2]
-    m, ids = bundle.manifest, [f"item {i}" for i in range(ITEMS)]
+    data, _, bundle = made
+    item_ND = np.load(bundle.path / "item_vectors.npy")
     # Other items with the scores of the golden ones: as of towers that lie far off.
     other = [replace(g, item_ids=[f"no {i}" for i in g.item_ids]) for g in bundle.golden()]
     loose = TensorRTConfig(precisions=["fp16"], fp16_tolerance=10.0)
-    exact = functools.partial(exact_top_k, np.load(bundle.path / "item_vectors.npy"))
+    exact = functools.partial(exact_top_k, item_ND)
     with pytest.raises(ParityError, match=r"fp16 tower gives 0.0% .*export.tensorrt.overlap 0.9"):
         check_towers(
-            bundle.path, m.query, other, ids, 10, exact, ExportConfig(tensorrt=loose), TOGETHER
+            bundle.path, data, other, item_ND, 10, exact, ExportConfig(tensorrt=loose), TOGETHER
         )
 
 
@@ -198,16 +209,42 @@ def test_only_products_are_halves_and_they_round_where_the_graph_says(
 
 def test_an_engine_is_built_of_each_precision_and_found_again(made, trt, tmp_path) -> None:
     _, _, bundle = made
-    for precision in PRECISIONS:
-        description = described(bundle.path, precision)
-        assert [p.name for p in description["weights"]] == ["query_tower.weights"]
-        engine = bytes(build(trt, description, "SM80"))
+    for tower, precision in itertools.product(SIDES, PRECISIONS):
+        description = described(bundle.path, precision, tower)
+        assert [p.name for p in description["weights"]] == ["towers.weights"]
+        engine = bytes(build(trt, description, "SM89"))
         assert len(engine) > 1000
         path = tmp_path / engine_name(description, "10.15.1", "80")
         path.write_bytes(engine)
         # What is there is not built again: this machine has no GPU.
-        assert cached_engine(None, description, path).read_bytes() == engine
-    assert len(list(tmp_path.iterdir())) == 3
+        assert cached_engine(None, None, description, path).read_bytes() == engine
+    assert len(list(tmp_path.iterdir())) == 2 * len(PRECISIONS)
+
+
+def test_an_engine_that_takes_other_weights_is_another(made, trt) -> None:
+    description = described(made[2].path, "fp32")
+    assert not description["refit"]
+    other = description | {"refit": True}
+    # tensorrt-rtx builds every other engine without a GPU.
+    with pytest.raises(BuildError, match="TensorRT built no engine of query_tower"):
+        build(trt, other, "SM80")
+    assert engine_name(other, "10.15.1", "80") != engine_name(description, "10.15.1", "80")
+    assert " --refit " in trtexec_line(other)
+    assert " --refit " not in trtexec_line(description)
+
+
+def test_what_an_engine_is_checked_by_is_what_the_export_computed(made) -> None:
+    bundle = made[2]
+    description = described(bundle.path, "fp16")
+    assert description["tolerance"] == CONFIG.tensorrt.fp16_tolerance
+    with np.load(description["check"], allow_pickle=False) as known:
+        rows = len(known["query/vector"])
+        assert {f"query/{name}" for name in description["inputs"]} < set(known)
+        assert all(len(known[name]) == rows for name in known if name.startswith("query/"))
+        items = known["item/vector"]
+    assert rows == len(items) + 24 == 64
+    vectors = np.load(bundle.path / "item_vectors.npy")
+    np.testing.assert_allclose(items, vectors, atol=1e-5)
 
 
 def test_the_line_for_trtexec_gives_every_inputs_shapes(made) -> None:
@@ -247,15 +284,18 @@ def test_tensorrt_refuses_an_operator_by_the_name_of_its_node(trt, tmp_path) -> 
     onnx.save(model, tmp_path / "bad.onnx")
     with pytest.raises(BuildError, match=r"refuses node 'layers.1/unique' \(Unique\) of bad.onnx"):
         build(
-            trt, {"graph": tmp_path / "bad.onnx", "inputs": {"x": []}, "batch": [1, 2, 3]}, "SM80"
-        )
+            trt,
+            {"graph": tmp_path / "bad.onnx", "inputs": {"x": []}, "batch": [1, 2, 3],
+             "refit": False},
+            "SM80",
+        )  # fmt: skip
 
 
 def test_the_script_says_in_one_line_why_it_built_nothing(made, tmp_path) -> None:
     bundle = made[2].path
     for arguments, says in (
         ([], "TensorRT"),  # missing here, or without a GPU
-        (["--precision", "int8"], "--precision must be one of fp16, fp32, bf16, got 'int8'"),
+        (["--precision", "int4"], "--precision must be one of fp16, fp32, bf16, int8, fp8, got"),
     ):
         done = run_script(bundle, *arguments, "--cache", tmp_path)
         assert done.returncode == 1
@@ -271,7 +311,8 @@ def test_the_script_says_in_one_line_why_it_built_nothing(made, tmp_path) -> Non
         (lambda b: (b / "tensorrt.json").unlink(), "exported without export.tensorrt.precisions"),
         (lambda b: (b / "tensorrt.json").write_text("{"), "damaged"),
         (lambda b: (b / "tensorrt.json").write_text('{"graphs": {}}'), "damaged"),
-        (lambda b: (b / "query_tower.weights").unlink(), "query_tower.weights: missing"),
+        (lambda b: (b / "towers.weights").unlink(), "towers.weights: missing"),
+        (lambda b: (b / "tensorrt_check.npz").unlink(), "tensorrt_check.npz: missing"),
         (lambda b: (b / "query_tower.fp16.onnx").unlink(), "query_tower.fp16.onnx: missing"),
     ],
 )
@@ -288,13 +329,14 @@ def test_the_script_refuses_part_of_a_bundle(made, damage, says, tmp_path) -> No
 @pytest.mark.parametrize(
     ("settings_", "says"),
     [
-        ({"precisions": ["fp8"]}, "export.tensorrt.precisions must be one of fp32, fp16, bf16"),
+        ({"precisions": ["fp4"]}, "export.tensorrt.precisions must be one of fp32, fp16, bf16"),
         ({"precisions": ["fp16", "fp16"]}, "must differ"),
         ({"batch": [1, 64]}, "export.tensorrt.batch must be three sizes"),
         ({"batch": [1, 64, 32]}, "export.tensorrt.batch must be three sizes"),
         ({"batch": [0, 1, 1]}, "export.tensorrt.batch must be three sizes"),
         ({"fp16_tolerance": 0.0}, "export.tensorrt.fp16_tolerance must be > 0"),
         ({"bf16_tolerance": float("nan")}, "export.tensorrt.bf16_tolerance must be > 0"),
+        ({"calibration_queries": 0}, "export.tensorrt.calibration_queries must be >= 1"),
         ({"overlap": 1.5}, r"export.tensorrt.overlap must be in \[0, 1\]"),
     ],
 )
@@ -314,6 +356,14 @@ def test_export_makes_a_whole_bundle_and_says_why_it_built_no_engine(
     shutil.copytree(finished_run.run_dir, tmp_path / "run", ignore=skip)
     done = twotower("export", *arguments, "--export.tensorrt.precisions=[fp16]", cwd=tmp_path)
     assert done.returncode == 2  # neither TensorRT nor, on most machines, a GPU
-    assert "the bundle is whole, but no fp16 engine was built: TensorRT cannot" in done.stderr
-    parity = read_bundle(tmp_path / "run" / "bundles" / "2").manifest.parity
+    assert (
+        "the bundle is whole, but no fp16 engine of the query tower was built: TensorRT cannot"
+        in done.stderr
+    )
+    made = tmp_path / "run" / "bundles" / "2"
+    parity = read_bundle(made).manifest.parity
     assert parity["tensorrt_fp16_overlap"] > 0.95
+    for tolerance, code in (("0.01", 0), ("1e-7", 1)):
+        done = twotower("verify", made, "--no-server", f"--tolerance={tolerance}", cwd=tmp_path)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "worst query of fp16 tower" in done.stdout
