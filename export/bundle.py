@@ -11,6 +11,7 @@
       item_vectors.npy   (N, D) float32; `index.onnx` reads it as its external data
       item_ids.npy       (N,) int64, or UTF-8 bytes; ascending, so a row is found by bisection
       items.parquet      the display columns and the training count of each item, in row order
+      filters.npz        optional: attributes to filter items by, `twotower.export.filters`
       golden.json        `Golden` queries with the answers that eager PyTorch gave
       job.json           the job that made it
       *_tower.*          optional, for TensorRT, with what is beside them: `twotower.export.halves`

@@ -132,6 +132,9 @@ class ExportConfig:
     """How the item vectors are searched."""
     tensorrt: TensorRTConfig = field(default_factory=TensorRTConfig)
     """Graphs of the query tower for TensorRT."""
+    filters: list[str] = field(default_factory=list)
+    """Columns of data.display that a request may filter items by: strings, integers or booleans,
+    or lists of them."""
     sign_with: str | None = None
     """PEM file of the ed25519 private key that signs the bundle; none, for no signature."""
     prune_vocab: bool = False
@@ -149,6 +152,8 @@ class ExportConfig:
         """
         self.index.validate(widths)
         self.tensorrt.validate()
+        if len(set(self.filters)) < len(self.filters):
+            raise UserError(f"export.filters must differ from each other, got {self.filters}")
         if self.tolerance <= 0:
             raise UserError(f"export.tolerance must be > 0, got {self.tolerance}")
         for name in ("golden_queries", "golden_k"):

@@ -22,6 +22,7 @@ from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
 from twotower.export.bundle import Bundle, next_bundle, read_bundle, seal
 from twotower.export.config import ExportConfig
+from twotower.export.filters import write_filters
 from twotower.export.golden import TOGETHER, answered, index_recall, onnx_answers
 from twotower.export.graphs import entry_tables, raw_graph, save_graph
 from twotower.export.halves import check_towers, write_halves
@@ -98,6 +99,7 @@ def export(
         catalogue = ids.to_pylist()
         np.save(partial / "item_ids.npy", id_array(catalogue, id_dtype), allow_pickle=False)
         _write_items(data, partial / "items.parquet")
+        filters = write_filters(partial, config.filters)
         tables = entry_tables(model, data)
         kept = kept_rows(model, data) if config.prune_vocab else EVERY_ROW
         large = weight_bytes(model, *tables.vector_ND.values()) > INSIDE_BYTES
@@ -147,6 +149,7 @@ def export(
             metrics=metrics,
             parity=parity,
             index=spec,
+            filters=filters,
             pruned=kept.pruned,
             pruned_bytes=kept.pruned_bytes,
         ), config.sign_with)  # fmt: skip

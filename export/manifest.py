@@ -84,6 +84,8 @@ class Manifest:
     the share of eager PyTorch's golden answers."""
     index: IndexSpec
     """How the item vectors are searched."""
+    filters: dict[str, str] = field(default_factory=dict)
+    """Attribute that requests may filter by -> the type of its values: string, int64 or bool."""
     pruned: dict[str, int] = field(default_factory=dict)
     """Table -> rows left out of the graphs; see `export.prune_vocab`."""
     pruned_bytes: int = 0

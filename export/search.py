@@ -63,6 +63,16 @@ def _best(score_N: F32, k: int) -> Found:
     return score_N[rows], rows
 
 
+def best_among(item_ND: F32, vector_D: F32, row_R: npt.NDArray[np.int64], k: int) -> Found:
+    """Return the best scores and rows (K,) of some ascending rows, best first; k is at most R."""
+    score_R = np.empty(len(row_R), np.float32)
+    for start in range(0, len(row_R), ROWS_A_BLOCK):
+        block = slice(start, start + ROWS_A_BLOCK)
+        score_R[block] = item_ND[row_R[block]] @ vector_D
+    scores, place = _best(score_R, k)
+    return scores, row_R[place]
+
+
 class GraphSearch:
     """Searches with `index.onnx`."""
 
@@ -76,12 +86,17 @@ class GraphSearch:
         self.session = ort.InferenceSession(
             str(folder / "index.onnx"), options, providers=["CPUExecutionProvider"]
         )
+        self.item_ND = np.load(folder / "item_vectors.npy", mmap_mode="r", allow_pickle=False)
 
     def search(self, vector_BD: F32, k: int) -> Found:
         """Return the best scores and their rows (B, K), best first; k is at most N."""
         feed = {"vector": vector_BD, "k": np.array([k], np.int64)}
         scores, rows = self.session.run(None, feed)
         return scores, rows
+
+    def among(self, vector_D: F32, row_R: npt.NDArray[np.int64], k: int) -> Found:
+        """Return the best scores and rows (K,) of some rows; see `best_among`."""
+        return best_among(self.item_ND, vector_D, row_R, k)
 
 
 class FaissSearch:
@@ -117,6 +132,10 @@ class FaissSearch:
         )  # fmt: skip
         return self._rescored(vector_BD, row_BC, k)
 
+    def among(self, vector_D: F32, row_R: npt.NDArray[np.int64], k: int) -> Found:
+        """Return the best scores and rows (K,) of some rows; see `best_among`."""
+        return best_among(self.item_ND, vector_D, row_R, k)
+
     def _rescored(self, vector_BD: F32, row_BC: npt.NDArray[np.int64], k: int) -> Found:
         scores = np.empty((len(vector_BD), k), np.float32)
         rows = np.empty((len(vector_BD), k), np.int64)
@@ -125,8 +144,7 @@ class FaissSearch:
             if len(found) < k:  # the cells that were searched hold no more
                 (scores[i],), (rows[i],) = exact_top_k(self.item_ND, vector_D[None], k)
                 continue
-            scores[i], place = _best(self.item_ND[found] @ vector_D, k)
-            rows[i] = found[place]
+            scores[i], rows[i] = best_among(self.item_ND, vector_D, found, k)
         return scores, rows
 
 

@@ -24,6 +24,7 @@ from twotower.data.schema import DataConfig
 from twotower.errors import UserError
 from twotower.export.bundle import Bundle, next_bundle, read_bundle, seal
 from twotower.export.config import IndexConfig
+from twotower.export.filters import write_filters
 from twotower.export.golden import (
     TOGETHER,
     answered,
@@ -90,6 +91,7 @@ def update_bundle(
         report("catalogue", 0.4)
         _write_vectors(source.path / VECTORS, keep, new_MD, order, partial / VECTORS)
         _write_items(source.path / "items.parquet", keep, new, order, partial / "items.parquet")
+        filters = write_filters(partial, list(m.filters))
         report(f"{m.index.kind} index", 0.5)
         config = index_settings(source)
         # Centroids of items that are mostly the same still fit.
@@ -99,7 +101,7 @@ def update_bundle(
         recall = _write_golden(source, partial)
         seal(partial, replace(
             m, version=number, base=m.version, num_items=len(ids),
-            index=replace(m.index, recall=recall), files={}, sha256="",
+            index=replace(m.index, recall=recall), filters=filters, files={}, sha256="",
         ), sign_with)  # fmt: skip
     return read_bundle(parent / str(number), verify=False)
 

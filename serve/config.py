@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from twotower.errors import UserError
+from twotower.errors import UserError, one_of
 
 MODEL = "recommend"
+EMBED = {"embed_query": "query", "embed_items": "item"}  # and the side
+MODELS = (MODEL, *EMBED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +23,32 @@ class ServeConfig:
     """Port of gRPC requests; 0 asks the system for a free one."""
     metrics_port: int = 8002
     """Port of Prometheus metrics; 0 asks the system for a free one."""
+    models: list[str] = field(default_factory=lambda: ["recommend"])
+    """Which models are loaded: recommend, embed_query and embed_items, the last two giving the
+    towers' vectors."""
     instances: int = 1
-    """Processes that answer."""
+    """Processes that answer, of each model."""
     threads: int = 1
     """Threads of ONNX Runtime in each."""
     max_batch_size: int = 64
     """Most rows answered together."""
+    preferred_batch_sizes: list[int] = field(default_factory=list)
+    """Batch sizes that are sent at once when they are reached, where max_queue_delay_us waits."""
     max_queue_delay_us: int = 0
     """Time that a batch waits for more rows; 0 still batches what has queued up meanwhile."""
+    max_queue_size: int = 0
+    """Requests that may wait, those beyond being rejected; 0 for any number, which is the default
+    because tritonserver 2.51 leaves what waits in a limited queue asleep for up to 0.5 s when no
+    other request comes."""
+    queue_timeout_ms: float = 0.0
+    """Time after which a request that still waits is rejected, up to 0.5 s late; 0 for never."""
+    priority_levels: int = 0
+    """Levels of priority that a request may ask for, 1 being the first served and the last the
+    default; 0 for none."""
+    response_cache_mb: int = 0
+    """Memory for answers, given again to requests that are the same byte for byte; 0 for none."""
+    concurrent_batches: int = 0
+    """Batches computed at the same time, of all models together; 0 for as many as instances."""
     default_k: int = 10
     """Results of a request that does not say."""
     max_k: int = 1000
@@ -63,8 +83,24 @@ class ServeConfig:
                 f"serve.default_k must be <= serve.max_k ({self.max_k}), got {self.default_k}: "
                 "lower it, or raise serve.max_k"
             )
-        if self.max_queue_delay_us < 0:
-            raise UserError(f"serve.max_queue_delay_us must be >= 0, got {self.max_queue_delay_us}")
+        for name in (
+            "max_queue_delay_us", "max_queue_size", "queue_timeout_ms", "priority_levels",
+            "response_cache_mb", "concurrent_batches",
+        ):  # fmt: skip
+            if not getattr(self, name) >= 0:
+                raise UserError(f"serve.{name} must be >= 0, got {getattr(self, name)}")
+        for name in self.models:
+            one_of("serve.models", name, MODELS)
+        if MODEL not in self.models or len(set(self.models)) < len(self.models):
+            raise UserError(
+                f"serve.models must name {MODEL}, and each model once, got {self.models}"
+            )
+        for size in self.preferred_batch_sizes:
+            if not 1 <= size <= self.max_batch_size:
+                raise UserError(
+                    f"serve.preferred_batch_sizes must be in 1..{self.max_batch_size} "
+                    f"(serve.max_batch_size), got {size}"
+                )
         for name in ("probe_interval_s", "probe_timeout_s", "load_timeout_s"):
             if not getattr(self, name) > 0:
                 raise UserError(f"serve.{name} must be > 0, got {getattr(self, name)}")

@@ -19,6 +19,8 @@ from twotower.data.schema import PAD_INT64, PAD_STRING, TensorSpec
 from twotower.errors import UserError, did_you_mean
 
 WIRE = {"string": "BYTES", "int64": "INT64", "float32": "FP32"}
+VALUES = {"string": str, "int64": int, "bool": bool}
+OUTPUTS = ("item_ids", "scores", "version")
 Tensors = dict[str, tuple[str, npt.NDArray[Any]]]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 # 35,000 years: what is more is in milliseconds, or another number.
@@ -36,11 +38,14 @@ class Recommendation:
         item_ids: as the log has them.
         scores: inner products of unit vectors, one an item.
         version: of the bundle that answered.
+        explanation: how, where it was asked for: `index`, `exact`, `filter`, `asked_for`,
+            `excluded`, `k` and `catalogue`, the numbers of items.
     """
 
     item_ids: list[Any]
     scores: list[float]
     version: int
+    explanation: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Schema:
     num_items: int
     default_k: int
     max_k: int
+    dim: int
+    filters: dict[str, str]
     features: list[TensorSpec]
 
 
@@ -62,14 +69,29 @@ def parse_schema(config: dict[str, Any]) -> Schema:
 
 
 def encode(
-    schema: Schema, features: dict[str, Any], k: int | None, exclude: Sequence[Any]
-) -> Tensors:
+    schema: Schema, features: dict[str, Any], k: int | None, exclude: Sequence[Any],
+    allow: Sequence[Any] | None = None, filters: Mapping[str, Any] | None = None,
+) -> Tensors:  # fmt: skip
     """Return a request's tensors: name -> (Triton type, array with a batch dimension of 1).
 
     Raises:
         UserError: naming the feature, what was expected and what came.
     """
-    names = [spec.name for spec in schema.features]
+    tensors = encode_features(schema.features, features)
+    # Both are optional to the server, but it batches only requests that carry the same inputs.
+    tensors["k"] = ("INT32", np.array([[_k(schema, k)]], np.int32))
+    tensors["exclude"] = _id_list(schema, "exclude", exclude)
+    if allow is not None:
+        tensors["allow"] = _id_list(schema, "allow", allow)
+    if filters is not None:
+        text = json.dumps(_filters(schema, filters)).encode()
+        tensors["filter"] = ("BYTES", np.array([[text]], dtype=object))
+    return tensors
+
+
+def encode_features(specs: list[TensorSpec], features: dict[str, Any]) -> Tensors:
+    """Return the tensors of one row's features; see `encode`."""
+    names = [spec.name for spec in specs]
     if not isinstance(features, Mapping):
         raise UserError(
             f"features must be a dict of {', '.join(names)} to their values, got {_shown(features)}"
@@ -78,7 +100,7 @@ def encode(
         if name not in names:
             raise UserError(f"the model has no feature '{name}'{did_you_mean(str(name), names)}")
     tensors: Tensors = {}
-    for spec in schema.features:
+    for spec in specs:
         if spec.kind == "times":
             history = tensors[spec.of][1]
             tensors[spec.name] = ("INT64", _times(spec, features, history))
@@ -89,12 +111,48 @@ def encode(
                 "unknown id, [] for an empty list"
             )
         tensors[spec.name] = (WIRE[spec.dtype], _feature(spec, features[spec.name]))
-    # Both are optional to the server, but it batches only requests that carry the same inputs.
-    tensors["k"] = ("INT32", np.array([[_k(schema, k)]], np.int32))
-    entries = _list("'exclude'", exclude, ordered=False)
-    ids = [_id("exclude", schema.item_id_dtype, value) for value in entries]
-    tensors["exclude"] = (WIRE[schema.item_id_dtype], _ids(schema.item_id_dtype, ids))
     return tensors
+
+
+def _id_list(schema: Schema, name: str, value: Any) -> tuple[str, npt.NDArray[Any]]:
+    dtype = schema.item_id_dtype
+    ids = [_id(name, dtype, entry) for entry in _list(f"'{name}'", value, ordered=False)]
+    return WIRE[dtype], _ids(dtype, ids)
+
+
+def _filters(schema: Schema, filters: Any) -> dict[str, Any]:
+    """Return attribute filters as they are sent, checked by what the model has."""
+    if not isinstance(filters, Mapping):
+        raise UserError(
+            f"filters must be a dict of attributes to their values, got {_shown(filters)}"
+        )
+    sent: dict[str, Any] = {}
+    for name, condition in filters.items():
+        if name not in schema.filters:
+            known = did_you_mean(str(name), schema.filters)
+            raise UserError(
+                f"filters: the model has no attribute '{name}'{known}: it has "
+                f"{', '.join(schema.filters) or 'none; export.filters of the job names them'}"
+            )
+        kind, excluded = VALUES[schema.filters[name]], False
+        if isinstance(condition, Mapping):
+            if set(condition) != {"not"}:
+                raise UserError(
+                    f"filters: '{name}' must be a value, a list of values or {{'not': …}}, got "
+                    f"{_shown(condition)}"
+                )
+            condition, excluded = condition["not"], True
+        values = [condition]
+        if not isinstance(condition, (str, bool, int)):
+            values = _list(f"filters: '{name}'", condition, ordered=False)
+        for value in values:
+            if type(value) is not kind:
+                raise UserError(
+                    f"filters: '{name}' must hold values of type {schema.filters[name]}, got "
+                    f"{_shown(value)}"
+                )
+        sent[name] = {"not": values} if excluded else values
+    return sent
 
 
 def _k(schema: Schema, k: Any) -> int:
@@ -216,9 +274,11 @@ def _ids(dtype: str, values: list[Any]) -> npt.NDArray[Any]:
 def decode(schema: Schema, result: Any) -> Recommendation:
     """Return the answer in a Triton result."""
     ids, scores = result.as_numpy("item_ids")[0], result.as_numpy("scores")[0]
+    explanation = result.as_numpy("explanation")
     text = schema.item_id_dtype == "string"
     return Recommendation(
         [i.decode() if text else int(i) for i in ids],
         [float(s) for s in scores],
         int(result.as_numpy("version")[0, 0]),
+        None if explanation is None else json.loads(explanation[0, 0]),
     )

@@ -24,7 +24,7 @@ from twotower.errors import UserError
 from twotower.export.bundle import Bundle, Golden, answer_difference
 from twotower.files import write_json
 from twotower.serve.client import RecommendClient
-from twotower.serve.config import MODEL, ServeConfig
+from twotower.serve.config import ServeConfig
 from twotower.serve.hold import REPOSITORY, STATE
 from twotower.serve.repository import TARGET, render_repository
 from twotower.serve.request import Recommendation
@@ -121,7 +121,8 @@ class TritonServer:
             f"--model-config-name={TARGET}",
             "--disable-auto-complete-config",
             "--model-control-mode=explicit",
-            f"--load-model={MODEL}",
+            *(f"--load-model={name}" for name in c.models),
+            *_limits(c),
             f"--exit-timeout-secs={int(STOP_S / 2)}",
             "--allow-gpu-metrics=false",
             f"--http-restricted-api={ADMIN}:{ADMIN_HEADER}={self._admin_key}",
@@ -141,7 +142,7 @@ class TritonServer:
             )  # fmt: skip
 
     def _wait_ready(self) -> None:
-        deadline = time.monotonic() + self.config.load_timeout_s
+        deadline, models = time.monotonic() + self.config.load_timeout_s, self.config.models
         assert self.process is not None
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -149,7 +150,7 @@ class TritonServer:
                     f"Triton ended with code {self.process.returncode} before it was ready; its "
                     f"log, {self.log}, closes with:\n{self.log_tail()}"
                 )
-            if self._http("GET", f"/v2/models/{MODEL}/ready", 2.0) == 200:
+            if all(self._http("GET", f"/v2/models/{m}/ready", 2.0) == 200 for m in models):
                 return
             time.sleep(0.05)
         raise UserError(
@@ -212,11 +213,14 @@ class TritonServer:
         return difference
 
     def reload(self) -> bool:
-        """Load the model anew, which starts new stubs; return whether Triton did so."""
-        # Triton skips a load when no file has changed.
-        (self.repository / MODEL / str(self.bundle.manifest.version) / "model.py").touch()
+        """Load the models anew, which starts new stubs; return whether Triton did so."""
         timeout_s = self.config.load_timeout_s
-        return self._http("POST", f"/v2/repository/models/{MODEL}/load", timeout_s) == 200
+        for name in self.config.models:
+            # Triton skips a load when no file has changed.
+            (self.repository / name / str(self.bundle.manifest.version) / "model.py").touch()
+            if self._http("POST", f"/v2/repository/models/{name}/load", timeout_s) != 200:
+                return False
+        return True
 
     def restart(self) -> None:
         """Replace the server process, on the same ports.
@@ -259,6 +263,18 @@ def ask(client: RecommendClient, golden: Golden, limit: int) -> Recommendation:
     # One of which nothing is left to answer is asked for one.
     k = min(max(1, len(golden.item_ids)), limit)
     return client.recommend(golden.features, k=k, exclude=golden.exclude)
+
+
+def _limits(config: ServeConfig) -> list[str]:
+    options = []
+    if config.response_cache_mb:
+        options.append(f"--cache-config=local,size={config.response_cache_mb << 20}")
+    if config.concurrent_batches:
+        options += [
+            "--rate-limit=execution_count",
+            f"--rate-limit-resource=batch:{config.concurrent_batches}",
+        ]
+    return options
 
 
 def answerable(bundle: Bundle) -> list[Golden]:

@@ -1,0 +1,1 @@
+"""What runs inside Triton's Python backend: without twotower, but for the GPU's kernels."""

@@ -1,0 +1,169 @@
+"""Raw features as requests bring them to a Triton model: checked, and joined to a batch.
+
+Imports nothing of twotower's: the file is copied beside the models, into Triton. Each request is
+validated by itself, since one bad row would fail its whole batch otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+PAD_STRING = b""
+PAD_INT64 = -(2**63)
+# A vector of float32 is a unit long to about 1e-6; one that overflowed is 0 or next to it.
+LENGTH_TOLERANCE = 0.01
+Columns = dict[str, np.ndarray[Any, Any]]
+
+
+class Refused(ValueError):
+    """A request that cannot be answered, with the reason."""
+
+
+def refusal(reason: str) -> Any:
+    """Return the response to a request that cannot be answered."""
+    error = pb_utils.TritonError(reason, pb_utils.TritonError.INVALID_ARG)
+    return pb_utils.InferenceResponse(error=error)
+
+
+def cancelled(request: Any) -> Any | None:
+    """Return the response to a request whose client has stopped waiting; None for all others."""
+    if not request.is_cancelled():
+        return None
+    error = pb_utils.TritonError("the client stopped waiting", pb_utils.TritonError.CANCELLED)
+    return pb_utils.InferenceResponse(error=error)
+
+
+def tensor_of(request: Any, name: str) -> np.ndarray[Any, Any] | None:
+    """Return an input's rows, or None where it did not come."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return None if tensor is None else tensor.as_numpy()
+
+
+class Features:
+    """The raw features of one tower.
+
+    Args:
+        specs: name, kind, dtype, length, is_list and of, of each tensor.
+    """
+
+    def __init__(self, specs: list[dict[str, Any]]) -> None:
+        self.specs = specs
+
+    def parse(self, request: Any) -> tuple[Columns, int]:
+        """Return a request's columns and its number of rows.
+
+        Raises:
+            Refused: naming the feature.
+        """
+        columns: Columns = {}
+        for spec in self.specs:
+            value = tensor_of(request, spec["name"])
+            if spec["kind"] == "times":
+                columns[spec["name"]] = _times(spec, columns[spec["of"]], value)
+            elif value is None:
+                raise Refused(f"{spec['name']} is missing: send every feature of the model")
+            else:
+                columns[spec["name"]] = _column(spec, value)
+        rows = {name: len(value) for name, value in columns.items()}
+        if len(set(rows.values())) > 1:
+            raise Refused(f"features differ in their number of rows: {rows}")
+        return columns, max(rows.values())
+
+    def join(self, parts: list[Columns]) -> Columns:
+        """Return the rows of several requests, lists padded to the longest."""
+        return {s["name"]: _stack([p[s["name"]] for p in parts], s["dtype"]) for s in self.specs}
+
+    def overflow(self, columns: Columns, vectors: np.ndarray[Any, Any]) -> str | None:
+        """Return what is wrong with finite numbers that a tower could not compute with.
+
+        Where they overflow its float32, eager PyTorch and ONNX Runtime give other vectors, none of
+        them of length 1. What overflows depends on the weights, so the outcome is what tells.
+        """
+        numbers = [s["name"] for s in self.specs if s["dtype"] == "float32"]
+        direction = vectors.astype(np.float64)
+        # A query's coordinate for the items' bias is 1, and the others have length 1 then.
+        direction[direction[:, -1] == 1, -1] = 0
+        length = np.linalg.norm(direction, axis=1)
+        # Also true of NaN.
+        bad = ~(np.abs(length - 1) < LENGTH_TOLERANCE)
+        if not numbers or not bad.any():
+            return None
+        largest = {name: np.abs(columns[name][bad]).max() for name in numbers}
+        name = max(largest, key=largest.__getitem__)
+        return (
+            f"{name} holds a number of size {largest[name]:.3g}, which overflows the model's "
+            "float32: send numbers such as the training log's"
+        )
+
+
+def _column(spec: dict[str, Any], value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Check one feature's rows."""
+    name, length = spec["name"], spec["length"]
+    if spec["dtype"] == "float32":
+        if not np.isfinite(value).all():
+            raise Refused(f"{name} holds NaN or infinity: send finite numbers")
+        return value
+    if spec["dtype"] == "string":
+        value = strings(name, value)
+    if value.shape[1] > length:
+        # Padding beyond the window is no entry.
+        pad = PAD_INT64 if spec["dtype"] == "int64" else PAD_STRING.decode()
+        most = int((value != pad).sum(axis=1).max())
+        if most > length or (value[:, length:] != pad).any():
+            newest = "newest" if spec["kind"] == "history" else "first"
+            raise Refused(
+                f"{name} has {value.shape[1]} entries, the model's window is {length}: "
+                f"send the {newest} {length}"
+            )
+        value = value[:, :length]
+    return value
+
+
+def _times(
+    spec: dict[str, Any], history: np.ndarray[Any, Any], value: np.ndarray[Any, Any] | None
+) -> np.ndarray[Any, Any]:
+    """Return the seconds of a history's entries; none are known of times that do not come."""
+    if value is None:
+        return np.full(history.shape, PAD_INT64)
+    value = _column(spec, value)
+    if value.shape != history.shape:
+        raise Refused(
+            f"{spec['name']} has the shape {list(value.shape)}, {spec['of']} "
+            f"{list(history.shape)}: send one time an entry"
+        )
+    return value
+
+
+def strings(name: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Decode UTF-8.
+
+    Raises:
+        Refused: where it is none.
+    """
+    out = np.empty(value.shape, dtype=object)
+    flat = out.reshape(-1)
+    try:
+        for i, entry in enumerate(value.reshape(-1)):
+            flat[i] = entry.decode() if isinstance(entry, bytes) else str(entry)
+    except UnicodeDecodeError:
+        raise Refused(f"{name} holds bytes that are not UTF-8") from None
+    return out
+
+
+def _stack(parts: list[np.ndarray[Any, Any]], dtype: str) -> np.ndarray[Any, Any]:
+    if dtype == "float32":
+        return np.concatenate(parts)
+    width = max(1, *(p.shape[1] for p in parts))
+    rows = sum(len(p) for p in parts)
+    text = dtype == "string"
+    out = np.full(
+        (rows, width), PAD_STRING.decode() if text else PAD_INT64, object if text else np.int64
+    )
+    start = 0
+    for part in parts:
+        out[start : start + len(part), : part.shape[1]] = part
+        start += len(part)
+    return out

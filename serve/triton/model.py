@@ -1,0 +1,227 @@
+"""The Triton model `recommend`: raw features in, item ids and scores out.
+
+Runs in Triton's Python backend, in the version directory with the bundle's files and copies of the
+files beside it and of `twotower.export.search`, with NumPy and ONNX Runtime and without twotower.
+Rows of all requests of a batch are answered together; each request is validated by itself first,
+since one bad row would fail its whole batch otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from features import PAD_INT64, PAD_STRING, Features, Refused, cancelled, refusal, tensor_of
+from filters import Filters
+from search import open_search
+from tower import open_tower
+
+# Of fewer rows than this, or than this part of the catalogue, each score is computed.
+FEW_ROWS = 4096
+FEW_SHARE = 1 / 8
+
+
+class TritonPythonModel:
+    """Answers batches of requests from one bundle."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the graphs of this version's directory."""
+        folder = Path(args["model_repository"]) / args["model_version"]
+        parameters = json.loads(args["model_config"])["parameters"]
+        self.schema = json.loads(parameters["schema"]["string_value"])
+        self.spec = json.loads(parameters["index"]["string_value"])
+        target, threads = (parameters[name]["string_value"] for name in ("target", "threads"))
+        self.features = Features(self.schema["features"])
+        self.tower = open_tower(folder, "query", target, int(threads))
+        self.index: Any
+        if target == "gpu":
+            from fused import FusedSearch
+
+            self.spec = {"kind": "exact", "width": self.schema["dim"]}
+            self.index = FusedSearch(folder, f"cuda:{args['model_instance_device_id']}")
+        else:
+            self.index = open_search(folder, self.spec, int(threads))
+        self.ids = np.load(folder / "item_ids.npy", mmap_mode="r", allow_pickle=False)
+        self.text_ids = self.ids.dtype.kind == "S"
+        self.filters = Filters(folder, self.schema["filters"], len(self.ids))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer each request, or say by itself why not."""
+        responses: list[Any] = []
+        parsed: list[dict[str, Any]] = []
+        for number, request in enumerate(requests):
+            responses.append(cancelled(request))
+            if responses[-1] is None:
+                try:
+                    parsed.append(self.parse(request) | {"number": number})
+                except Refused as error:
+                    responses[-1] = refusal(str(error))
+        if parsed:
+            for p, response in zip(parsed, self.answer(parsed), strict=True):
+                responses[p["number"]] = response
+        return responses
+
+    def parse(self, request: Any) -> dict[str, Any]:
+        """Return a request's columns, k, and which rows it leaves out or asks for.
+
+        Raises:
+            Refused: naming what cannot be answered.
+        """
+        columns, count = self.features.parse(request)
+        wanted = tensor_of(request, "k")
+        k = self.schema["default_k"]
+        if wanted is not None:
+            wanted = wanted.ravel()
+            if len(set(wanted.tolist())) != 1:
+                raise Refused("k must be the same for all rows of a request")
+            k = int(wanted[0])
+        if not 1 <= k <= self.schema["max_k"]:
+            raise Refused(
+                f"k must be in 1..{self.schema['max_k']} (catalogue: "
+                f"{self.schema['num_items']} items), got {k}"
+            )
+        lists: dict[str, list[Any]] = {}
+        for name in ("exclude", "allow", "filter"):
+            value = tensor_of(request, name)
+            lists[name] = [None] * count if value is None else list(value)
+            if len(lists[name]) != count:
+                raise Refused(f"{name} has {len(lists[name])} rows, the features have {count}")
+        none = np.empty(0, np.int64)
+        return {
+            "columns": columns, "count": count, "k": k,
+            "exclude": [none if e is None else self.rows_of(e) for e in lists["exclude"]],
+            "only": [self.only(*p) for p in zip(lists["allow"], lists["filter"], strict=True)],
+            "filter": [_text(f) for f in lists["filter"]],
+            "explain": "explanation" in request.requested_output_names(),
+        }  # fmt: skip
+
+    def only(self, allow: Any, condition: Any) -> np.ndarray[Any, Any] | None:
+        """Return the rows that a request's row asks for; None for all.
+
+        Raises:
+            Refused: for a filter that cannot be.
+        """
+        rows = None if allow is None else self.rows_of(allow)
+        text = _text(condition)
+        if text:
+            left = self.filters.rows(text)
+            rows = left if rows is None else np.intersect1d(rows, left, assume_unique=True)
+        return rows
+
+    def rows_of(self, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return the distinct catalogue rows of raw ids; ids it does not hold are left out."""
+        if self.text_ids:
+            # A longer id than any in the catalogue would be cut to look like one.
+            width = self.ids.dtype.itemsize
+            raw = [i if isinstance(i, bytes) else str(i).encode() for i in ids]
+            ids = np.array([i for i in raw if len(i) <= width], dtype=self.ids.dtype)
+        found = np.searchsorted(self.ids, ids)
+        found = found[found < len(self.ids)]
+        ids = ids[np.searchsorted(self.ids, ids) < len(self.ids)]
+        return np.unique(found[self.ids[found] == ids])
+
+    def answer(self, parsed: list[dict[str, Any]]) -> list[Any]:
+        """Answer valid requests in one pass of the query tower and one of the index."""
+        vectors = self.tower.vectors(self.features.join([p["columns"] for p in parsed]))
+        exclude = [rows for p in parsed for rows in p["exclude"]]
+        only = [rows for p in parsed for rows in p["only"]]
+        wanted = np.repeat([p["k"] for p in parsed], [p["count"] for p in parsed])
+        results = self.search(vectors, wanted, exclude, only)
+        responses, start = [], 0
+        for p in parsed:
+            rows = slice(start, start + p["count"])
+            error = self.features.overflow(p["columns"], vectors[rows])
+            responses.append(refusal(error) if error else self.response(p, results[rows]))
+            start += p["count"]
+        return responses
+
+    def search(
+        self, vectors: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any],
+        exclude: list[np.ndarray[Any, Any]], only: list[np.ndarray[Any, Any] | None],
+    ) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:  # fmt: skip
+        """Return each row's best scores and catalogue rows, of those asked for and not excluded."""
+        results: list[Any] = [None] * len(vectors)
+        for number, asked in enumerate(only):
+            if asked is not None:
+                left = np.setdiff1d(asked, exclude[number], assume_unique=True)
+                results[number] = self.among(vectors[number], left, int(wanted[number]))
+        # The best k + |excluded| hold the best k that are left. Rows with like needs share a run
+        # of the index, so that one long list of exclusions does not slow all others.
+        need = np.minimum(wanted + [len(e) for e in exclude], len(self.ids))
+        group = np.ceil(np.log2(need)).astype(int)
+        group[[rows is not None for rows in only]] = -1
+        for g in np.unique(group[group >= 0]).tolist():
+            members = np.flatnonzero(group == g)
+            scores, rows = self.index.search(vectors[members], int(need[members].max()))
+            for place, i in enumerate(members):
+                keep = np.isin(rows[place], exclude[i], invert=True).nonzero()[0][: wanted[i]]
+                results[i] = (scores[place][keep], rows[place][keep])
+        return results
+
+    def among(
+        self, vector: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], k: int
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return the best scores and rows of some rows of the catalogue."""
+        k, n = min(k, len(rows)), len(self.ids)
+        if len(rows) > max(FEW_ROWS, FEW_SHARE * n):
+            # The index finds more than are asked for until enough of them may be answered.
+            asked = np.zeros(n, bool)
+            asked[rows] = True
+            most = 2 * k * n // len(rows)
+            while most < FEW_SHARE * n:
+                scores, near = self.index.search(vector[None], most)
+                keep = asked[near[0]].nonzero()[0][:k]
+                if len(keep) == k:
+                    return scores[0][keep], near[0][keep]
+                most *= 4
+        found: tuple[Any, Any] = self.index.among(vector, rows, k)
+        return found
+
+    def response(self, parsed: dict[str, Any], results: list[tuple[Any, Any]]) -> Any:
+        """Return one request's tensors; rows with fewer results are padded."""
+        width = max(len(rows) for _, rows in results)
+        pad = PAD_STRING if self.text_ids else PAD_INT64
+        ids = np.full((len(results), width), pad, dtype=object if self.text_ids else np.int64)
+        scores = np.full((len(results), width), -np.inf, dtype=np.float32)
+        for i, (score, rows) in enumerate(results):
+            ids[i, : len(rows)] = self.ids[rows]
+            scores[i, : len(rows)] = score
+        version = np.full((len(results), 1), self.schema["version"], dtype=np.int64)
+        tensors = [
+            pb_utils.Tensor("item_ids", ids),
+            pb_utils.Tensor("scores", scores),
+            pb_utils.Tensor("version", version),
+        ]
+        if parsed["explain"]:
+            texts = [[self.explanation(parsed, i)] for i in range(len(results))]
+            tensors.append(pb_utils.Tensor("explanation", np.array(texts, dtype=object)))
+        return pb_utils.InferenceResponse(tensors)
+
+    def explanation(self, parsed: dict[str, Any], row: int) -> bytes:
+        """Return as JSON how one row was answered."""
+        only, excluded = parsed["only"][row], len(parsed["exclude"][row])
+        text = parsed["filter"][row]
+        return json.dumps({
+            "version": self.schema["version"],
+            "index": self.spec["kind"],
+            "exact": self.spec["kind"] == "exact" and self.spec["width"] == self.schema["dim"],
+            "catalogue": len(self.ids),
+            "filter": json.loads(text) if text else None,
+            "asked_for": None if only is None else len(only),
+            "excluded": excluded,
+            "k": parsed["k"],
+        }).encode()  # fmt: skip
+
+
+def _text(value: Any) -> str:
+    """Return a filter's text; none, where none came."""
+    if value is None:
+        return ""
+    entry = value.ravel()[0]
+    try:
+        return entry.decode() if isinstance(entry, bytes) else str(entry)
+    except UnicodeDecodeError:
+        raise Refused("filter holds bytes that are not UTF-8") from None
