@@ -67,12 +67,12 @@ def _channel(url: str, protocol: str, proxy: bool) -> dict[str, Any]:
         ("grpc.initial_reconnect_backoff_ms", RECONNECT_MS),
         ("grpc.max_reconnect_backoff_ms", MOST_RECONNECT_MS),
     ]
-    if not proxy or _is_local(url):
+    if not proxy or is_local(url):
         options.append(("grpc.enable_http_proxy", 0))
     return {"channel_args": options}
 
 
-def _is_local(url: str) -> bool:
+def is_local(url: str) -> bool:
     """Whether an address is of this machine itself, where no proxy could reach it."""
     host = url.rsplit("/", 1)[-1].rsplit(":", 1)[0].strip("[]")
     try:

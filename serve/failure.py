@@ -16,6 +16,7 @@ LOST_CONNECTION = (OSError, HTTPConnectionClosed, ClientConnectionError)
 LATE = (TimeoutError, asyncio.TimeoutError)  # two classes until Python 3.11
 # What Triton says of a request whose stub has died; the supervisor brings the stub back.
 DEAD_STUB = "is not healthy"
+Kind = Literal["deadline", "lost", "failed"]
 
 
 class ServerUnavailable(UserError):
@@ -26,7 +27,7 @@ class ServerUnavailable(UserError):
             take the request, so another try may help; `failed`, the server could not answer.
     """
 
-    def __init__(self, message: str, kind: Literal["deadline", "lost", "failed"]) -> None:
+    def __init__(self, message: str, kind: Kind = "failed") -> None:
         super().__init__(message)
         self.kind = kind
 
@@ -43,7 +44,7 @@ def explain(error: Exception, url: str) -> UserError:
                 f"{url} failed to answer: {text}: try again in a few seconds",
                 "lost" if DEAD_STUB in text else "failed",
             )
-    kind: Literal["deadline", "lost", "failed"] = "failed"
+    kind: Kind = "failed"
     if status == "StatusCode.DEADLINE_EXCEEDED" or isinstance(error, LATE):
         kind = "deadline"
     elif status in LOST or isinstance(error, LOST_CONNECTION):

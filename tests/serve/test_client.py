@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,52 +17,9 @@ from twotower.serve.retry import FIRST_PAUSE_S, MOST_PAUSE_S, Retries
 from twotower.serve.supervisor import running_server
 
 from .conftest import FREE, GOOD
+from .relay import Relay
 
 PROTOCOLS = ("grpc", "http")
-
-
-class Relay:
-    """A port before the server's, which loses its first connections, or answers far too slowly."""
-
-    def __init__(self, target: str, *, lose: int = 0, drip: bool = False) -> None:
-        host, port = target.split(":")
-        self.target, self.lose, self.drip = (host, int(port)), lose, drip
-        self.accepted, self.sockets = 0, []
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"127.0.0.1:{self.listener.getsockname()[1]}"
-        self.done = threading.Event()
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self) -> None:
-        while True:
-            try:
-                inner, _ = self.listener.accept()
-            except OSError:
-                return
-            self.accepted += 1
-            if self.accepted <= self.lose:
-                inner.close()
-                continue
-            outer = socket.create_connection(self.target)
-            self.sockets += [inner, outer]
-            for source, sink in ((inner, outer), (outer, inner)):
-                slow = self.drip and source is outer
-                threading.Thread(target=self.pipe, args=(source, sink, slow), daemon=True).start()
-
-    def pipe(self, source: socket.socket, sink: socket.socket, slow: bool) -> None:
-        try:
-            while block := source.recv(1 if slow else 1 << 16):
-                if slow and self.done.wait(0.1):
-                    return
-                sink.sendall(block)
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            return
-
-    def close(self) -> None:
-        self.done.set()
-        for sock in (self.listener, *self.sockets):
-            sock.close()
 
 
 @pytest.fixture
