@@ -31,7 +31,7 @@ def held(work_dir: Path) -> Iterator[None]:
     try:
         os.ftruncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())
-        if (orphan := _orphan(work_dir)) is not None:
+        if (orphan := server_pid(work_dir)) is not None:
             raise _taken(work_dir, orphan)
         # A killed server left it.
         (work_dir / STATE).unlink(missing_ok=True)
@@ -104,8 +104,8 @@ def _flock(handle: int, work_dir: Path) -> None:
         ) from None
 
 
-def _orphan(work_dir: Path) -> int | None:
-    """Return the pid of a killed twotower's tritonserver that has not ended yet."""
+def server_pid(work_dir: Path) -> int | None:
+    """Return the pid of the tritonserver that runs there, though its twotower may be killed."""
     try:
         pid = int(json.loads((work_dir / STATE).read_text())["pid"])
         command = Path(f"/proc/{pid}/cmdline").read_bytes()

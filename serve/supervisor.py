@@ -13,7 +13,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.table import Table
@@ -82,6 +84,23 @@ def running_server(
         stop.set()
         thread.join()
         server.stop()
+
+
+@contextmanager
+def passing_server(bundle: Bundle, config: ServeConfig) -> Iterator[TritonServer]:
+    """Serve a bundle on free ports while the block runs, neither proven nor supervised.
+
+    Raises:
+        UserError: as `TritonServer.start`.
+    """
+    free = replace(config, http_port=0, grpc_port=0, metrics_port=0)
+    with TemporaryDirectory(prefix="twotower-server-") as work:
+        server = TritonServer(bundle, free, Path(work))
+        server.start(prove=False)
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 def serve_forever(bundle_path: Path, config: ServeConfig, work_dir: Path) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from twotower.export.bundle import read_bundle, seal
+from twotower.serve.config import ServeConfig
 from twotower.serve.supervisor import running_server
-from twotower.verification import ANY_PORT
+
+ANY_PORT = ServeConfig(http_port=0, grpc_port=0, metrics_port=0)
 
 
 def altered(bundle: Path, target: Path, change=lambda golden: None) -> Path:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -37,12 +36,12 @@ from twotower.export.index import VECTORS
 from twotower.export.search import exact_top_k, open_search
 from twotower.serve.client import RecommendClient
 from twotower.serve.config import ServeConfig
-from twotower.serve.server import TritonServer, answerable, ask
+from twotower.serve.server import answerable, ask
+from twotower.serve.supervisor import passing_server
 from twotower.show import console, facts, table
 
 DIFFERS = 1  # the exit code
 SHOWN = 3
-ANY_PORT = ServeConfig(http_port=0, grpc_port=0, metrics_port=0)
 
 
 def verify(options: Any) -> int:
@@ -112,14 +111,11 @@ def _client(bundle: Bundle, url: str | None) -> Iterator[tuple[RecommendClient, 
         with RecommendClient(url) as client:
             yield client, min(client.schema().max_k, bundle.manifest.num_items)
         return
-    with TemporaryDirectory(prefix="twotower-verify-") as work:
-        server = TritonServer(bundle, ANY_PORT, Path(work))
-        server.start(prove=False)
-        try:
-            with RecommendClient(server.grpc_url, proxy=False) as client:
-                yield client, server.k_limit
-        finally:
-            server.stop()
+    with (
+        passing_server(bundle, ServeConfig()) as server,
+        RecommendClient(server.grpc_url, proxy=False) as client,
+    ):
+        yield client, server.k_limit
 
 
 def _triton(

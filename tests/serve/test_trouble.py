@@ -238,10 +238,10 @@ def test_many_first_requests_ask_for_the_schema_once(server) -> None:
         async with AsyncRecommendClient(server.grpc_url) as client:
             asked = client._model_config
 
-            async def counted():
+            async def counted(deadline):
                 nonlocal calls
                 calls += 1
-                return await asked()
+                return await asked(deadline)
 
             client._model_config = counted
             features = server.golden[0].features
