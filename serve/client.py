@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tritonclient.grpc as grpc
@@ -65,12 +65,16 @@ def _inputs(protocol: str, tensors: Tensors) -> list[Any]:
 
 
 def _channel(url: str, protocol: str, proxy: bool) -> dict[str, Any]:
-    """Return what keeps a client from the environment's proxy; only gRPC's would use it."""
-    if protocol != "grpc" or (proxy and not _is_local(url)):
+    """Return the options of a gRPC channel; HTTP has none, and heeds no proxy."""
+    if protocol != "grpc":
         return {}
     # These replace tritonclient's own, of which the sizes matter: gRPC receives 4 MB by default.
-    sizes = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
-    return {"channel_args": [("grpc.enable_http_proxy", 0), *sizes]}
+    args = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
+    # By default a server that was away for long is looked for every two minutes.
+    args.append(("grpc.max_reconnect_backoff_ms", 1000))
+    if not proxy or _is_local(url):
+        args.append(("grpc.enable_http_proxy", 0))
+    return {"channel_args": args}
 
 
 def _is_local(url: str) -> bool:
@@ -217,15 +221,24 @@ class AsyncRecommendClient:
             raise ServerUnavailable(str(explain(error, self.url))) from None
 
     async def recommend(
-        self, features: dict[str, Any], *, k: int | None = None, exclude: Sequence[Any] = ()
+        self,
+        features: dict[str, Any],
+        *,
+        k: int | None = None,
+        exclude: Sequence[Any] = (),
+        headers: Mapping[str, str] | None = None,
     ) -> Recommendation:
-        """Return the best items; see `RecommendClient.recommend`."""
+        """Return the best items; see `RecommendClient.recommend`.
+
+        `headers` go with the request, for instance a traceparent.
+        """
         schema = await self.schema()
         tensors = encode(schema, features, k, exclude)
+        inputs = _inputs(self.protocol, tensors)
         try:
             # Triton's asyncio HTTP client has no deadline of its own.
             result = await asyncio.wait_for(
-                self._client.infer(MODEL, _inputs(self.protocol, tensors)), self.timeout_s
+                self._client.infer(MODEL, inputs, headers=headers or None), self.timeout_s
             )
         except Exception as error:  # also what the HTTP libraries raise and tritonclient lets by
             raise explain(error, self.url) from None

@@ -55,7 +55,7 @@ def recommend(job: Job, options: Namespace) -> None:
             features[f.name] = seen[max(0, len(seen) - f.length) :]
             features.pop(f.times_name, None)
     exclude = seen + [_parse_id(i, data, "items") for i in id_list(options.exclude)]
-    url = options.url or _served_url(job)
+    url = options.url or served_url(job)
     with RecommendClient(url, proxy=options.url is not None) as client:
         answer = client.recommend(features, k=options.k, exclude=exclude)
     _print_answer(job, user, seen, answer)
@@ -130,7 +130,7 @@ def _parse_id(text: str, data: PreparedDataset, side: str) -> Any:
     return number
 
 
-def _served_url(job: Job) -> str:
+def served_url(job: Job) -> str:
     """Return the gRPC address of the job's running server."""
     try:
         state = json.loads((job.path("server") / "server.json").read_text())
