@@ -26,7 +26,7 @@ from twotower.serve.gateway.front import HEALTH, Front
 from twotower.serve.gateway.keys import Keys
 from twotower.serve.gateway.observe import Metrics, Trail
 from twotower.serve.gateway.recommender import Ask, Recommender
-from twotower.serve.gateway.schemas import Bodies, EventsAnswer, Health
+from twotower.serve.gateway.schemas import EVENTS, RECOMMEND, Bodies, EventsAnswer, Health
 from twotower.serve.gateway.store import StoreUnavailable
 
 DESCRIPTION = "Two-tower retrieval over JSON."
@@ -61,11 +61,11 @@ class Endpoints:
         """Give the application its paths."""
         recommend, events = self.recommend_endpoint(), self.events_endpoint()
         app.add_api_route(
-            "/v1/recommend", recommend, methods=["POST"], response_model=self._bodies.answer,
+            RECOMMEND, recommend, methods=["POST"], response_model=self._bodies.answer,
             responses=REFUSALS, summary="Recommend items",
         )  # fmt: skip
         app.add_api_route(
-            "/v1/events", events, methods=["POST"], response_model=EventsAnswer,
+            EVENTS, events, methods=["POST"], response_model=EventsAnswer,
             responses=REFUSALS, summary="Add to a user's history",
         )  # fmt: skip
         app.add_api_route(
@@ -84,10 +84,11 @@ class Endpoints:
                     "body.history_times", "one an item, null where it is not known",
                     "send as many as items, or leave the list out",
                 )  # fmt: skip
+            features = body.features.model_dump(by_alias=True, exclude_unset=True)
             ask = Ask(
-                user=body.user, features=body.features.model_dump(exclude_unset=True),
-                history=body.history, history_times=times, k=body.k, exclude=body.exclude,
-                filter_seen=body.filter_seen, timeout_ms=body.timeout_ms,
+                user=body.user, features=features, history=body.history, history_times=times,
+                k=body.k, exclude=body.exclude, filter_seen=body.filter_seen,
+                timeout_ms=body.timeout_ms,
             )  # fmt: skip
             return json_response(await self._recommender.recommend(ask, _trail(request)))
 
@@ -104,7 +105,7 @@ class Endpoints:
             except StoreUnavailable:
                 raise Refusal(
                     503, "the store has not taken the events", "gateway.store", "a store that "
-                    "answers", "send them again; some of a request timed out may be there", 1,
+                    "answers", "send them again; where it was late, it may have them already", 1,
                 ) from None  # fmt: skip
             return json_response({"accepted": len(items)})
 
@@ -153,9 +154,11 @@ def _explain_errors(app: FastAPI, bodies: Bodies) -> None:
         assert isinstance(error, Refusal)
         return refusal_response(error)
 
-    async def unfit(_: Request, error: Exception) -> Response:
+    async def unfit(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return refusal_response(_unfit(error.errors()[0], bodies))
+        # A misspelt field is the cause of one that is missing.
+        found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        return refusal_response(_unfit(found[0], request.url.path, bodies))
 
     async def unanswerable(_: Request, error: Exception) -> Response:
         # What Triton refuses begins with its address, which is none of the caller's business.
@@ -180,7 +183,7 @@ def _explain_errors(app: FastAPI, bodies: Bodies) -> None:
     app.add_exception_handler(HTTPException, http_error)
 
 
-def _unfit(error: Any, bodies: Bodies) -> Refusal:
+def _unfit(error: Any, path: str, bodies: Bodies) -> Refusal:
     """Return the refusal of what pydantic found wrong, without the value itself."""
     if error["type"] == "json_invalid":
         return Refusal(
@@ -189,9 +192,7 @@ def _unfit(error: Any, bodies: Bodies) -> Refusal:
     *parents, last = (str(part)[:SHOWN] for part in error["loc"])
     where = ".".join([*parents, last])
     if error["type"] == "extra_forbidden":
-        known = {
-            "features": bodies.features, "body": bodies.recommend,
-        }.get(parents[-1], bodies.events).model_fields  # fmt: skip
+        known = bodies.names(path, parents)
         return Refusal(
             422, f"there is no '{last}' here", where, f"one of {', '.join(known)}",
             f"remove it{did_you_mean(last, known)}",

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+)
 
 LOG = logging.getLogger("twotower.gateway")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -45,6 +51,8 @@ class Metrics:
     """The metrics of one gateway."""
 
     def __init__(self) -> None:
+        # Else a series more for each of ours, of when it began.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         shared: dict[str, Any] = {"namespace": "twotower_gateway", "registry": self.registry}
         self.requests = Counter(
@@ -69,7 +77,9 @@ class Metrics:
         self.model_failures = Counter(
             "model_failures", "Requests to a server without an answer.", ["server"], **shared
         )
-        self.hedges = Counter("hedges", "Second requests to a server.", **shared)
+        self.hedges = Counter(
+            "hedges", "Second requests, as the first was slow or failed.", **shared
+        )
         self.circuit_open = Gauge(
             "circuit_open", "Whether requests are held back from it.", ["of"], **shared
         )

@@ -70,7 +70,7 @@ class Recommender:
                     record = await self.look_up(ask.user, end - time.monotonic())
             except StoreUnavailable:
                 return self._popular(ask, trail, "store", ask.features, self._excluded(ask, None))
-        features, excluded = self._query(ask, record), self._excluded(ask, record)
+        features, excluded = self.features_of(ask, record), self._excluded(ask, record)
         query = Query(features, ask.k, excluded, trace_headers(trail))
         try:
             with span("model"):
@@ -91,12 +91,13 @@ class Recommender:
             StoreUnavailable: when it has not told it in time, or its circuit is open.
         """
         started = time.monotonic()
-        record = await self._from_store(self.store.get(user), left_s)
+        timeout_s = self._config.store_timeout_ms / 1000
+        record = await self._from_store(self.store.get(user), timeout_s, left_s)
         self._metrics.store_seconds.observe(time.monotonic() - started)
         if record is None:
             return None
         # What another job or a mistake has left there is no fault of the caller's.
-        known = {n: v for n, v in record.features.items() if n in self._features.model_fields}
+        known = {n: v for n, v in record.features.items() if n in self.defaults.features}
         try:
             self._features.model_validate(known)
         except ValidationError as error:
@@ -110,32 +111,33 @@ class Recommender:
         Raises:
             StoreUnavailable: when the store has not taken them.
         """
-        await self._from_store(self.store.append(user, items, times))
+        # Nobody waits for an answer that the model must still give.
+        timeout_s = self._config.deadline_ms / 1000
+        await self._from_store(self.store.append(user, items, times), timeout_s, timeout_s)
 
     async def health(self) -> tuple[bool, bool]:
         """Return whether the model answers a real request in time, and the store a ping."""
         ask = Ask(
             features={}, k=1, exclude=[], filter_seen=False, timeout_ms=self._config.deadline_ms
         )
-        query = Query(self._query(ask, None), 1, [], {})
+        query, timeout_s = Query(self.features_of(ask, None), 1, [], {}), ask.timeout_ms / 1000
         try:
-            answer = await self.replicas.recommend(query, self._config.deadline_ms / 1000)
+            answer = await self.replicas.recommend(query, timeout_s)
             model = bool(answer.item_ids)
         except UserError:
             model = False
         try:
-            await self._from_store(self.store.ping())
+            await self._from_store(self.store.ping(), timeout_s, timeout_s)
         except StoreUnavailable:
             return model, False
         return model, True
 
-    async def _from_store(self, asked: Any, left_s: float = 60.0) -> Any:
-        """Return the store's answer, within its time-out and `left_s`."""
+    async def _from_store(self, asked: Any, timeout_s: float, left_s: float) -> Any:
+        """Return the store's answer, within its time-out and what is left to the caller."""
         if not self._breaker.allows():
             asked.close()
             self._metrics.store_failures.labels("circuit open").inc()
             raise StoreUnavailable("the circuit to it is open")
-        timeout_s = self._config.store_timeout_ms / 1000
         try:
             result = await asyncio.wait_for(asked, max(0.0, min(timeout_s, left_s)))
         except DamagedRecord:
@@ -153,7 +155,7 @@ class Recommender:
         self._metrics.circuit_open.labels("store").set(0)
         return result
 
-    def _query(self, ask: Ask, record: Record | None) -> dict[str, Any]:
+    def features_of(self, ask: Ask, record: Record | None) -> dict[str, Any]:
         """Return every feature of the model: the caller's, else the store's, else the default."""
         features = dict(self.defaults.features)
         if ask.user is not None:

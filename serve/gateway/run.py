@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -51,9 +52,6 @@ def run_gateway(
     Raises:
         UserError: for a port in use, no server, missing or damaged files.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Uvicorn handles both while it runs, and raises them again at its end.
-        signal.signal(number, lambda *_: None)
     log_to_stderr()
     uvloop.run(_answer(config, name, folder, servers, start_s, ready))
 
@@ -76,14 +74,22 @@ async def _answer(
             )
             app = build_app(recommender, bodies, keys, config, metrics)
             await recommender.health()  # connects, so that the first request need not
+            # What the libraries have made stays: a collection need not go through it, which would
+            # hold up every request for tens of milliseconds.
+            gc.collect()
+            gc.freeze()
             with _bind(config) as bound:
                 server = uvicorn.Server(uvicorn.Config(
                     app, log_config=None, access_log=False, lifespan="off", server_header=False,
-                    timeout_graceful_shutdown=DRAIN_S,
+                    proxy_headers=False, timeout_graceful_shutdown=DRAIN_S,
                 ))  # fmt: skip
-                url = f"http://{config.host}:{bound.getsockname()[1]}"
+                host = f"[{config.host}]" if ":" in config.host else config.host
+                url = f"http://{host}:{bound.getsockname()[1]}"
                 write_json(folder / STATE, {"pid": os.getpid(), "url": url})
                 ready(url, schema)
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    # Uvicorn handles both while it runs, and raises them again at its end.
+                    signal.signal(number, lambda *_: None)
                 await server.serve(sockets=[bound])
         finally:
             await store.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from twotower.data.schema import PAD_INT64, TensorSpec
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.request import FLOAT32_MAX, MAX_SECONDS, Schema
 
+RECOMMEND, EVENTS = "/v1/recommend", "/v1/events"
 STRICT = ConfigDict(extra="forbid", strict=True)
 IDS: dict[str, Any] = {
     "int64": Annotated[int, Field(gt=PAD_INT64, lt=2**63)],
@@ -31,13 +33,29 @@ class Bodies:
         features: the model's, without histories; each may be left out.
         recommend: of `POST /v1/recommend`.
         answer: to it.
+        event: one of a user's.
         events: of `POST /v1/events`.
     """
 
     features: type[BaseModel]
     recommend: type[BaseModel]
     answer: type[BaseModel]
+    event: type[BaseModel]
     events: type[BaseModel]
+
+    def names(self, path: str, place: Sequence[str]) -> list[str]:
+        """Return the fields that an object of a body may have.
+
+        Args:
+            path: of the request.
+            place: from the body down to the object, as pydantic gives it.
+        """
+        inner = place[-1] != "body"
+        if path == RECOMMEND:
+            model = self.features if inner else self.recommend
+        else:
+            model = self.event if inner else self.events
+        return [field.alias or name for name, field in model.model_fields.items()]
 
 
 class EventsAnswer(BaseModel):
@@ -70,7 +88,8 @@ def make_bodies(schema: Schema, user_id_dtype: str, config: GatewayConfig) -> Bo
     own = [s for s in schema.features if s.kind not in ("history", "times")]
     features = _model(
         "Features", "Features of the query; what is left out is as the store knows it.",
-        {spec.name: (_type(spec), _field(spec)) for spec in own},
+        # Under names of ours, since a feature may be called what pydantic's own attributes are.
+        {f"feature_{i}": (_type(spec), _field(spec)) for i, spec in enumerate(own)},
     )  # fmt: skip
     items = Annotated[list[item], Field(max_length=config.history_length)]  # type: ignore[valid-type]
     excluded = Annotated[list[item], Field(max_length=MAX_EXCLUDE)]  # type: ignore[valid-type]
@@ -109,6 +128,7 @@ def make_bodies(schema: Schema, user_id_dtype: str, config: GatewayConfig) -> Bo
         features,
         _model("Recommend", "Whom to recommend for; without anything, an unknown user.", fields),
         _answer(item),
+        event,
         _model("Events", "What a user has just taken.", {
             "user": (user, Field(description="Id of the user.")),
             "events": (event_list, Field(description="The events, oldest first.")),
@@ -149,4 +169,11 @@ def _type(spec: TensorSpec) -> Any:
 
 def _field(spec: TensorSpec) -> Any:
     # Left out and null differ: null is an id that is not known.
-    return Field(None, description=f"{spec.kind}, {spec.dtype}", validate_default=False)
+    return Field(
+        None, alias=spec.name, description=f"{spec.kind}, {spec.dtype}",
+        json_schema_extra=_without_default,
+    )  # fmt: skip
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]

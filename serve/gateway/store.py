@@ -1,10 +1,11 @@
 """What is known of users: their features, and the items that they took, oldest first.
 
-In Redis a user has two keys in one slot of a cluster, read in one round trip:
+In Redis a user has two keys, read in one round trip; the history is a list of its own so that Redis
+itself can add to it and cut it, and nothing is read to be written back:
 
-    <job>:features:{<user>}   STRING, a JSON object: feature -> value
-    <job>:history:{<user>}    LIST, newest first, of "<seconds since 1970>:<item>"; the seconds are
-                              empty where they are not known
+    <job>:features:<user>   STRING, a JSON object: feature -> value
+    <job>:history:<user>    LIST, newest first, of "<seconds since 1970>:<item>"; the seconds are
+                            empty where they are not known
 
 In memory (development) users come from a JSON-lines file of `{"user", "features", "items",
 "times"}`, and what is appended is forgotten at the end.
@@ -120,7 +121,7 @@ class RedisStore:
 
         options: dict[str, Any] = {
             "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s,
-            # What fails is done without: a second try would cost the deadline.
+            # What fails is done without: a second try would take the model's time.
             "retry": Retry(NoBackoff(), 0),
         }  # fmt: skip
         if password := os.environ.get(PASSWORD):
@@ -133,7 +134,7 @@ class RedisStore:
         self._item = str if item_id_dtype == "string" else int
 
     def _keys(self, user: Any) -> tuple[str, str]:
-        return f"{self._prefix}:features:{{{user}}}", f"{self._prefix}:history:{{{user}}}"
+        return f"{self._prefix}:features:{user}", f"{self._prefix}:history:{user}"
 
     async def get(self, user: Any) -> Record | None:
         """Return what is known of a user, None for one that is not."""
@@ -234,12 +235,14 @@ def read_users(path: Path) -> dict[Any, Record]:
     """
     users = {}
     try:
-        lines = path.read_text().splitlines()
+        handle = path.open()
     except FileNotFoundError:
         raise UserError(
             f"{path}: not there, the store in memory has no users: run `twotower load-store` with "
             "this job, or name a Redis in gateway.store"
         ) from None
+    with handle:
+        lines = list(handle)
     for number, line in enumerate(lines, start=1):
         try:
             raw = json.loads(line)
@@ -268,5 +271,5 @@ def open_store(config: GatewayConfig, name: str, folder: Path, item_id_dtype: st
     if config.store == MEMORY:
         return MemoryStore(read_users(folder / "users.jsonl"), config.history_length)
     return RedisStore(
-        config.store, name, item_id_dtype, config.history_length, config.store_timeout_ms / 1000
+        config.store, name, item_id_dtype, config.history_length, config.deadline_ms / 1000
     )

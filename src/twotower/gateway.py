@@ -94,9 +94,10 @@ def user_records(data: PreparedDataset, length: int) -> Iterator[tuple[Any, Any]
     timed = bool(data.config.timed_histories())
     own = _own_features(data)
     nothing = np.empty(0, np.int64)
+    ends = np.append(data.history_from[1:], len(data.timeline))
+    starts = np.maximum(data.history_from, ends - length)
     for row, user in enumerate(ids):
-        line = data.timeline_slice(row)
-        line = slice(max(line.start, line.stop - length), line.stop)
+        line = slice(starts[row], ends[row])
         raw = data.raw_query(row, data.last_event_of(row), nothing)
         taken = [items[i] for i in data.timeline[line].tolist()]
         times: list[int | None] = [None] * len(taken)

@@ -127,12 +127,12 @@ def test_events_reach_redis_capped_and_in_order(start, server, redis, loaded_run
     assert gateway.post("/v1/events", {"user": 70001, "events": events}).status_code == 200
     gateway.post("/v1/events", {"user": 70001, "events": [{"item": "item-000009"}]})
     with redis_library.Redis.from_url(redis.url) as raw:
-        kept = raw.lrange("quickstart:history:{70001}", 0, -1)
+        kept = raw.lrange("quickstart:history:70001", 0, -1)
         assert kept == [b":item-000009", b"1003:item-000003", b"1002:item-000002"]
-        raw.set("quickstart:features:{70002}", "no JSON")
-        raw.set("quickstart:features:{70003}", json.dumps({"age": "old", "of_another_job": 1}))
-        raw.set("quickstart:history:{70004}", "no list")
-        raw.set("quickstart:features:{70005}", json.dumps({"age": 30, "of_another_job": 1}))
+        raw.set("quickstart:features:70002", "no JSON")
+        raw.set("quickstart:features:70003", json.dumps({"age": "old", "of_another_job": 1}))
+        raw.set("quickstart:history:70004", "no list")
+        raw.set("quickstart:features:70005", json.dumps({"age": 30, "of_another_job": 1}))
     for user in (70002, 70003, 70004):
         assert gateway.recommend(user=user)["reason"] == "store"
     assert gateway.recommend(user=70005)["fallback"] is None

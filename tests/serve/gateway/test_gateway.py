@@ -2,6 +2,9 @@
 
 import re
 import socket
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -92,6 +95,7 @@ def test_the_documentation_shows_the_models_features(gateway) -> None:
     [
         ({"features": {"contry": "c1"}}, 422, "body.features.contry", "did you mean 'country'"),
         ({"usr": 7}, 422, "body.usr", "did you mean 'user'"),
+        ({"events": []}, 422, "body.events", "one of user, features, history, k"),
         ({"user": "7"}, 422, "body.user", "valid integer"),
         ({"user": True}, 422, "body.user", "valid integer"),
         ({"user": 2**63}, 422, "body.user", "less than"),
@@ -126,6 +130,24 @@ def test_a_mistake_is_explained(gateway, body, status, where, words) -> None:
     assert words in response.text
     assert len(response.content) < 600
     assert "127.0.0.1" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("body", "where", "words"),
+    [
+        ({"usr": 7}, "body.usr", "did you mean 'user'"),
+        ({"user": 7, "events": []}, "body.events", "at least 1"),
+        ({"user": None, "events": [{"item": "a"}]}, "body.user", "integer"),
+        ({"user": 7, "events": [{"itm": "a"}]}, "body.events.0.itm", "did you mean 'item'"),
+        ({"user": 7, "events": [{"item": "a", "time": 1 << 40}]}, "body.events.0.time", "less"),
+        ({"user": 7, "events": [{"item": "a"}] * 101}, "body.events", "at most 100"),
+    ],
+)
+def test_a_mistake_in_events_is_explained(gateway, body, where, words) -> None:
+    response = gateway.post("/v1/events", body)
+    assert response.status_code == 422
+    assert response.json()["error"]["where"] == where
+    assert words in response.text
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [
@@ -203,6 +225,19 @@ def test_what_others_reach_needs_keys(host, local, monkeypatch) -> None:
     else:
         with pytest.raises(UserError, match="which other machines reach, but there are no API k"):
             read_keys(GatewayConfig(host=host))
+
+
+def test_it_can_be_stopped_while_it_waits_for_a_server(loaded_run) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "twotower", "gateway", *loaded_run.arguments,
+         "--gateway.triton=[127.0.0.1:9]", "--gateway.port=0"],
+        cwd=loaded_run.cwd, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    time.sleep(3)
+    process.terminate()
+    _, text = process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert text.splitlines()[-1].startswith("twotower: stopped by SIGTERM")
 
 
 def test_it_stops_cleanly_and_says_where_it_cannot_start(
