@@ -39,7 +39,7 @@ class GatewayConfig:
     """Ask a second time, the next server, where the first has not answered for this long; never by
     default."""
     failures: int = 5
-    """So many failures in a row open the circuit to a server, or to the store."""
+    """So many failures in a row, over 0.2 s or more, open the circuit to a server or the store."""
     retry_s: float = 1.0
     """An open circuit is tried with one request after this time."""
     keys: str | None = None

@@ -115,7 +115,9 @@ class Front:
         if self.keys is None:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        key = self.keys.find(token.strip()) if scheme.lower() == "bearer" else None
+        key = (
+            self.keys.find(token.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
+        )
         if key is None:
             raise Refusal(
                 401, "the API key is missing or wrong", "header Authorization", "Bearer KEY",

@@ -60,12 +60,12 @@ class Keys:
     def __init__(self, keys: list[ApiKey]) -> None:
         self._keys = keys
 
-    def find(self, token: str) -> ApiKey | None:
+    def find(self, token: bytes) -> ApiKey | None:
         """Return the key that a caller sent, None where it is none.
 
         Every key is compared, each in constant time, so that how long it takes tells nothing.
         """
-        digest, found = hashlib.sha256(token.encode("utf-8", "replace")).digest(), None
+        digest, found = hashlib.sha256(token).digest(), None
         for key in self._keys:
             if hmac.compare_digest(key.digest, digest):
                 found = key

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -121,11 +122,18 @@ def span(name: str, parent: str | None = None) -> Iterator[None]:
     if not HAS_TRACES:
         yield
         return
-    from opentelemetry import propagate, trace
+    from opentelemetry import propagate
 
     context = propagate.extract({"traceparent": parent}) if parent else None
-    with trace.get_tracer("twotower.gateway").start_as_current_span(name, context):
+    with _tracer().start_as_current_span(name, context):
         yield
+
+
+@cache
+def _tracer() -> Any:
+    from opentelemetry import trace
+
+    return trace.get_tracer("twotower.gateway")
 
 
 def trace_headers(trail: Trail) -> Mapping[str, str]:

@@ -40,7 +40,7 @@ class Recommender:
 
     Args:
         schema: of the served model.
-        features: type of its features, by which what the store holds is checked.
+        record: type by which what the store holds is checked.
         defaults: what is known without the store.
         store: what knows the users.
         replicas: the servers of the model.
@@ -49,11 +49,11 @@ class Recommender:
     """
 
     def __init__(
-        self, schema: Schema, features: type[BaseModel], defaults: Defaults, store: HistoryStore,
+        self, schema: Schema, record: type[BaseModel], defaults: Defaults, store: HistoryStore,
         replicas: Replicas, config: GatewayConfig, metrics: Metrics,
     ) -> None:  # fmt: skip
         self.schema, self.defaults, self.store, self.replicas = schema, defaults, store, replicas
-        self._config, self._features, self._metrics = config, features, metrics
+        self._config, self._record, self._metrics = config, record, metrics
         self._breaker = Breaker(config.failures, config.retry_s)
 
     async def recommend(self, ask: Ask, trail: Trail) -> dict[str, Any]:
@@ -98,12 +98,13 @@ class Recommender:
             return None
         # What another job or a mistake has left there is no fault of the caller's.
         known = {n: v for n, v in record.features.items() if n in self.defaults.features}
+        record = Record(known, record.items, record.times)
         try:
-            self._features.model_validate(known)
+            self._record.model_validate(vars(record))
         except ValidationError as error:
             self._metrics.store_failures.labels("damaged").inc()
             raise DamagedRecord(f"user {user!r}: {error.errors()[0]['msg']}") from None
-        return Record(known, record.items, record.times)
+        return record
 
     async def append(self, user: Any, items: Sequence[Any], times: Sequence[int | None]) -> None:
         """Add events to a user's history.

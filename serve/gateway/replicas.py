@@ -126,6 +126,7 @@ class Replicas:
         finally:
             for task in pending:
                 task.cancel()
+                task.add_done_callback(_forget)
         raise error
 
     def _start(self, query: Query) -> dict[asyncio.Task[Recommendation], Replica]:
@@ -166,3 +167,9 @@ class Replicas:
     def _answers(self, replica: Replica) -> None:
         replica.breaker.succeeded()
         self._metrics.circuit_open.labels(replica.client.url).set(0)
+
+
+def _forget(task: asyncio.Task[Recommendation]) -> None:
+    # Asyncio would complain of a failure that nobody has looked at.
+    if not task.cancelled():
+        task.exception()

@@ -70,7 +70,7 @@ async def _answer(
         store = open_store(config, name, folder, schema.item_id_dtype)
         try:
             recommender = Recommender(
-                schema, bodies.features, defaults, store, replicas, config, metrics
+                schema, bodies.record, defaults, store, replicas, config, metrics
             )
             app = build_app(recommender, bodies, keys, config, metrics)
             await recommender.health()  # connects, so that the first request need not

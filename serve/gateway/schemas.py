@@ -31,6 +31,7 @@ class Bodies:
 
     Attributes:
         features: the model's, without histories; each may be left out.
+        record: what a store holds of a user.
         recommend: of `POST /v1/recommend`.
         answer: to it.
         event: one of a user's.
@@ -38,6 +39,7 @@ class Bodies:
     """
 
     features: type[BaseModel]
+    record: type[BaseModel]
     recommend: type[BaseModel]
     answer: type[BaseModel]
     event: type[BaseModel]
@@ -124,8 +126,13 @@ def make_bodies(schema: Schema, user_id_dtype: str, config: GatewayConfig) -> Bo
         "time": (SECONDS | None, Field(None, description="When, in seconds since 1970.")),
     })  # fmt: skip
     event_list = Annotated[list[event], Field(min_length=1, max_length=MAX_EVENTS)]  # type: ignore[valid-type]
+    record = _model("Record", "What a store holds of a user.", {
+        "features": (features, ...), "items": (list[item], ...),  # type: ignore[valid-type]
+        "times": (list[SECONDS | None], ...),
+    })  # fmt: skip
     return Bodies(
         features,
+        record,
         _model("Recommend", "Whom to recommend for; without anything, an unknown user.", fields),
         _answer(item),
         event,

@@ -32,7 +32,7 @@ def gateway(job: Job, _: Namespace) -> None:
     """Answer JSON requests until SIGTERM or Ctrl-C."""
     from twotower.serve.gateway.run import run_gateway
 
-    servers = job.gateway.triton or [served_url(job)]
+    servers = job.gateway.triton or [served_url(job, "--gateway.triton=[HOST:PORT]")]
 
     def ready(url: str, schema: Any) -> None:
         facts("gateway", {

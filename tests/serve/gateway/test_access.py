@@ -12,22 +12,22 @@ from hypothesis import strategies as st
 from twotower.errors import UserError
 from twotower.serve.gateway.keys import Keys, parse_keys
 
-KEY, SLOW = "tt-8cc2f0b1", "tt-slow"
+KEY, SLOW, NOT_ASCII = "tt-8cc2f0b1", "tt-slow", "tt-clé"
 
 
 def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
+def bearer(key: str) -> dict[str, bytes]:
+    return {"Authorization": f"Bearer {key}".encode()}
 
 
 @pytest.fixture(scope="module")
 def gateway(start, server, tmp_path_factory: pytest.TempPathFactory):
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(f"# name, SHA-256, requests a second\nshop {digest(KEY)}\n\n"
-                    f"slow {digest(SLOW)} 0.01\n")  # fmt: skip
+                    f"slow {digest(SLOW)} 0.01\nfrench {digest(NOT_ASCII)}\n")  # fmt: skip
     return start(server, f"--gateway.keys={file}")
 
 
@@ -47,6 +47,7 @@ def test_nothing_without_the_right_key(gateway, headers, path) -> None:
 
 def test_the_right_key_opens_and_probes_need_none(gateway) -> None:
     assert gateway.post("/v1/recommend", {"user": 7}, headers=bearer(KEY)).status_code == 200
+    assert gateway.post("/v1/recommend", {}, headers=bearer(NOT_ASCII)).status_code == 200
     assert gateway.client.get("/healthz").json()["status"] == "ok"
     assert gateway.metric('twotower_gateway_requests_total{endpoint="/v1/recommend",key="shop"',
                           headers=bearer(KEY)) >= 1  # fmt: skip
@@ -85,9 +86,9 @@ def test_a_bad_line_is_named_without_what_it_holds(text, words) -> None:
     assert digest(KEY) not in str(caught.value)
 
 
-@given(st.lists(st.text(min_size=1), unique=True, max_size=8), st.text())
+@given(st.lists(st.binary(min_size=1), unique=True, max_size=8), st.binary())
 def test_a_key_is_found_if_and_only_if_it_is_there(tokens, other) -> None:
-    digests = [hashlib.sha256(t.encode("utf-8", "replace")).hexdigest() for t in tokens]
+    digests = [hashlib.sha256(t).hexdigest() for t in tokens]
     keys = Keys(parse_keys("\n".join(f"k{i} {d}" for i, d in enumerate(digests)), "keys", 10.0))
     for i, token in enumerate(tokens):
         assert keys.find(token).name == f"k{i}"

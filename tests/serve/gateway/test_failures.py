@@ -132,11 +132,12 @@ def test_events_reach_redis_capped_and_in_order(start, server, redis, loaded_run
         raw.set("quickstart:features:70002", "no JSON")
         raw.set("quickstart:features:70003", json.dumps({"age": "old", "of_another_job": 1}))
         raw.set("quickstart:history:70004", "no list")
+        raw.lpush("quickstart:history:70006", f":{'x' * 2000}")
         raw.set("quickstart:features:70005", json.dumps({"age": 30, "of_another_job": 1}))
-    for user in (70002, 70003, 70004):
+    for user in (70002, 70003, 70004, 70006):
         assert gateway.recommend(user=user)["reason"] == "store"
     assert gateway.recommend(user=70005)["fallback"] is None
-    assert gateway.metric('twotower_gateway_store_failures_total{kind="damaged"') == 3
+    assert gateway.metric('twotower_gateway_store_failures_total{kind="damaged"') == 4
     assert gateway.recommend(user=7)["fallback"] is None, "one damaged user opens no circuit"
 
 

@@ -37,7 +37,7 @@ def recommender(schema: Schema, features: dict) -> Recommender:
     bodies, metrics = make_bodies(schema, "int64", CONFIG), Metrics()
     defaults = Defaults(user_id_dtype="int64", user_features=["who"], features=features,
                         segment_by=None, popular=[], segments={})  # fmt: skip
-    return Recommender(schema, bodies.features, defaults, MemoryStore({}, 500),
+    return Recommender(schema, bodies.record, defaults, MemoryStore({}, 500),
                        Replicas([], CONFIG, metrics), CONFIG, metrics)  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def test_popularity_is_the_segments_then_everybodys(everybody, segment, exclude,
 
 
 def test_a_circuit_opens_lets_one_try_and_closes() -> None:
-    breaker = Breaker(failures=2, retry_s=0)
+    breaker = Breaker(failures=2, retry_s=0, lasting_s=0)
     breaker.failed()
     breaker.succeeded()
     breaker.failed()
@@ -190,7 +190,14 @@ def test_a_circuit_opens_lets_one_try_and_closes() -> None:
     assert breaker.is_open
     assert breaker.allows()
     breaker.succeeded()
-    assert breaker.allows()
-    patient = Breaker(failures=1, retry_s=1000)
+    assert not breaker.is_open
+    patient = Breaker(failures=1, retry_s=1000, lasting_s=0)
     patient.failed()
     assert not patient.allows()
+
+
+def test_a_hiccup_opens_no_circuit() -> None:
+    breaker = Breaker(failures=2, retry_s=1000, lasting_s=1000)
+    for _ in range(50):
+        breaker.failed()
+    assert breaker.allows()
