@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,10 +23,23 @@ import tritonclient.grpc.aio as grpc_aio
 import tritonclient.http as http
 import tritonclient.http.aio as http_aio
 
+from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
 from twotower.serve.config import MODEL
 from twotower.serve.failure import ServerUnavailable, explain
-from twotower.serve.request import Recommendation, Schema, Tensors, decode, encode, parse_schema
+from twotower.serve.request import (
+    OUTPUTS,
+    Embedding,
+    Recommendation,
+    Schema,
+    Tensors,
+    decode,
+    decode_vector,
+    encode,
+    encode_features,
+    parse_schema,
+    parse_specs,
+)
 from twotower.serve.retry import Retries
 
 __all__ = ["AsyncRecommendClient", "RecommendClient", "ServerUnavailable"]
@@ -55,6 +68,12 @@ def _inputs(protocol: str, tensors: Tensors) -> list[Any]:
         tensor.set_data_from_numpy(value)
         out.append(tensor)
     return out
+
+
+def _outputs(protocol: str, explain: bool) -> list[Any]:
+    # What is not asked for is not made.
+    names = (*OUTPUTS, "explanation") if explain else OUTPUTS
+    return [_module(protocol, asynchronous=False).InferRequestedOutput(name) for name in names]
 
 
 def _channel(url: str, protocol: str, proxy: bool) -> dict[str, Any]:
@@ -109,6 +128,7 @@ class RecommendClient:
             options = {"network_timeout": timeout_s, "connection_timeout": timeout_s}
         self._client = module.InferenceServerClient(url, **options)
         self._schema: Schema | None = None
+        self._specs: dict[str, list[TensorSpec]] = {}
 
     def __enter__(self) -> RecommendClient:
         return self
@@ -130,18 +150,19 @@ class RecommendClient:
 
     def _read_schema(self, deadline: float) -> Schema:
         if self._schema is None:
-            try:
-                if self.protocol == "grpc":
-                    ask = self._client.get_model_config
-                    found = self._try(lambda t: ask(MODEL, as_json=True, **t), deadline)["config"]
-                else:
-                    found = self._try(lambda _: self._client.get_model_config(MODEL), deadline)
-            except ServerUnavailable:
-                raise
-            except UserError as error:  # a server that has no such model
-                raise ServerUnavailable(str(error), "failed") from None
-            self._schema = parse_schema(found)
+            self._schema = parse_schema(self._model_config(MODEL, deadline))
         return self._schema
+
+    def _model_config(self, model: str, deadline: float) -> dict[str, Any]:
+        ask = self._client.get_model_config
+        try:
+            if self.protocol == "grpc":
+                return dict(self._try(lambda t: ask(model, as_json=True, **t), deadline)["config"])
+            return dict(self._try(lambda _: ask(model), deadline))
+        except ServerUnavailable:
+            raise
+        except UserError as error:  # a server that has no such model
+            raise ServerUnavailable(str(error), "failed") from None
 
     def statistics(self) -> dict[str, Any]:
         """Return what the server has counted of the model, by gRPC's names; gRPC alone.
@@ -154,8 +175,10 @@ class RecommendClient:
         return dict(self._try(lambda t: ask(MODEL, as_json=True, **t), deadline))
 
     def recommend(
-        self, features: dict[str, Any], *, k: int | None = None, exclude: Sequence[Any] = ()
-    ) -> Recommendation:
+        self, features: dict[str, Any], *, k: int | None = None, exclude: Sequence[Any] = (),
+        allow: Sequence[Any] | None = None, filters: Mapping[str, Any] | None = None,
+        explain: bool = False, priority: int = 0,
+    ) -> Recommendation:  # fmt: skip
         """Return the best items.
 
         Args:
@@ -163,6 +186,11 @@ class RecommendClient:
                 a list of floats. The times of a history may be left out.
             k: number of items; the server's default without it.
             exclude: item ids that may not be answered, for instance those seen.
+            allow: the only item ids that may be answered, for instance candidates to be scored.
+            filters: attribute -> a value that answers must have, a list of values of which they
+                must have one, or {"not": …}: `{"genre": ["drama"], "adult": False}`.
+            explain: whether the answer says how it came about.
+            priority: 1 for the first served, up to `serve.priority_levels`; 0 for the default.
 
         Raises:
             UserError: for a request that the model cannot answer.
@@ -170,8 +198,30 @@ class RecommendClient:
         """
         deadline = time.monotonic() + self.timeout_s
         schema = self._read_schema(deadline)
-        inputs = _inputs(self.protocol, encode(schema, features, k, exclude))
-        return decode(schema, self._try(lambda t: self._client.infer(MODEL, inputs, **t), deadline))
+        inputs = _inputs(self.protocol, encode(schema, features, k, exclude, allow, filters))
+        options = {"outputs": _outputs(self.protocol, explain), "priority": priority}
+        return decode(
+            schema,
+            self._try(lambda t: self._client.infer(MODEL, inputs, **options, **t), deadline),
+        )
+
+    def embed(self, model: str, features: dict[str, Any]) -> Embedding:
+        """Return a tower's vector.
+
+        Args:
+            model: `embed_query` or `embed_items`; see `serve.models`.
+            features: as `recommend` takes them; of an item, every item feature by name.
+
+        Raises:
+            UserError: for features that the model cannot embed.
+            ServerUnavailable: when no answer came within the deadline, or the server has no such
+                model.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        if model not in self._specs:
+            self._specs[model] = parse_specs(self._model_config(model, deadline))
+        inputs = _inputs(self.protocol, encode_features(self._specs[model], features))
+        return decode_vector(self._try(lambda t: self._client.infer(model, inputs, **t), deadline))
 
     def _try(self, ask: Callable[[dict[str, float]], Any], deadline: float) -> Any:
         """Return what `ask` does, given the arguments of a try's deadline; asked again if safe."""
@@ -221,6 +271,7 @@ class AsyncRecommendClient:
         module = _module(protocol, asynchronous=True)
         self._client = module.InferenceServerClient(url, **_channel(url, protocol, proxy))
         self._schema: Schema | None = None
+        self._specs: dict[str, list[TensorSpec]] = {}
         self._schema_lock = asyncio.Lock()
 
     async def __aenter__(self) -> AsyncRecommendClient:
@@ -244,29 +295,49 @@ class AsyncRecommendClient:
     async def _read_schema(self, deadline: float) -> Schema:
         async with self._schema_lock:  # many first requests at once ask once
             if self._schema is None:
-                self._schema = parse_schema(await self._model_config(deadline))
+                self._schema = parse_schema(await self._model_config(MODEL, deadline))
         return self._schema
 
-    async def _model_config(self, deadline: float) -> dict[str, Any]:
+    async def _model_config(self, model: str, deadline: float) -> dict[str, Any]:
+        ask = self._client.get_model_config
         try:
             if self.protocol == "grpc":
-                ask = self._client.get_model_config
-                found = await self._try(lambda t: ask(MODEL, as_json=True, **t), deadline)
+                found = await self._try(lambda t: ask(model, as_json=True, **t), deadline)
                 return dict(found["config"])
-            return dict(await self._try(lambda _: self._client.get_model_config(MODEL), deadline))
+            return dict(await self._try(lambda _: ask(model), deadline))
         except ServerUnavailable:
             raise
         except UserError as error:  # a server that has no such model
             raise ServerUnavailable(str(error), "failed") from None
 
     async def recommend(
-        self, features: dict[str, Any], *, k: int | None = None, exclude: Sequence[Any] = ()
-    ) -> Recommendation:
-        """Return the best items; see `RecommendClient.recommend`."""
+        self, features: dict[str, Any], *, k: int | None = None, exclude: Sequence[Any] = (),
+        allow: Sequence[Any] | None = None, filters: Mapping[str, Any] | None = None,
+        explain: bool = False, priority: int = 0, headers: Mapping[str, str] | None = None,
+    ) -> Recommendation:  # fmt: skip
+        """Return the best items; see `RecommendClient.recommend`.
+
+        `headers` go with the request, for instance a traceparent.
+        """
         deadline = time.monotonic() + self.timeout_s
         schema = await self._read_schema(deadline)
-        inputs = _inputs(self.protocol, encode(schema, features, k, exclude))
-        return decode(schema, await self._infer(inputs, deadline))
+        inputs = _inputs(self.protocol, encode(schema, features, k, exclude, allow, filters))
+        options = {
+            "outputs": _outputs(self.protocol, explain), "priority": priority,
+            "headers": headers or None,
+        }  # fmt: skip
+        return decode(schema, await self._infer(MODEL, inputs, deadline, **options))
+
+    async def embed(
+        self, model: str, features: dict[str, Any], headers: Mapping[str, str] | None = None
+    ) -> Embedding:
+        """Return a tower's vector; see `RecommendClient.embed`."""
+        deadline = time.monotonic() + self.timeout_s
+        async with self._schema_lock:
+            if model not in self._specs:
+                self._specs[model] = parse_specs(await self._model_config(model, deadline))
+        inputs = _inputs(self.protocol, encode_features(self._specs[model], features))
+        return decode_vector(await self._infer(model, inputs, deadline, headers=headers or None))
 
     async def prepare(
         self, features: dict[str, Any], *, k: int | None = None, exclude: Sequence[Any] = ()
@@ -276,10 +347,12 @@ class AsyncRecommendClient:
 
     async def ask(self, prepared: list[Any]) -> Any:
         """Return Triton's result of a prepared request; raises as `recommend`."""
-        return await self._infer(prepared, time.monotonic() + self.timeout_s)
+        deadline, outputs = time.monotonic() + self.timeout_s, _outputs(self.protocol, False)
+        return await self._infer(MODEL, prepared, deadline, outputs=outputs)
 
-    async def _infer(self, inputs: list[Any], deadline: float) -> Any:
-        return await self._try(lambda t: self._client.infer(MODEL, inputs, **t), deadline)
+    async def _infer(self, model: str, inputs: list[Any], deadline: float, **options: Any) -> Any:
+        infer = self._client.infer
+        return await self._try(lambda t: infer(model, inputs, **options, **t), deadline)
 
     async def _try(self, ask: Callable[[dict[str, float]], Awaitable[Any]], deadline: float) -> Any:
         """Return what `ask` does, given the arguments of a try's deadline; asked again if safe."""

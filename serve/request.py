@@ -49,6 +49,19 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """A tower's vector.
+
+    Attributes:
+        vector: of D coordinates, of length 1 (but for the item's bias, the last one, if any).
+        version: of the bundle that answered.
+    """
+
+    vector: list[float]
+    version: int
+
+
+@dataclass(frozen=True)
 class Schema:
     """What the served model says of itself."""
 
@@ -66,6 +79,12 @@ def parse_schema(config: dict[str, Any]) -> Schema:
     """Read the schema from a model's configuration as JSON."""
     raw = json.loads(config["parameters"]["schema"]["string_value"])
     return Schema(**(raw | {"features": [TensorSpec(**f) for f in raw["features"]]}))
+
+
+def parse_specs(config: dict[str, Any]) -> list[TensorSpec]:
+    """Read the raw features of `embed_query` or `embed_items` from its configuration as JSON."""
+    raw = json.loads(config["parameters"]["schema"]["string_value"])
+    return [TensorSpec(**f) for f in raw["features"]]
 
 
 def encode(
@@ -282,3 +301,9 @@ def decode(schema: Schema, result: Any) -> Recommendation:
         int(result.as_numpy("version")[0, 0]),
         None if explanation is None else json.loads(explanation[0, 0]),
     )
+
+
+def decode_vector(result: Any) -> Embedding:
+    """Return the vector in a Triton result."""
+    vector, version = result.as_numpy("vector"), result.as_numpy("version")
+    return Embedding(vector[0].tolist(), int(version[0, 0]))

@@ -22,6 +22,7 @@ from twotower import (
     bundles,
     checkpoints,
     evaluations,
+    gateway,
     inspection,
     serving,
     steps,
@@ -37,6 +38,7 @@ TRAINING_LIBRARIES = {
     "duckdb", "faiss", "fbgemm_gpu", "lightning", "matplotlib", "onnx", "onnxscript", "optuna",
     "safetensors", "scipy", "torch", "torchrec", "triton", "wandb",
 }  # fmt: skip
+GATEWAY_LIBRARIES = {"fastapi", "prometheus_client", "pydantic", "redis", "uvicorn", "uvloop"}
 RECOMMEND = "Ask the running server for a user's recommendations, without what the user has seen."
 
 
@@ -114,6 +116,11 @@ JOB_COMMANDS: dict[str, tuple[str, Callable[[Job, Namespace], int | None]]] = {
         "Try settings of the server for a latency goal, and write the best section serve; exit "
         "code 1 where none reaches it.",
         tune_serving,
+    ),
+    "gateway": ("Answer JSON over HTTP in front of Triton, until stopped.", gateway.gateway),
+    "load-store": (
+        "Write what the gateway knows of users and popularity from the prepared dataset.",
+        gateway.load_store,
     ),
 }
 
@@ -313,11 +320,13 @@ def main() -> None:
     except UserError as error:
         code = _refuse(str(error))
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in TRAINING_LIBRARIES:
+        library = (error.name or "").split(".")[0]
+        if library not in TRAINING_LIBRARIES | GATEWAY_LIBRARIES:
             raise
+        extra = "twotower[train], on a machine without a GPU as `make install` does"
         code = _refuse(
             f"this command needs {error.name}, which the base install leaves out: install "
-            "twotower[train], on a machine without a GPU as `make install` does"
+            f"{extra if library in TRAINING_LIBRARIES else 'twotower[gateway]'}"
         )
     except BrokenPipeError:
         code = 1

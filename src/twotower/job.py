@@ -18,6 +18,7 @@ from twotower.errors import UserError, did_you_mean
 from twotower.export.config import ExportConfig
 from twotower.files import partial_path
 from twotower.serve.config import ServeConfig
+from twotower.serve.gateway.config import GatewayConfig
 from twotower.sweep.config import SweepConfig
 from twotower.sweep.space import check_space
 from twotower.towers.config import ModelConfig
@@ -48,6 +49,8 @@ class Job:
     """How a checkpoint becomes a bundle."""
     serve: ServeConfig = field(default_factory=ServeConfig)
     """How Triton serves the bundle."""
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    """How callers without a Triton client are answered."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where runs are tracked."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -66,7 +69,7 @@ class Job:
             raise UserError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         for section in (
             self.data, self.inspect, self.model, self.train, self.evaluate, self.serve,
-            self.tracking, self.sweep,
+            self.gateway, self.tracking, self.sweep,
         ):  # fmt: skip
             section.validate()
         for name, head in self.train.heads.items():

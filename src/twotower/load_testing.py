@@ -130,7 +130,7 @@ def _server(job: Job, url: str | None) -> Iterator[tuple[str, bool, str]]:
     if url is not None:
         yield url, True, "the server"
     elif server_pid(job.path("server")) is not None:
-        yield served_url(job), False, "the job's running server"
+        yield served_url(job, "--url HOST:PORT"), False, "the job's running server"
     else:
         bundle = read_bundle(
             latest_bundle(job.path("bundles")), signed_by=job.serve.require_signature

@@ -165,7 +165,7 @@ def test_new_items_are_found_by_their_attributes(filtering, demo_log, tmp_path) 
 
 
 def inside_triton(name: str):
-    """Return a module of those that are copied into Triton, with stand-ins for what Triton gives."""
+    """Return a module that is copied into Triton, without what Triton itself brings."""
     folder = Path(triton.__file__).parent
     sys.modules.setdefault("triton_python_backend_utils", types.ModuleType("utils"))
     for file in ("features", name):

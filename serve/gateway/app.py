@@ -1,0 +1,222 @@
+"""The gateway's endpoints.
+
+POST /v1/recommend   items for a user          GET /healthz        whether answers come
+POST /v1/events      what a user has taken     GET /metrics        for Prometheus
+GET /openapi.json, /docs
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from twotower.errors import UserError, did_you_mean
+from twotower.serve.gateway.config import GatewayConfig
+from twotower.serve.gateway.errors import ErrorAnswer, Refusal, json_response, refusal_response
+from twotower.serve.gateway.front import HEALTH, Front
+from twotower.serve.gateway.keys import Keys
+from twotower.serve.gateway.observe import Metrics, Trail
+from twotower.serve.gateway.recommender import Ask, Recommender
+from twotower.serve.gateway.schemas import EVENTS, RECOMMEND, Bodies, EventsAnswer, Health
+from twotower.serve.gateway.store import StoreUnavailable
+
+DESCRIPTION = "Two-tower retrieval over JSON."
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "The body is no JSON."},
+    401: {"model": ErrorAnswer, "description": "The API key is missing or wrong."},
+    408: {"model": ErrorAnswer, "description": "The body did not come in time."},
+    413: {"model": ErrorAnswer, "description": "The body is too large."},
+    422: {"model": ErrorAnswer, "description": "The request does not fit."},
+    429: {"model": ErrorAnswer, "description": "Too many requests; see Retry-After."},
+    503: {"model": ErrorAnswer, "description": "No answer for now; see Retry-After."},
+}
+# A probe of every second costs one query a second, whoever asks and however often.
+HEALTH_S = 1.0
+SHOWN = 80
+
+
+class Endpoints:
+    """Handlers of the requests.
+
+    Args:
+        recommender: answers them.
+        bodies: their types.
+    """
+
+    def __init__(self, recommender: Recommender, bodies: Bodies) -> None:
+        self._recommender, self._bodies = recommender, bodies
+        self._health: tuple[bool, bool] = (False, False)
+        self._asked_at, self._asking = float("-inf"), asyncio.Lock()
+
+    def add_to(self, app: FastAPI) -> None:
+        """Give the application its paths."""
+        recommend, events = self.recommend_endpoint(), self.events_endpoint()
+        app.add_api_route(
+            RECOMMEND, recommend, methods=["POST"], response_model=self._bodies.answer,
+            responses=REFUSALS, summary="Recommend items",
+        )  # fmt: skip
+        app.add_api_route(
+            EVENTS, events, methods=["POST"], response_model=EventsAnswer,
+            responses=REFUSALS, summary="Add to a user's history",
+        )  # fmt: skip
+        app.add_api_route(
+            HEALTH, self.health, methods=["GET"], response_model=Health, summary="Health",
+            responses={503: {"model": Health, "description": "Nothing can be answered."}},
+        )  # fmt: skip
+
+    def recommend_endpoint(self) -> Any:
+        """Return the handler of `POST /v1/recommend`."""
+
+        async def recommend(request: Request, body: Any) -> Response:
+            times = getattr(body, "history_times", None)
+            if times is not None and len(times) != len(body.history or ()):
+                raise Refusal(
+                    422, f"{len(times)} times for {len(body.history or ())} items of history",
+                    "body.history_times", "one an item, null where it is not known",
+                    "send as many as items, or leave the list out",
+                )  # fmt: skip
+            features = body.features.model_dump(by_alias=True, exclude_unset=True)
+            ask = Ask(
+                user=body.user, features=features, history=body.history, history_times=times,
+                k=body.k, exclude=body.exclude, filter_seen=body.filter_seen,
+                timeout_ms=body.timeout_ms,
+            )  # fmt: skip
+            return json_response(await self._recommender.recommend(ask, _trail(request)))
+
+        recommend.__annotations__["body"] = self._bodies.recommend
+        return recommend
+
+    def events_endpoint(self) -> Any:
+        """Return the handler of `POST /v1/events`."""
+
+        async def events(body: Any) -> Response:
+            items, times = [e.item for e in body.events], [e.time for e in body.events]
+            try:
+                await self._recommender.append(body.user, items, times)
+            except StoreUnavailable:
+                raise Refusal(
+                    503, "the store has not taken the events", "gateway.store", "a store that "
+                    "answers", "send them again; where it was late, it may have them already", 1,
+                ) from None  # fmt: skip
+            return json_response({"accepted": len(items)})
+
+        events.__annotations__["body"] = self._bodies.events
+        return events
+
+    async def health(self) -> Response:
+        """Say whether a real request is answered: `degraded` where only popularity is left."""
+        async with self._asking:
+            if time.monotonic() - self._asked_at > HEALTH_S:
+                self._health = await self._recommender.health()
+                self._asked_at = time.monotonic()
+        model, store = self._health
+        able = model or bool(self._recommender.defaults.popular)
+        status = "ok" if model and store else "degraded"
+        content = {"status": status, "model": model, "store": store}
+        return json_response(content, 200 if able else 503)
+
+
+def build_app(
+    recommender: Recommender, bodies: Bodies, keys: Keys | None, config: GatewayConfig,
+    metrics: Metrics,
+) -> ASGIApp:  # fmt: skip
+    """Return the whole application."""
+    app = FastAPI(title="twotower gateway", description=DESCRIPTION, redoc_url=None)
+    Endpoints(recommender, bodies).add_to(app)
+
+    async def show_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    app.add_api_route("/metrics", show_metrics, methods=["GET"], include_in_schema=False)
+    _explain_errors(app, bodies)
+    if keys is not None:
+        _document_keys(app)
+    paths = {str(getattr(route, "path", "")) for route in app.routes}
+    return Front(app, config, keys, metrics, paths)
+
+
+def _trail(request: Request) -> Trail:
+    trail: Trail = request.state.trail
+    return trail
+
+
+def _explain_errors(app: FastAPI, bodies: Bodies) -> None:
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, Refusal)
+        return refusal_response(error)
+
+    async def unfit(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        # A misspelt field is the cause of one that is missing.
+        found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        return refusal_response(_unfit(found[0], request.url.path, bodies))
+
+    async def unanswerable(_: Request, error: Exception) -> Response:
+        # What Triton refuses begins with its address, which is none of the caller's business.
+        text = str(error).rpartition(" refused the request: ")[2]
+        return refusal_response(
+            Refusal(422, text, "body", "a request that the model can answer",
+                    "change what is named; /openapi.json describes the body")
+        )  # fmt: skip
+
+    async def http_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        response = refusal_response(
+            Refusal(error.status_code, str(error.detail), "request", "a path and method of "
+                    "/openapi.json, with a JSON body", "change the request")
+        )  # fmt: skip
+        response.headers.update(error.headers or {})
+        return response
+
+    app.add_exception_handler(Refusal, refused)
+    app.add_exception_handler(RequestValidationError, unfit)
+    app.add_exception_handler(UserError, unanswerable)
+    app.add_exception_handler(HTTPException, http_error)
+
+
+def _unfit(error: Any, path: str, bodies: Bodies) -> Refusal:
+    """Return the refusal of what pydantic found wrong, without the value itself."""
+    if error["type"] == "json_invalid":
+        return Refusal(
+            400, "the body is no JSON", "body", "a JSON object", "check its quotes and brackets"
+        )  # fmt: skip
+    *parents, last = (str(part)[:SHOWN] for part in error["loc"])
+    where = ".".join([*parents, last])
+    if error["type"] == "extra_forbidden":
+        known = bodies.names(path, parents)
+        return Refusal(
+            422, f"there is no '{last}' here", where, f"one of {', '.join(known)}",
+            f"remove it{did_you_mean(last, known)}",
+        )  # fmt: skip
+    return Refusal(
+        422, f"{where} does not fit", where, str(error["msg"]),
+        "change it; /openapi.json describes the body",
+    )  # fmt: skip
+
+
+def _document_keys(app: FastAPI) -> None:
+    """Say in the OpenAPI document that requests carry a key."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            made = get_openapi(
+                title=app.title, version=app.version, description=app.description,
+                routes=app.routes,
+            )  # fmt: skip
+            made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, methods in made["paths"].items():
+                for method in methods.values():
+                    method["security"] = [] if path == HEALTH else [{"key": []}]
+            app.openapi_schema = made
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
