@@ -39,8 +39,8 @@ def write_filters(bundle: Path, names: Sequence[str]) -> dict[str, str]:
     arrays: dict[str, npt.NDArray[np.generic]] = {}
     for number, name in enumerate(names):
         if name not in items.column_names:
-            near = did_you_mean(name, items.column_names)
-            raise UserError(f"export.filters: '{name}' is not in data.display{near}: add it there")
+            near = did_you_mean(name, items.column_names) or ": add it there"
+            raise UserError(f"export.filters: '{name}' is not in data.display{near}")
         column = items[name].combine_chunks()
         rows = np.arange(len(column))
         if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):

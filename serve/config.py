@@ -9,6 +9,7 @@ from twotower.errors import UserError, one_of
 MODEL = "recommend"
 EMBED = {"embed_query": "query", "embed_items": "item"}  # and the side
 MODELS = (MODEL, *EMBED)
+TARGETS = ("cpu", "gpu")
 
 
 @dataclass(frozen=True, kw_only=True)

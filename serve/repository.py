@@ -33,8 +33,7 @@ from twotower.files import atomic_directory, link_or_copy
 from twotower.serve import triton
 from twotower.serve.config import EMBED, MODEL, ServeConfig
 
-TARGET = "cpu"
-TARGETS = ("cpu", "gpu")
+TARGET = "cpu"  # of the local server
 TYPES = {"string": "TYPE_STRING", "int64": "TYPE_INT64", "float32": "TYPE_FP32"}
 # Of a bundle, what each model reads, where it is there.
 READS = {
@@ -149,6 +148,7 @@ def schema_of(bundle: Bundle, config: ServeConfig, name: str = MODEL) -> dict[st
     schema = {
         "version": m.version,
         "dim": m.dim,
+        "bias": bool(m.index.bias),
         "features": [vars(spec) for spec in (m.query if side == "query" else m.item)],
     }
     if name != MODEL:

@@ -71,6 +71,7 @@ class Schema:
     default_k: int
     max_k: int
     dim: int
+    bias: bool
     filters: dict[str, str]
     features: list[TensorSpec]
 
@@ -148,11 +149,9 @@ def _filters(schema: Schema, filters: Any) -> dict[str, Any]:
     sent: dict[str, Any] = {}
     for name, condition in filters.items():
         if name not in schema.filters:
-            known = did_you_mean(str(name), schema.filters)
-            raise UserError(
-                f"filters: the model has no attribute '{name}'{known}: it has "
-                f"{', '.join(schema.filters) or 'none; export.filters of the job names them'}"
-            )
+            known = ", ".join(schema.filters) or "none; export.filters of the job names them"
+            near = did_you_mean(str(name), schema.filters) or f": it has {known}"
+            raise UserError(f"filters: the model has no attribute '{name}'{near}")
         kind, excluded = VALUES[schema.filters[name]], False
         if isinstance(condition, Mapping):
             if set(condition) != {"not"}:

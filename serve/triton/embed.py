@@ -24,7 +24,7 @@ class TritonPythonModel:
         folder = Path(args["model_repository"]) / args["model_version"]
         parameters = json.loads(args["model_config"])["parameters"]
         self.schema = json.loads(parameters["schema"]["string_value"])
-        self.features = Features(self.schema["features"])
+        self.features = Features(self.schema["features"], self.schema["bias"])
         self.tower = open_tower(
             folder, self.schema["side"], parameters["target"]["string_value"],
             int(parameters["threads"]["string_value"]),

@@ -47,10 +47,11 @@ class Features:
 
     Args:
         specs: name, kind, dtype, length, is_list and of, of each tensor.
+        bias: whether a vector's last coordinate is the items' bias, outside its length of 1.
     """
 
-    def __init__(self, specs: list[dict[str, Any]]) -> None:
-        self.specs = specs
+    def __init__(self, specs: list[dict[str, Any]], bias: bool) -> None:
+        self.specs, self.bias = specs, bias
 
     def parse(self, request: Any) -> tuple[Columns, int]:
         """Return a request's columns and its number of rows.
@@ -83,10 +84,8 @@ class Features:
         them of length 1. What overflows depends on the weights, so the outcome is what tells.
         """
         numbers = [s["name"] for s in self.specs if s["dtype"] == "float32"]
-        direction = vectors.astype(np.float64)
-        # A query's coordinate for the items' bias is 1, and the others have length 1 then.
-        direction[direction[:, -1] == 1, -1] = 0
-        length = np.linalg.norm(direction, axis=1)
+        direction = vectors[:, :-1] if self.bias else vectors
+        length = np.linalg.norm(direction.astype(np.float64), axis=1)
         # Also true of NaN.
         bad = ~(np.abs(length - 1) < LENGTH_TOLERANCE)
         if not numbers or not bad.any():

@@ -34,7 +34,7 @@ class TritonPythonModel:
         self.schema = json.loads(parameters["schema"]["string_value"])
         self.spec = json.loads(parameters["index"]["string_value"])
         target, threads = (parameters[name]["string_value"] for name in ("target", "threads"))
-        self.features = Features(self.schema["features"])
+        self.features = Features(self.schema["features"], self.schema["bias"])
         self.tower = open_tower(folder, "query", target, int(threads))
         self.index: Any
         if target == "gpu":

@@ -1,8 +1,9 @@
-"""The commands about a bundle itself: `twotower index`, `twotower verify` and `twotower bundle`.
+"""The commands about a bundle itself: `twotower index`, `twotower verify`, `render` and `bundle`.
 
     twotower index BUNDLE --compare [--k 100] [--json]
     twotower index BUNDLE --update ITEMS.parquet [--remove ID,...]
     twotower verify BUNDLE                       see `twotower.verification`
+    twotower render BUNDLE --output DIR [--target gpu]
     twotower bundle inspect BUNDLE
 
 BUNDLE is a bundle's directory, a folder of bundles or a run_dir, of which the newest is taken.
@@ -20,8 +21,10 @@ from rich.markup import escape
 
 from twotower.errors import UserError
 from twotower.export.bundle import Bundle, find_bundle, read_bundle
-from twotower.export.manifest import Manifest
+from twotower.export.manifest import SIDES, Manifest
 from twotower.export.signature import SIGNATURE
+from twotower.files import atomic_directory
+from twotower.serve.config import TARGETS, ServeConfig
 from twotower.serving import id_list
 from twotower.show import console, facts, long_work, table
 
@@ -71,6 +74,52 @@ def add_verify_arguments(parser: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="Print JSON, not a table.")
     parser.add_argument("--require-signature", type=str, default=None, help=SIGNED)
+
+
+def add_render_arguments(parser: Any) -> None:
+    """Add the arguments of `twotower render`."""
+    parser.add_argument("path", type=str, help=BUNDLE)
+    parser.add_argument("--output", type=str, required=True, help="Folder of the repository.")
+    parser.add_argument(
+        "--target", choices=TARGETS, default="gpu",
+        help="gpu: for NVIDIA's container, with towers in TensorRT or ONNX Runtime; cpu: for the "
+        "server of `twotower setup-server`.",
+    )  # fmt: skip
+    for side in SIDES:
+        parser.add_argument(
+            f"--{side}-plan", type=str, default=None,
+            help=f"gpu: engine of the {side} tower that the bundle's build_engine.py made; ONNX "
+            "Runtime runs the tower without.",
+        )  # fmt: skip
+    parser.add_argument("--require-signature", type=str, default=None, help=SIGNED)
+
+
+def render(options: Any) -> int:
+    """Write a bundle as a model repository, with the settings `serve` of its job; the exit code."""
+    from twotower.serve.repository import render_repository
+    from twotower.serve.runtime import find_runtime
+
+    plans = {side: Path(plan) for side in SIDES if (plan := options[f"{side}_plan"])}
+    for plan in plans.values():
+        if options.target == "cpu" or not plan.is_file():
+            why = "the target cpu has no engines" if options.target == "cpu" else "no such file"
+            raise UserError(f"twotower render: {plan}: {why}")
+    bundle = read_bundle(find_bundle(Path(options.path)), signed_by=options.require_signature)
+    config = ServeConfig(**bundle.job().get("serve", {}))
+    config.validate()
+    environment = find_runtime().path if options.target == "cpu" else None
+    with atomic_directory(Path(options.output)) as partial:
+        render_repository(bundle, partial, config, environment, options.target, plans)
+    models = sorted(p.name for p in Path(options.output).iterdir())
+    facts(f"model repository, {options.target}", {
+        "bundle": f"{bundle.path}, version {bundle.manifest.version}",
+        "models": ", ".join(models),
+        "repository": options.output,
+        "start": f"tritonserver --model-repository={options.output}"
+        + " --disable-auto-complete-config"
+        + " --model-config-name=cpu" * (options.target == "cpu"),
+    })  # fmt: skip
+    return 0
 
 
 def add_bundle_commands(parent: Any, parser_class: Any) -> None:

@@ -168,6 +168,12 @@ def build_parser() -> ArgumentParser:
     )
     bundles.add_verify_arguments(proof)
     commands_.add_subcommand("verify", proof, help=proof.description)
+    repository = ArgumentParser(
+        description="Write a bundle as a model repository for a Triton server of one's own.",
+        exit_on_error=False,
+    )
+    bundles.add_render_arguments(repository)
+    commands_.add_subcommand("render", repository, help=repository.description)
     pair = ArgumentParser(
         description="Compare two evaluations on the same queries: what differs, and by chance?",
         exit_on_error=False,
@@ -303,6 +309,8 @@ def dispatch(arguments: list[str]) -> int:
         from twotower.verification import verify  # and with it ONNX Runtime
 
         return verify(options)
+    if name == "render":
+        return bundles.render(options)
     if name == "compare":
         return evaluations.compare(options)
     job = Job(**{f.name: options[f.name] for f in fields(Job)})

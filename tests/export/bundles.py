@@ -60,7 +60,7 @@ def dynamic_bundle(make, folder: Path, **config: Any) -> tuple[PreparedDataset, 
     return exported(data, folder, **config)
 
 
-def timed_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]:
+def timed_bundle(make, folder: Path, **config: Any) -> tuple[PreparedDataset, TwoTower, Bundle]:
     """Export towers whose encoders know the time between entries, of seconds to years."""
     rng = np.random.default_rng(0)
     events = {
@@ -72,10 +72,10 @@ def timed_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]
         Feature(name=kind, kind="history", table="item_id", length=5, pooling=kind, time_gaps=True)
         for kind in ENCODERS
     ])  # fmt: skip
-    return exported(data, folder)
+    return exported(data, folder, **config)
 
 
-def featured_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bundle]:
+def featured_bundle(make, folder: Path, **config: Any) -> tuple[PreparedDataset, TwoTower, Bundle]:
     """Export towers whose histories' entries bring their items' features, however they are read."""
     rng = np.random.default_rng(0)
     events = {
@@ -97,7 +97,7 @@ def featured_bundle(make, folder: Path) -> tuple[PreparedDataset, TwoTower, Bund
         Feature(name="item_id", kind="id"), Feature(name="tags", kind="ids", length=2),
         Feature(name="price", kind="number"),
     ]  # fmt: skip
-    return exported(make(events, items=items, query=query, item=item), folder)
+    return exported(make(events, items=items, query=query, item=item), folder, **config)
 
 
 def exported(

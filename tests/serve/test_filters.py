@@ -110,7 +110,10 @@ def test_lists_and_filters_meet(client, genres, ranking) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"filters": {"gender": "x"}}, "the model has no attribute 'gender', did you mean 'genre'"),
+        (
+            {"filters": {"gender": "x"}},
+            "the model has no attribute 'gender'; did you mean 'genre'?",
+        ),
         ({"filters": {"genre": 3}}, "'genre' must hold values of type string, got 3"),
         ({"filters": {"genre": {"no": "x"}}}, "must be a value, a list of values or {'not': …}"),
         ({"filters": ["genre"]}, "filters must be a dict of attributes"),
@@ -220,7 +223,7 @@ def test_a_filter_keeps_what_its_words_say(tmp_path_factory, rows, conditions) -
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["genr"], "export.filters: 'genr' is not in data.display, did you mean 'genre'"),
+        (["genr"], "export.filters: 'genr' is not in data.display; did you mean 'genre'?"),
         (["price"], "'price' is of type double: strings, integers and booleans"),
     ],
 )

@@ -238,10 +238,10 @@ def test_many_first_requests_ask_for_the_schema_once(server) -> None:
         async with AsyncRecommendClient(server.grpc_url) as client:
             asked = client._model_config
 
-            async def counted(deadline):
+            async def counted(model, deadline):
                 nonlocal calls
                 calls += 1
-                return await asked(deadline)
+                return await asked(model, deadline)
 
             client._model_config = counted
             features = server.golden[0].features

@@ -30,7 +30,7 @@ def spec(name: str, kind: str, dtype: str = "int64", length: int = 1, of: str = 
 
 
 def schema_of(*features: TensorSpec) -> Schema:
-    return Schema(1, "int64", 10, 5, 10, list(features))
+    return Schema(1, "int64", 10, 5, 10, 8, False, {}, list(features))
 
 
 def recommender(schema: Schema, features: dict) -> Recommender:
