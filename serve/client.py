@@ -97,12 +97,15 @@ class RecommendClient:
         timeout_s: the deadline of each request.
         proxy: whether gRPC heeds http_proxy and no_proxy of the environment, as it does by
             default; a loopback address never goes through a proxy.
+        model: name of the model, on a server that has several.
     """
 
     def __init__(
-        self, url: str, protocol: str = "grpc", timeout_s: float = 2.0, *, proxy: bool = True
-    ) -> None:
+        self, url: str, protocol: str = "grpc", timeout_s: float = 2.0, *, proxy: bool = True,
+        model: str = MODEL,
+    ) -> None:  # fmt: skip
         self.url, self.protocol, self.timeout_s = url, protocol, timeout_s
+        self.model = model
         module = _module(protocol, asynchronous=False)
         options = _channel(url, protocol, proxy)
         if protocol == "http":
@@ -130,10 +133,10 @@ class RecommendClient:
             try:
                 if self.protocol == "grpc":
                     config = self._client.get_model_config(
-                        MODEL, as_json=True, client_timeout=self.timeout_s
+                        self.model, as_json=True, client_timeout=self.timeout_s
                     )["config"]
                 else:
-                    config = self._client.get_model_config(MODEL)
+                    config = self._client.get_model_config(self.model)
             except Exception as error:
                 raise ServerUnavailable(str(explain(error, self.url))) from None
             self._schema = parse_schema(config)
@@ -157,8 +160,9 @@ class RecommendClient:
         tensors = encode(self.schema(), features, k, exclude)
         try:
             result = self._client.infer(
-                MODEL, _inputs(self.protocol, tensors), **_deadline(self.protocol, self.timeout_s)
-            )
+                self.model, _inputs(self.protocol, tensors),
+                **_deadline(self.protocol, self.timeout_s),
+            )  # fmt: skip
         except Exception as error:  # also what the HTTP libraries raise and tritonclient lets by
             raise explain(error, self.url) from None
         return decode(self.schema(), result)

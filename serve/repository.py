@@ -32,20 +32,21 @@ LEFT_OUT = {"item.onnx", "item.weights", "items.parquet", "golden.json", "job.js
 
 
 def render_repository(
-    bundle: Bundle, repository: Path, config: ServeConfig, environment: Path
+    bundle: Bundle, repository: Path, config: ServeConfig, environment: Path, *, model: str = MODEL
 ) -> None:
-    """Write the model `recommend` with this bundle as its one version.
+    """Write a model whose one version is this bundle; directories of others stay, unused.
 
     Args:
         bundle: checked already.
         repository: the model repository.
         config: of the server.
         environment: the Python environment of the model.
+        model: the model's name.
     """
-    model = repository / MODEL
-    (model / "configs").mkdir(parents=True, exist_ok=True)
+    folder = repository / model
+    (folder / "configs").mkdir(parents=True, exist_ok=True)
     version = str(bundle.manifest.version)
-    with atomic_directory(model / version) as partial:
+    with atomic_directory(folder / version) as partial:
         for name in ("manifest.json", *bundle.manifest.files):
             if name not in LEFT_OUT:
                 link_or_copy(bundle.path / name, partial / name)
@@ -56,15 +57,21 @@ def render_repository(
             # stale.
             py_compile.compile(
                 str(partial / source.name),
-                dfile=str(model / version / source.name),
+                dfile=str(folder / version / source.name),
                 doraise=True,
                 invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
             )
-    text = render_config(bundle, config, environment)
-    target = model / "configs" / f"{TARGET}.pbtxt"
+    text = render_config(bundle, config, environment, model)
+    target = folder / "configs" / f"{TARGET}.pbtxt"
     temporary = target.with_suffix(".partial")
     temporary.write_text(text)
     os.replace(temporary, target)
+
+
+def served_bytes(bundle: Bundle) -> int:
+    """Return the size of the files that answering needs."""
+    names = [name for name in bundle.manifest.files if name not in LEFT_OUT]
+    return sum((bundle.path / name).stat().st_size for name in names)
 
 
 def schema_of(bundle: Bundle, config: ServeConfig) -> dict[str, Any]:
@@ -80,7 +87,9 @@ def schema_of(bundle: Bundle, config: ServeConfig) -> dict[str, Any]:
     }
 
 
-def render_config(bundle: Bundle, config: ServeConfig, environment: Path) -> str:
+def render_config(
+    bundle: Bundle, config: ServeConfig, environment: Path, model: str = MODEL
+) -> str:
     """Return the model's configuration as protobuf text."""
     m = bundle.manifest
     inputs = [
@@ -104,7 +113,7 @@ def render_config(bundle: Bundle, config: ServeConfig, environment: Path) -> str
         "threads": str(config.threads),
     }
     return "\n".join([
-        f'name: "{MODEL}"',
+        f'name: "{model}"',
         'backend: "python"',
         f"max_batch_size: {config.max_batch_size}",
         f"version_policy {{ specific {{ versions: [{m.version}] }} }}",
