@@ -111,6 +111,7 @@ class RecommendClient:
         proxy: whether gRPC heeds http_proxy and no_proxy of the environment, as it does by
             default; a loopback address never goes through a proxy.
         retries: further tries when the connection is lost or the server is not there.
+        model: name of the model, on a server that has several.
 
     Raises:
         UserError: for another protocol or a negative number of retries.
@@ -118,9 +119,10 @@ class RecommendClient:
 
     def __init__(
         self, url: str, protocol: str = "grpc", timeout_s: float = 2.0, *, proxy: bool = True,
-        retries: int = RETRIES,
+        retries: int = RETRIES, model: str = MODEL,
     ) -> None:  # fmt: skip
         self.url, self.protocol, self.timeout_s = url, protocol, timeout_s
+        self.model = model
         self._retries = Retries(retries)
         module = _module(protocol, asynchronous=False)
         options = _channel(url, protocol, proxy)
@@ -150,7 +152,7 @@ class RecommendClient:
 
     def _read_schema(self, deadline: float) -> Schema:
         if self._schema is None:
-            self._schema = parse_schema(self._model_config(MODEL, deadline))
+            self._schema = parse_schema(self._model_config(self.model, deadline))
         return self._schema
 
     def _model_config(self, model: str, deadline: float) -> dict[str, Any]:
@@ -172,7 +174,7 @@ class RecommendClient:
         """
         ask = self._client.get_inference_statistics
         deadline = time.monotonic() + self.timeout_s
-        return dict(self._try(lambda t: ask(MODEL, as_json=True, **t), deadline))
+        return dict(self._try(lambda t: ask(self.model, as_json=True, **t), deadline))
 
     def recommend(
         self, features: dict[str, Any], *, k: int | None = None, exclude: Sequence[Any] = (),
@@ -202,7 +204,7 @@ class RecommendClient:
         options = {"outputs": _outputs(self.protocol, explain), "priority": priority}
         return decode(
             schema,
-            self._try(lambda t: self._client.infer(MODEL, inputs, **options, **t), deadline),
+            self._try(lambda t: self._client.infer(self.model, inputs, **options, **t), deadline),
         )
 
     def embed(self, model: str, features: dict[str, Any]) -> Embedding:

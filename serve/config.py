@@ -23,7 +23,9 @@ class ServeConfig:
     grpc_port: int = 8001
     """Port of gRPC requests; 0 asks the system for a free one."""
     metrics_port: int = 8002
-    """Port of Prometheus metrics; 0 asks the system for a free one."""
+    """Port of Triton's Prometheus metrics; 0 asks the system for a free one."""
+    health_port: int = 8003
+    """Port of the health endpoint and of the supervisor's metrics; 0 asks for a free one."""
     models: list[str] = field(default_factory=lambda: ["recommend"])
     """Which models are loaded: recommend, embed_query and embed_items, the last two giving the
     towers' vectors."""
@@ -62,6 +64,12 @@ class ServeConfig:
     """A probe unanswered for this long has failed."""
     load_timeout_s: float = 60.0
     """A server or model that is not ready after this long has failed."""
+    drain_s: float = 10.0
+    """Time that requests under way have to be answered once the server is told to stop, or their
+    version is replaced."""
+    memory_limit_mb: int | None = None
+    """Most memory of Triton while two bundles are loaded, in MB (1e6 bytes): a rollout that would
+    need more is refused; none, for no limit."""
 
     def validate(self) -> None:
         """Refuse what Triton would refuse later.
@@ -69,13 +77,14 @@ class ServeConfig:
         Raises:
             UserError: naming the key.
         """
-        ports = {n: getattr(self, n) for n in ("http_port", "grpc_port", "metrics_port")}
+        names = ("http_port", "grpc_port", "metrics_port", "health_port")
+        ports = {name: getattr(self, name) for name in names}
         for name, port in ports.items():
             if not 0 <= port < 65536:
                 raise UserError(f"serve.{name} must be in 0..65535, got {port}")
         fixed = [port for port in ports.values() if port]
         if len(set(fixed)) < len(fixed):
-            raise UserError(f"serve: the three ports must differ, got {ports}")
+            raise UserError(f"serve: the ports must differ, got {ports}")
         for name in ("instances", "threads", "max_batch_size", "default_k", "max_k"):
             if getattr(self, name) < 1:
                 raise UserError(f"serve.{name} must be >= 1, got {getattr(self, name)}")
@@ -102,6 +111,8 @@ class ServeConfig:
                     f"serve.preferred_batch_sizes must be in 1..{self.max_batch_size} "
                     f"(serve.max_batch_size), got {size}"
                 )
-        for name in ("probe_interval_s", "probe_timeout_s", "load_timeout_s"):
+        if self.memory_limit_mb is not None and self.memory_limit_mb < 1:
+            raise UserError(f"serve.memory_limit_mb must be >= 1, got {self.memory_limit_mb}")
+        for name in ("probe_interval_s", "probe_timeout_s", "load_timeout_s", "drain_s"):
             if not getattr(self, name) > 0:
                 raise UserError(f"serve.{name} must be > 0, got {getattr(self, name)}")

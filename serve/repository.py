@@ -74,18 +74,41 @@ def render_repository(
     Raises:
         UserError: for gpu, when the bundle has no halves.
     """
-    for name in config.models:
-        sources = [TRITON / file for file in CODE[name]]
-        sources += [Path(str(search.__file__))] * (name == MODEL and target == "cpu")
-        sources += [TRITON / "fused.py"] * (name == MODEL and target == "gpu")
-        _write_version(bundle, repository / name, READS[name, target], sources)
-        text = render_config(name, bundle, config, environment, target)
-        _write_config(repository / name, target, text)
+    for kind in config.models:
+        render_model(kind, bundle, repository / kind, config, environment, target)
     if target == "gpu":
         for side in {EMBED.get(name, "query") for name in config.models}:
             _write_tower(
                 bundle, repository / f"{side}_tower", side, config, (plans or {}).get(side)
             )
+
+
+def render_model(
+    kind: str, bundle: Bundle, model: Path, config: ServeConfig, environment: Path | None,
+    target: str = TARGET,
+) -> None:  # fmt: skip
+    """Write a model whose one version is this bundle; directories of others stay, unused.
+
+    Args:
+        kind: one of `serve.models`.
+        bundle: checked already.
+        model: its folder, whose name is the model's.
+        config: of the server.
+        environment: see `render_repository`.
+        target: cpu or gpu.
+    """
+    sources = [TRITON / file for file in CODE[kind]]
+    sources += [Path(str(search.__file__))] * (kind == MODEL and target == "cpu")
+    sources += [TRITON / "fused.py"] * (kind == MODEL and target == "gpu")
+    _write_version(bundle, model, READS[kind, target], sources)
+    text = render_config(kind, model.name, bundle, config, environment, target)
+    _write_config(model, target, text)
+
+
+def served_bytes(bundle: Bundle, models: Iterable[str]) -> int:
+    """Return the size of the files that answering on a CPU needs."""
+    names = {name for kind in models for name in READS[kind, "cpu"]} & set(bundle.manifest.files)
+    return sum((bundle.path / name).stat().st_size for name in names)
 
 
 def _write_version(
@@ -141,17 +164,17 @@ def _write_tower(
     _write_config(model, "gpu", _tower_config(bundle, side, config, plan is not None))
 
 
-def schema_of(bundle: Bundle, config: ServeConfig, name: str = MODEL) -> dict[str, Any]:
+def schema_of(bundle: Bundle, config: ServeConfig, kind: str = MODEL) -> dict[str, Any]:
     """Return what a client needs to know of a model."""
     m = bundle.manifest
-    side = EMBED.get(name, "query")
+    side = EMBED.get(kind, "query")
     schema = {
         "version": m.version,
         "dim": m.dim,
         "bias": bool(m.index.bias),
         "features": [vars(spec) for spec in (m.query if side == "query" else m.item)],
     }
-    if name != MODEL:
+    if kind != MODEL:
         return schema | {"side": side}
     return schema | {
         "item_id_dtype": m.item_id_dtype,
@@ -163,16 +186,16 @@ def schema_of(bundle: Bundle, config: ServeConfig, name: str = MODEL) -> dict[st
 
 
 def render_config(
-    name: str, bundle: Bundle, config: ServeConfig, environment: Path | None, target: str = TARGET
+    kind: str, name: str, bundle: Bundle, config: ServeConfig, environment: Path | None, target: str
 ) -> str:
-    """Return a model's configuration as protobuf text."""
+    """Return the configuration of a model of a kind and a name, as protobuf text."""
     m = bundle.manifest
-    schema = schema_of(bundle, config, name)
+    schema = schema_of(bundle, config, kind)
     inputs = [
         _tensor(s.name, s.dtype, _size(s), ragged=s.is_list, optional=s.kind == "times")
         for s in (TensorSpec(**spec) for spec in schema["features"])
     ]
-    if name == MODEL:
+    if kind == MODEL:
         # Rows of one batch may exclude, or ask for, different numbers of items.
         for ids in ("exclude", "allow"):
             inputs.append(_tensor(ids, m.item_id_dtype, -1, ragged=True, optional=True))

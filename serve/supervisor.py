@@ -16,40 +16,58 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from twotower.export.bundle import Bundle, read_bundle
 from twotower.serve.config import MODEL, ServeConfig
+from twotower.serve.control import Act, Say, control_socket
+from twotower.serve.health import Health, HealthEndpoint
 from twotower.serve.hold import held
+from twotower.serve.rollout import Rollouts, chosen_bundle
 from twotower.serve.server import TritonServer
 
 
-def supervise(server: TritonServer, stop: threading.Event) -> None:
+def supervise(server: TritonServer, health: Health, stop: threading.Event) -> None:
     """Keep the model answering until `stop` is set."""
-    failures = 0
-    while not stop.wait(0.0 if failures else server.config.probe_interval_s):
+    failures, pause_s = 0, 0.0
+    while not stop.wait(pause_s):
+        changes, started = server.changes, time.monotonic()
         try:
             server.probe()
-            failures = 0
+            health.answered(time.monotonic() - started)
+            health.version.set(server.served.version)
+            failures, pause_s = 0, server.config.probe_interval_s
             continue
         except Exception as error:  # whatever it is, supervision goes on
-            failures += 1
+            failures, pause_s = failures + 1, 0.0
+            health.failed(_line(error))
             _say(f"probe {failures} failed: {_line(error)}")
-        started = time.monotonic()
-        alive = server.process is not None and server.process.poll() is None
-        try:
-            if alive and failures < 3:
-                action, done = "model loaded anew", server.reload()
-            else:
-                action, done = "server restarted", True
-                server.restart()
-        except Exception as error:
-            action, done = f"restart failed: {_line(error)}", False
-        _say(f"{action}{'' if done else ' (failed)'} in {time.monotonic() - started:.1f} s")
-        if not done:
-            stop.wait(server.config.probe_interval_s)
+        with server.changing:
+            # A rollout that ended meanwhile may have mended it, or changed what is right.
+            if server.changes == changes:
+                _mend(server, health, stop, failures)
+
+
+def _mend(server: TritonServer, health: Health, stop: threading.Event, failures: int) -> None:
+    """Load the model anew, or replace the server where that has not helped."""
+    started = time.monotonic()
+    alive = server.process is not None and server.process.poll() is None
+    try:
+        if alive and failures < 3:
+            health.reloads.inc()
+            action, done = "model loaded anew", server.reload()
+        else:
+            health.restarts.inc()
+            action, done = "server restarted", True
+            server.restart()
+    except Exception as error:
+        action, done = f"restart failed: {_line(error)}", False
+    _say(f"{action}{'' if done else ' (failed)'} in {time.monotonic() - started:.1f} s")
+    if not done:
+        stop.wait(server.config.probe_interval_s)
 
 
 def _line(error: Exception) -> str:
@@ -57,7 +75,9 @@ def _line(error: Exception) -> str:
 
 
 def _say(message: str) -> None:
-    Console(stderr=True, highlight=False).print(f"twotower serve: {message}")
+    Console(stderr=True, highlight=False).print(
+        f"twotower serve: {message}", markup=False, soft_wrap=True
+    )
 
 
 def _demanded(path: Path, config: ServeConfig) -> Bundle:
@@ -76,7 +96,9 @@ def running_server(
     server = TritonServer(_demanded(bundle_path, config), config, work_dir)
     server.start()
     stop = threading.Event()
-    thread = threading.Thread(target=supervise, args=(server, stop), name="supervisor")
+    thread = threading.Thread(
+        target=supervise, args=(server, Health(config), stop), name="supervisor"
+    )
     thread.start()
     try:
         yield server
@@ -103,36 +125,74 @@ def passing_server(bundle: Bundle, config: ServeConfig) -> Iterator[TritonServer
             server.stop()
 
 
-def serve_forever(bundle_path: Path, config: ServeConfig, work_dir: Path) -> None:
-    """Serve a bundle until SIGTERM or SIGINT, then stop cleanly.
+def serve_forever(bundles: Path, config: ServeConfig, work_dir: Path) -> None:
+    """Serve a job's bundle until SIGTERM or SIGINT, then answer what is under way and stop.
+
+    Args:
+        bundles: folder of the job's bundles; the last rollout's is served, else the newest.
+        config: of the server.
+        work_dir: the job's directory for its server.
 
     Raises:
         UserError: for a damaged bundle, a server of this job that runs already, or as
             `TritonServer.start`.
     """
-    with held(work_dir):
-        stop = threading.Event()
+    health, stop = Health(config), threading.Event()
+
+    def leave(*_: object) -> None:
+        health.leave()
+        stop.set()
+
+    with held(work_dir), HealthEndpoint(health, config) as endpoint:
+        config = replace(config, health_port=endpoint.port)
+        bundle = _demanded(chosen_bundle(bundles, work_dir), config)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
-        server = TritonServer(_demanded(bundle_path, config), config, work_dir)
+            signal.signal(number, leave)
+        server = TritonServer(bundle, config, work_dir)
         started = time.monotonic()
         server.start()
         try:
-            _print_endpoints(server, time.monotonic() - started)
-            supervise(server, stop)
+            _print_endpoints(server, endpoint, time.monotonic() - started)
+            with control_socket(work_dir, _rollouts(server, bundles, health)):
+                supervise(server, health, stop)
+            _say(f"stopping: requests under way have serve.drain_s={config.drain_s:g} seconds")
         finally:
             server.stop()
     _say("stopped")
 
 
-def _print_endpoints(server: TritonServer, seconds: float) -> None:
+def _rollouts(server: TritonServer, bundles: Path, health: Health) -> Act:
+    """Return what does the request of `twotower rollout`."""
+    rollouts = Rollouts(server, bundles)
+
+    def act(request: dict[str, Any], say: Say) -> str:
+        def tell(text: str) -> None:
+            _say(text)
+            say(text)
+
+        try:
+            outcome = rollouts.run(tell, **request)
+        except Exception as error:
+            health.rollouts.labels("refused").inc()
+            _say(f"rollout refused, version {server.served.version} goes on: {_line(error)}")
+            raise
+        _say(outcome)
+        health.rollouts.labels("done").inc()
+        health.version.set(server.served.version)
+        return outcome
+
+    return act
+
+
+def _print_endpoints(server: TritonServer, endpoint: HealthEndpoint, seconds: float) -> None:
     m = server.bundle.manifest
     out = Table(title="serve", title_justify="left", title_style="bold", show_header=False)
     for name, value in {
         "bundle": f"{server.bundle.path} (version {m.version}, {m.num_items:,} items)",
         "gRPC": server.grpc_url,
         "HTTP": f"http://{server.http_url}/v2/models/{MODEL}",
-        "metrics": server.metrics_url,
+        "metrics": f"{server.metrics_url} (Triton), {endpoint.url}/metrics (supervisor)",
+        "health": f"{endpoint.url}/healthz",
         "golden queries": f"{len(server.golden)} answered as at the export, in {seconds:.1f} s",
         "log": str(server.log),
     }.items():

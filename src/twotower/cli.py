@@ -109,7 +109,14 @@ JOB_COMMANDS: dict[str, tuple[str, Callable[[Job, Namespace], int | None]]] = {
         lambda job, _: steps.evaluate(job),
     ),
     "export": ("Make a bundle, if ONNX agrees with PyTorch.", export),
-    "serve": ("Serve the newest bundle from Triton until stopped.", serving.serve),
+    "serve": (
+        "Serve the last rollout's bundle, else the newest, from Triton until stopped.",
+        serving.serve,
+    ),
+    "rollout": (
+        "Have the running server take another bundle, proven first, with no failed request.",
+        serving.rollout,
+    ),
     "recommend": (RECOMMEND, serving.recommend),
     "load": ("Measure a server's latencies at given rates, and write a page.", load),
     "tune-serving": (
@@ -186,6 +193,8 @@ def build_parser() -> ArgumentParser:
         command.add_class_arguments(Job)
         if name == "recommend":
             _add_recommend_arguments(command)
+        if name == "rollout":
+            _add_rollout_arguments(command)
         if name == "export":
             command.add_argument(
                 "--tensorrt", action="store_true",
@@ -205,6 +214,19 @@ def build_parser() -> ArgumentParser:
             )  # fmt: skip
         commands_.add_subcommand(name, command, help=text)
     return parser
+
+
+def _add_rollout_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--to", type=int, default=None, help="Version to serve; the newest bundle without it."
+    )
+    parser.add_argument(
+        "--back", action="store_true", help="Serve the version before the last rollout."
+    )
+    parser.add_argument(
+        "--new_schema", action="store_true",
+        help="Accept features that differ from those served: clients must send them at once.",
+    )  # fmt: skip
 
 
 def _add_recommend_arguments(parser: ArgumentParser) -> None:

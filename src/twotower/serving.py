@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from jsonargparse import Namespace
+from rich.markup import escape
 
 from twotower.data.prepared import PreparedDataset
 from twotower.data.queries import split_queries
@@ -21,6 +22,7 @@ from twotower.errors import UserError
 from twotower.export.bundle import latest_bundle, read_bundle
 from twotower.job import Job
 from twotower.serve.client import RecommendClient
+from twotower.serve.control import command
 from twotower.serve.hold import passing_directory
 from twotower.serve.request import Recommendation
 from twotower.serve.runtime import setup_runtime
@@ -40,8 +42,17 @@ def setup_server() -> None:
 
 
 def serve(job: Job, _: Namespace) -> None:
-    """Serve the newest bundle until SIGTERM or Ctrl-C."""
-    serve_forever(latest_bundle(job.path("bundles")), job.serve, job.path("server"))
+    """Serve the bundle of the last rollout, else the newest, until SIGTERM or Ctrl-C."""
+    serve_forever(job.path("bundles"), job.serve, job.path("server"))
+
+
+def rollout(job: Job, options: Namespace) -> None:
+    """Have the running server of the job take another bundle, or go back."""
+    if options.back and options.to is not None:
+        raise UserError("twotower rollout: say either --to, or --back")
+    request = {"to": options.to, "back": options.back, "new_schema": options.new_schema}
+    outcome = command(job.path("server"), request, console.print)
+    console.print(f"[bold]rollout[/bold]: {escape(outcome)}")
 
 
 def recommend(job: Job, options: Namespace) -> None:

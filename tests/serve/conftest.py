@@ -40,13 +40,13 @@ def server(finished_run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[T
 
 
 def start_serving(
-    run: FinishedRun, env: Mapping[str, str] | None = None
+    run: FinishedRun, *options: str, env: Mapping[str, str] | None = None
 ) -> tuple["subprocess.Popen[str]", Path]:
     """Start `twotower serve`; returns the process and its state file, once that is there."""
     state = run.run_dir / "server" / "server.json"
     process = subprocess.Popen(
         [sys.executable, "-m", "twotower", "serve", *run.arguments,
-         "--serve.http_port=0", "--serve.grpc_port=0", "--serve.metrics_port=0"],
+         *(f"--serve.{name}_port=0" for name in ("http", "grpc", "metrics", "health")), *options],
         cwd=run.cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60

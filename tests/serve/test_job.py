@@ -120,7 +120,7 @@ def test_a_run_leaves_the_server_of_its_job_alone(live, job, twotower) -> None:
 def test_of_servers_started_at_once_one_serves(job, tmp_path) -> None:
     (tmp_path / "run").mkdir()
     shutil.copytree(job.bundle, tmp_path / "run" / "bundles" / "1")
-    ports = [f"--serve.{name}_port=0" for name in ("http", "grpc", "metrics")]
+    ports = [f"--serve.{name}_port=0" for name in ("http", "grpc", "metrics", "health")]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "twotower", "serve", *job.arguments, *ports], cwd=tmp_path,

@@ -12,18 +12,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import onnx
 import psutil
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
-from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
 from twotower.export.bundle import read_bundle, seal
-from twotower.export.config import IndexConfig
-from twotower.export.index import index_spec
-from twotower.export.manifest import Manifest
 from twotower.files import write_json
 from twotower.serve.client import AsyncRecommendClient, RecommendClient, ServerUnavailable
 from twotower.serve.config import ServeConfig
@@ -31,84 +24,12 @@ from twotower.serve.server import TritonServer
 from twotower.serve.supervisor import running_server
 
 from .conftest import FREE, stubs_of
-
-USERS, ITEMS, WIDTH = 4, 40, 3
-ITEM_IDS = np.arange(100, 100 + ITEMS, dtype=np.int64)
-
-
-def spec(name: str, kind: str, dtype: str, length: int = 1) -> TensorSpec:
-    return TensorSpec(name=name, kind=kind, dtype=dtype, length=length)
-
-
-QUERY = [spec("user_id", "id", "int64"), spec("text", "vector", "float32", WIDTH)]
-
-
-def write_graph(path: Path, nodes, inputs, outputs, constants) -> None:
-    tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes, "g", [value(*i) for i in inputs], [value(*o) for o in outputs], tensors
-    )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 2)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
-
-
-def unit(rows):
-    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+from .tiny import ITEM_IDS, ITEMS, tiny_bundle
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Query vector = table[user] + text, made unit; the unseen share the last row."""
-    path = tmp_path_factory.mktemp("tiny") / "1"
-    path.mkdir()
-    random = np.random.default_rng(3)
-    table = random.normal(size=(USERS + 1, WIDTH)).astype(np.float32)
-    items = unit(random.normal(size=(ITEMS, WIDTH)))
-    node = helper.make_node
-    write_graph(
-        path / "query.onnx",
-        [
-            node("Cast", ["user_id"], ["name"], to=TensorProto.STRING),
-            node("LabelEncoder", ["name"], ["row"], domain="ai.onnx.ml",
-                 keys_strings=[str(u) for u in range(USERS)], values_int64s=list(range(USERS)),
-                 default_int64=USERS),
-            node("Gather", ["table", "row"], ["gathered"]),
-            node("Squeeze", ["gathered", "one"], ["user"]),
-            node("Add", ["user", "text"], ["sum"]),
-            node("LpNormalization", ["sum"], ["vector"], axis=-1, p=2),
-        ],
-        [("user_id", TensorProto.INT64, ["B", 1]), ("text", TensorProto.FLOAT, ["B", WIDTH])],
-        [("vector", TensorProto.FLOAT, ["B", WIDTH])],
-        {"table": table, "one": np.array([1])},
-    )  # fmt: skip
-    write_graph(
-        path / "index.onnx",
-        [node("MatMul", ["vector", "items"], ["all"]),
-         node("TopK", ["all", "k"], ["scores", "rows"], axis=-1)],
-        [("vector", TensorProto.FLOAT, ["B", WIDTH]), ("k", TensorProto.INT64, [1])],
-        [("scores", TensorProto.FLOAT, ["B", "K"]), ("rows", TensorProto.INT64, ["B", "K"])],
-        {"items": np.ascontiguousarray(items.T)},
-    )  # fmt: skip
-    (path / "item.onnx").write_bytes(b"not served")
-    np.save(path / "item_vectors.npy", items)
-    np.save(path / "item_ids.npy", ITEM_IDS)
-    golden = []
-    for user in range(USERS + 1):
-        text = random.normal(size=WIDTH).astype(np.float32)
-        scores = items @ unit(table[user] + text)
-        order = [int(i) for i in np.argsort(-scores) if i != user][:6]
-        golden.append({
-            "features": {"user_id": user, "text": text.tolist()}, "exclude": [100 + user],
-            "item_ids": ITEM_IDS[order].tolist(), "scores": scores[order].tolist(),
-        })  # fmt: skip
-    write_json(path / "golden.json", golden)
-    seal(path, Manifest(
-        version=1, name="tiny", fingerprint="f", query=QUERY,
-        item=[spec("item_id", "id", "int64")], item_id_dtype="int64", num_items=ITEMS, dim=WIDTH,
-        versions={}, metrics={}, parity={}, index=index_spec(IndexConfig(), WIDTH, False),
-    ))  # fmt: skip
-    return path
+    return tiny_bundle(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,247 @@
+"""One tritonserver process: its command line, its guarded endpoints, its end.
+
+What changes the server (loading models, shared memory, tracing, logging) needs a key that is drawn
+anew for every process and that this module alone holds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from twotower.errors import UserError
+from twotower.serve.config import ServeConfig
+from twotower.serve.hold import REPOSITORY
+from twotower.serve.processes import command_of, descendants
+from twotower.serve.repository import TARGET
+from twotower.serve.runtime import Runtime, find_runtime
+
+PORTS = ("http_port", "grpc_port", "metrics_port")
+ADMIN_HEADER = "admin-key"
+# What changes the server, or maps its host's memory, needs the key.
+ADMIN = "model-repository,shared-memory,trace,logging"
+# Beyond the drain: Triton unloads its models, which takes a stub up to a few seconds.
+STOP_S = 10.0
+# Our own server is on this machine, so no request to it may go to a proxy of the environment.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+PR_SET_PDEATHSIG = 1
+
+
+class TritonProcess:
+    """A tritonserver process in a directory of its own.
+
+    Args:
+        config: of the server; ports of 0 are chosen when it starts.
+        work_dir: holds the model repository, the log and `server.json`.
+    """
+
+    def __init__(self, config: ServeConfig, work_dir: Path) -> None:
+        self.wanted, self.config, self.work_dir = config, config, work_dir
+        self.runtime: Runtime = find_runtime()
+        self.log = work_dir / "triton.log"
+        self.repository = work_dir / REPOSITORY
+        self.process: subprocess.Popen[bytes] | None = None
+        self._admin_key = secrets.token_hex(16)
+        self._shm_prefix = ""
+
+    @property
+    def grpc_url(self) -> str:
+        """host:port of gRPC."""
+        return f"{self.config.host}:{self.config.grpc_port}"
+
+    @property
+    def http_url(self) -> str:
+        """host:port of HTTP."""
+        return f"{self.config.host}:{self.config.http_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """URL of the Prometheus metrics."""
+        return f"http://{self.config.host}:{self.config.metrics_port}/metrics"
+
+    def _launch(self) -> None:
+        c = self.config
+        # Unique a server, so that what a crash leaves in shared memory can be removed by name.
+        self._shm_prefix = f"twotower_{os.getpid()}_{c.grpc_port}_"
+        self._admin_key = secrets.token_hex(16)
+        command = [
+            str(self.runtime.server / "bin" / "tritonserver"),
+            f"--model-repository={self.repository.resolve()}",
+            f"--backend-directory={self.runtime.backends.resolve()}",
+            f"--cache-directory={self.runtime.server / 'caches'}",
+            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            f"--model-config-name={TARGET}",
+            "--disable-auto-complete-config",
+            "--model-control-mode=explicit",
+            *(f"--load-model={name}" for name in c.models),
+            *_limits(c),
+            f"--exit-timeout-secs={max(1, round(c.drain_s))}",
+            "--allow-gpu-metrics=false",
+            f"--http-restricted-api={ADMIN}:{ADMIN_HEADER}={self._admin_key}",
+            f"--grpc-restricted-protocol={ADMIN}:{ADMIN_HEADER}={self._admin_key}",
+        ]
+        for name, port in (("http", c.http_port), ("grpc", c.grpc_port)):
+            command += [f"--{name}-port={port}", f"--{name}-address={c.host}"]
+        command += [f"--metrics-port={c.metrics_port}", f"--metrics-address={c.host}"]
+        # Loaded before the fork, since a child of a threaded process may not take locks.
+        prctl = ctypes.CDLL(None).prctl
+        # Appended, so that a restart keeps the reason of the crash.
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env=self.runtime.environment(), cwd=self.work_dir, stdout=log,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+            )  # fmt: skip
+
+    def _wait_ready(self) -> None:
+        deadline, models = time.monotonic() + self.config.load_timeout_s, self.config.models
+        assert self.process is not None
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise UserError(
+                    f"Triton ended with code {self.process.returncode} before it was ready; its "
+                    f"log, {self.log}, closes with:\n{self.log_tail()}"
+                )
+            if all(self._http("GET", f"/v2/models/{m}/ready", 2.0)[0] == 200 for m in models):
+                return
+            time.sleep(0.05)
+        raise UserError(
+            f"Triton was not ready after serve.load_timeout_s={self.config.load_timeout_s:g} "
+            f"seconds; its log, {self.log}, closes with:\n{self.log_tail()}"
+        )
+
+    def log_tail(self, lines: int = 12) -> str:
+        """Return the last lines of Triton's log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def _http(self, method: str, path: str, timeout_s: float) -> tuple[int | None, str]:
+        """Return the status, None where no answer came, and the body or what went wrong."""
+        request = urllib.request.Request(
+            f"http://{self.http_url}{path}", method=method, data=b"{}" if method == "POST" else None
+        )
+        request.add_header(ADMIN_HEADER, self._admin_key)
+        try:
+            with DIRECT.open(request, timeout=timeout_s) as response:
+                return int(response.status), response.read().decode(errors="replace")
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode(errors="replace")
+        except OSError as error:
+            return None, str(error)
+
+    def load(self, model: str, version: int) -> None:
+        """Load a model whose directory is new or has changed; the versions served go on meanwhile.
+
+        Triton skips a load when no file has changed. One that hangs would hold the server's
+        loading thread for ever: its stub is killed, upon which Triton gives the load up.
+
+        Args:
+            model: the model's name.
+            version: that has to be loaded for it.
+
+        Raises:
+            UserError: when Triton refuses it, or has not done it within serve.load_timeout_s.
+        """
+        path = f"/v2/repository/models/{model}/load"
+        status, text = self._http("POST", path, self.config.load_timeout_s)
+        if status == 200:
+            return
+        if status is None:
+            for pid in self.stubs(model, version):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            text = f"not ready within serve.load_timeout_s={self.config.load_timeout_s:g} ({text})"
+        else:
+            with suppress(ValueError, KeyError, TypeError):
+                text = json.loads(text)["error"]
+        raise UserError(
+            f"Triton did not load version {version}: {text.strip().splitlines()[0]}; its log is "
+            f"{self.log}"
+        )
+
+    def unload(self, model: str) -> bool:
+        """Unload all of a model; return whether Triton did so."""
+        path = f"/v2/repository/models/{model}/unload"
+        return self._http("POST", path, self.config.load_timeout_s)[0] == 200
+
+    def stubs(self, model: str, version: int) -> list[int]:
+        """Return the pids of the processes that answer for, or load, a version of a model."""
+        if self.process is None:
+            return []
+        file = str(self.repository.resolve() / model / str(version) / "model.py")
+        return [pid for pid in descendants(self.process.pid) if file in command_of(pid)]
+
+    def stop(self) -> None:
+        """End the process: it answers what is under way, and is killed only if it does not end."""
+        process, self.process = self.process, None
+        if process is not None:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(self.config.drain_s + STOP_S)
+            # A hung stub outlives a server that has ended, in its process group.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            self._ended(process.pid)
+        if self._shm_prefix:
+            for leftover in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
+                leftover.unlink(missing_ok=True)
+
+    def _ended(self, pid: int) -> None:
+        """Clear up after the process of that pid."""
+
+
+def _limits(config: ServeConfig) -> list[str]:
+    options = []
+    if config.response_cache_mb:
+        options.append(f"--cache-config=local,size={config.response_cache_mb << 20}")
+    if config.concurrent_batches:
+        options += [
+            "--rate-limit=execution_count",
+            f"--rate-limit-resource=batch:{config.concurrent_batches}",
+        ]
+    return options
+
+
+def choose_ports(config: ServeConfig) -> ServeConfig:
+    """Return the configuration with every port of 0 replaced by a free one.
+
+    Raises:
+        UserError: for a port that is in use.
+    """
+    held, ports = [], {}
+    try:
+        for name in PORTS:
+            port = getattr(config, name)
+            sock = socket.socket()
+            held.append(sock)
+            # As servers do, so that connections closed a moment ago do not hold the port.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind((config.host, port))
+            except OSError as error:
+                raise cannot_bind(name, config.host, port, error) from None
+            ports[name] = sock.getsockname()[1]
+    finally:
+        for sock in held:
+            sock.close()
+    return replace(config, **ports)
+
+
+def cannot_bind(name: str, host: str, port: int, error: OSError) -> UserError:
+    """Return what to say of a port that cannot be listened at."""
+    return UserError(
+        f"serve.{name}: cannot bind {host}:{port} ({error.strerror}): stop what uses it, or choose "
+        f"another, for instance --serve.{name}=0"
+    )
