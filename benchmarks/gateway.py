@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--rate", type=float, nargs="+", default=[200.0], help="requests a second")
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("-k", type=int, default=100)
+    parser.add_argument("-k", type=int, nargs="+", default=[20, 100], help="items of an answer")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="twotower-") as work, ExitStack() as stack:
         folder = Path(work)
@@ -136,15 +137,16 @@ def main() -> None:
         stack.enter_context(running(gateway, folder, state))
         url = json.loads(state.read_text())["url"]
         results = []
-        for rate in options.rate:
+        for rate, k in product(options.rate, options.k):
             load = os.getloadavg()[0]
             psutil.cpu_percent()
-            found = asyncio.run(ask(url, rate, options.seconds, options.k))
-            found |= {"rate": rate, "cpu_percent": psutil.cpu_percent(), "load_before": load}
+            found = {"rate": rate, "k": k}
+            found |= asyncio.run(ask(url, rate, options.seconds, k))
+            found |= {"cpu_percent": psutil.cpu_percent(), "load_before": round(load, 1)}
             results.append(found)
             print(found)
     write_result(
-        "gateway", {"items": options.items, "k": options.k, "rates": results},
+        "gateway", {"items": options.items, "runs": results},
         ("twotower", "fastapi", "uvicorn", "redis", "tritonclient"),
     )  # fmt: skip
 

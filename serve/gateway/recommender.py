@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +140,7 @@ class Recommender:
             self._metrics.store_failures.labels("circuit open").inc()
             raise StoreUnavailable("the circuit to it is open")
         try:
-            result = await asyncio.wait_for(asked, max(0.0, min(timeout_s, left_s)))
+            result = await _within(asked, max(0.0, min(timeout_s, left_s)))
         except DamagedRecord:
             self._breaker.succeeded()
             self._metrics.store_failures.labels("damaged").inc()
@@ -193,6 +193,24 @@ class Recommender:
             "items": [{"id": item, "score": None} for item in items],
             "version": None, "fallback": "popularity", "reason": reason,
         }  # fmt: skip
+
+
+async def _within(asked: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
+    """Return an outcome, or raise `asyncio.TimeoutError`.
+
+    Time in which this process did not get to run is given to the store again: the answer may lie in
+    the socket, and `asyncio.wait_for` would throw it away.
+    """
+    task, end = asyncio.ensure_future(asked), time.monotonic() + timeout_s
+    done, _ = await asyncio.wait({task}, timeout=timeout_s)
+    if not done:
+        done, _ = await asyncio.wait({task}, timeout=max(0.0, time.monotonic() - end))
+    if done:
+        return task.result()
+    task.cancel()
+    # Asyncio would complain of a failure that nobody has looked at.
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    raise asyncio.TimeoutError
 
 
 def _history(ask: Ask, record: Record | None) -> tuple[list[Any], list[int | None]]:

@@ -63,12 +63,16 @@ class Bodies:
 class EventsAnswer(BaseModel):
     """What became of events."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     accepted: int
     """Number of events added to the user's history."""
 
 
 class Health(BaseModel):
     """What answers."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     status: Literal["ok", "degraded"]
     """degraded: requests are answered, but from popularity, or without what the store knows."""

@@ -129,7 +129,8 @@ class RedisStore:
         try:
             self._redis = redis.Redis.from_url(url, **options)
         except ValueError as error:
-            raise UserError(f"gateway.store: '{url}' is no Redis URL ({error})") from None
+            shown = url.rpartition("@")[2]  # without a password
+            raise UserError(f"gateway.store: '{shown}' is no Redis URL ({error})") from None
         self._prefix, self._length = prefix, length
         self._item = str if item_id_dtype == "string" else int
 

@@ -227,6 +227,31 @@ def test_what_others_reach_needs_keys(host, local, monkeypatch) -> None:
             read_keys(GatewayConfig(host=host))
 
 
+WALL = """
+import sys
+class Wall:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "fastapi":
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+sys.meta_path.insert(0, Wall())
+from twotower.cli import main
+sys.argv = ["twotower", "gateway", *sys.argv[1:], "--gateway.triton=[127.0.0.1:9]"]
+main()
+"""
+
+
+def test_the_base_install_says_what_is_missing(loaded_run) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WALL, *loaded_run.arguments], cwd=loaded_run.cwd,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "twotower: error: this command needs fastapi, which the base install leaves out: install "
+        "twotower[gateway]"
+    ]
+
+
 def test_it_can_be_stopped_while_it_waits_for_a_server(loaded_run) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "twotower", "gateway", *loaded_run.arguments,

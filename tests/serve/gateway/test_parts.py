@@ -3,8 +3,10 @@
 import asyncio
 import itertools
 import json
+import time
 
 import pytest
+import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -33,11 +35,11 @@ def schema_of(*features: TensorSpec) -> Schema:
     return Schema(1, "int64", 10, 5, 10, 8, False, {}, list(features))
 
 
-def recommender(schema: Schema, features: dict) -> Recommender:
+def recommender(schema: Schema, features: dict, store=None) -> Recommender:
     bodies, metrics = make_bodies(schema, "int64", CONFIG), Metrics()
     defaults = Defaults(user_id_dtype="int64", user_features=["who"], features=features,
                         segment_by=None, popular=[], segments={})  # fmt: skip
-    return Recommender(schema, bodies.record, defaults, MemoryStore({}, 500),
+    return Recommender(schema, bodies.record, defaults, store or MemoryStore({}, 500),
                        Replicas([], CONFIG, metrics), CONFIG, metrics)  # fmt: skip
 
 
@@ -178,6 +180,25 @@ def test_popularity_is_the_segments_then_everybodys(everybody, segment, exclude,
     left += [i for i in everybody if i not in exclude and i not in segment]
     assert items == left[:k]
     assert defaults.most_popular(8, k, exclude) == [i for i in everybody if i not in exclude][:k]
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_an_answer_that_a_late_loop_has_not_read_yet_counts(redis, run) -> None:
+    schema = schema_of(spec("who", "id"))
+    store = RedisStore(redis.url, "late", "int64", 500, 5)
+    asked = recommender(schema, {"who": None}, store)
+
+    async def look_up() -> list[Record]:
+        await store.put([(7, Record({}, [1, 2], [None, None]))])
+        found = []
+        for _ in range(10):
+            # Longer than the store's time-out.
+            asyncio.get_running_loop().call_later(0.001, time.sleep, 0.1)
+            found.append(await asked.look_up(7, 5.0))
+        await store.close()
+        return found
+
+    assert [record.items for record in run(look_up())] == [[1, 2]] * 10
 
 
 def test_a_circuit_opens_lets_one_try_and_closes() -> None:
