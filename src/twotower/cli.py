@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from types import FrameType
 from typing import Any, get_args, get_type_hints
 
@@ -23,13 +23,15 @@ from twotower import (
     checkpoints,
     evaluations,
     inspection,
+    load_testing,
+    serve_tuning,
     serving,
     steps,
 )
 from twotower.data.demo_log import DemoLogConfig
 from twotower.errors import UserError, did_you_mean
 from twotower.job import Job
-from twotower.serve.load.config import LoadConfig, TuneConfig
+from twotower.serve.load.config import TuneConfig
 from twotower.show import console, facts
 
 CLOSING = "Any key of the YAML can be given on the command line: --train.batch_size=4096."
@@ -60,20 +62,6 @@ def sweep(job: Job, _: Namespace) -> None:
     search(job)
 
 
-def load(job: Job, options: Namespace) -> None:
-    """Measure a server's latencies under load."""
-    from twotower.load_testing import load as measure
-
-    measure(job, options)
-
-
-def tune_serving(job: Job, options: Namespace) -> int:
-    """Find the best settings of the server; returns the exit code."""
-    from twotower.serve_tuning import tune_serving as tune
-
-    return tune(job, options)
-
-
 def run(job: Job, _: Namespace) -> None:
     """Do every step, then answer for three users from a real server."""
     for step in (steps.prepare, steps.train, steps.evaluate, steps.export):
@@ -97,11 +85,11 @@ JOB_COMMANDS: dict[str, tuple[str, Callable[[Job, Namespace], int | None]]] = {
     "export": ("Make a bundle, if ONNX agrees with PyTorch.", lambda job, _: steps.export(job)),
     "serve": ("Serve the newest bundle from Triton until stopped.", serving.serve),
     "recommend": (RECOMMEND, serving.recommend),
-    "load": ("Measure a server's latencies at given rates, and write a page.", load),
+    "load": ("Measure a server's latencies at given rates, and write a page.", load_testing.load),
     "tune-serving": (
         "Try settings of the server for a latency goal, and write the best section serve; exit "
         "code 1 where none reaches it.",
-        tune_serving,
+        serve_tuning.tune_serving,
     ),
 }
 
@@ -162,10 +150,9 @@ def build_parser() -> ArgumentParser:
         if name == "recommend":
             _add_recommend_arguments(command)
         if name == "load":
-            _add_options(command, LoadConfig)
-            _add_load_arguments(command)
+            load_testing.add_load_arguments(command)
         if name == "tune-serving":
-            _add_options(command, TuneConfig)
+            load_testing.add_options(command, TuneConfig)
         if name == "inspect":
             command.add_argument(
                 "--against", type=str, default=None,
@@ -192,32 +179,6 @@ def _add_recommend_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--url", type=str, default=None, help="Triton's gRPC address; the served job's by default."
     )
-
-
-def _add_options(parser: ArgumentParser, config: Any) -> None:
-    """Add a configuration's fields as options that are written as the others of commands are."""
-    from docstring_parser import parse_from_object
-
-    hints = get_type_hints(config)
-    texts = {p.arg_name: p.description for p in parse_from_object(config).params}
-    for f in fields(config):
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
-        parser.add_argument(
-            f"--{f.name.replace('_', '-')}", type=hints[f.name], default=default,
-            help=texts[f.name],
-        )  # fmt: skip
-
-
-def _add_load_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--url", type=str, default=None,
-        help="Triton's gRPC address; without it the job's running server, or one that is started.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--perf-analyzer", action="store_true",
-        help="Ask the same by NVIDIA's perf_analyzer too, where it is installed.",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="Print JSON, not a table.")
 
 
 def keys_of(cls: Any, prefix: str = "") -> list[str]:

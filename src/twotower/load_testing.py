@@ -13,12 +13,13 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
+from docstring_parser import parse_from_object
 from jsonargparse import Namespace
 
 from twotower.data.prepared import PreparedDataset
@@ -44,6 +45,32 @@ CLIENTS = 32
 PROBE_S = 3.0
 
 Config = TypeVar("Config")
+
+
+def add_options(parser: Any, config: Any) -> None:
+    """Add a configuration's fields as options that are written as the others of commands are."""
+    hints = get_type_hints(config)
+    texts = {p.arg_name: p.description for p in parse_from_object(config).params}
+    for f in fields(config):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        parser.add_argument(
+            f"--{f.name.replace('_', '-')}", type=hints[f.name], default=default,
+            help=texts[f.name],
+        )  # fmt: skip
+
+
+def add_load_arguments(parser: Any) -> None:
+    """Add the arguments of `twotower load`."""
+    add_options(parser, LoadConfig)
+    parser.add_argument(
+        "--url", type=str, default=None,
+        help="Triton's gRPC address; without it the job's running server, or one that is started.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--perf-analyzer", action="store_true",
+        help="Ask the same by NVIDIA's perf_analyzer too, where it is installed.",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="Print JSON, not a table.")
 
 
 def read_options(config_class: type[Config], options: Namespace) -> Config:
@@ -130,7 +157,7 @@ def _server(job: Job, url: str | None) -> Iterator[tuple[str, bool, str]]:
     if url is not None:
         yield url, True, "the server"
     elif server_pid(job.path("server")) is not None:
-        yield served_url(job), False, "the job's running server"
+        yield served_url(job, "--url HOST:PORT"), False, "the job's running server"
     else:
         bundle = read_bundle(
             latest_bundle(job.path("bundles")), signed_by=job.serve.require_signature

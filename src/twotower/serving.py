@@ -55,7 +55,7 @@ def recommend(job: Job, options: Namespace) -> None:
             features[f.name] = seen[max(0, len(seen) - f.length) :]
             features.pop(f.times_name, None)
     exclude = seen + [_parse_id(i, data, "items") for i in id_list(options.exclude)]
-    url = options.url or served_url(job)
+    url = options.url or served_url(job, "--url HOST:PORT")
     with RecommendClient(url, proxy=options.url is not None) as client:
         answer = client.recommend(features, k=options.k, exclude=exclude)
     _print_answer(job, user, seen, answer)
@@ -130,18 +130,18 @@ def _parse_id(text: str, data: PreparedDataset, side: str) -> Any:
     return number
 
 
-def served_url(job: Job) -> str:
+def served_url(job: Job, instead: str) -> str:
     """Return the gRPC address of the job's running server.
 
     Raises:
-        UserError: when there is none.
+        UserError: where none runs; `instead` is what could be given.
     """
     try:
         state = json.loads((job.path("server") / "server.json").read_text())
     except FileNotFoundError:
         raise UserError(
             f"no server of this job is running ({job.path('server')}): start "
-            "`twotower serve` with the same --config, or give --url HOST:PORT"
+            f"`twotower serve` with the same --config, or give {instead}"
         ) from None
     return f"{state['host']}:{state['grpc_port']}"
 

@@ -27,7 +27,7 @@ from twotower.serve.load.perf_analyzer import BINARY, find_perf_analyzer
 from twotower.serve.server import TritonServer
 from twotower.serve.supervisor import running_server
 
-from ..conftest import FREE, GOOD
+from ..conftest import FREE, GOOD, start_serving
 from ..relay import Relay
 
 
@@ -184,6 +184,22 @@ def test_a_server_is_asked_with_golden_queries_where_there_is_no_log(
     assert report["about"]["requests"] == "200 of the bundle's golden queries, k=10"
     assert server.grpc_url in report["about"]["server"]
     assert report["measurements"][0]["errors"] == {}
+
+
+def test_the_jobs_running_server_is_asked(finished_run, twotower) -> None:
+    process, state = start_serving(finished_run)
+    try:
+        port = json.loads(state.read_text())["grpc_port"]
+        done = twotower(
+            "load", *finished_run.arguments, "--rates=[20]", "--seconds=1", "--json",
+            cwd=finished_run.cwd,
+        )  # fmt: skip
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert done.returncode == 0, done.stderr
+    server = json.loads(done.stdout)["about"]["server"]
+    assert server.startswith(f"the job's running server at 127.0.0.1:{port}, version 1")
 
 
 @pytest.mark.parametrize(
