@@ -91,9 +91,9 @@ def load(job: Job, options: Namespace) -> None:
             url=url, proxy=proxy, deadline_s=config.deadline_ms / 1000, k=config.k,
             requests=requests,
         )  # fmt: skip
-        found = _measure(target, config, job.seed)
         with RecommendClient(url, proxy=proxy) as client:
             schema = client.schema()
+        found = _measure(target, config, job.seed)
         theirs = []
         if options.perf_analyzer:
             rates = [m.asked_rate for m in found if m.asked_rate]
