@@ -23,6 +23,7 @@ from docstring_parser import parse_from_object
 from jsonargparse import Namespace
 
 from twotower.data.prepared import PreparedDataset
+from twotower.errors import UserError
 from twotower.export.bundle import latest_bundle, read_bundle
 from twotower.files import atomic_directory, write_json
 from twotower.job import Job
@@ -94,18 +95,20 @@ def load(job: Job, options: Namespace) -> None:
         with RecommendClient(url, proxy=proxy) as client:
             schema = client.schema()
         found = _measure(target, config, job.seed)
-        theirs = []
+        theirs, notes = [], _notes(found, url)
         if options.perf_analyzer:
             rates = [m.asked_rate for m in found if m.asked_rate]
             with console.status("perf_analyzer asks"), TemporaryDirectory() as work:
-                theirs = run_perf_analyzer(target, schema, rates, config, Path(work))
+                try:
+                    theirs = run_perf_analyzer(target, schema, rates, config, Path(work))
+                except UserError as error:  # what was measured is shown all the same
+                    notes.append(str(error))
     about = {
         "server": f"{whose} at {url}, version {schema.version}, {schema.num_items:,} items",
         "requests": f"{len(requests):,} of {origin}, k={config.k or schema.default_k}",
         "load": f"{config.arrivals} arrivals, {config.seconds:g} s a rate after "
                 f"{config.warmup_seconds:g} s, deadline {config.deadline_ms:g} ms",
     }  # fmt: skip
-    notes = _notes(found, url)
     target_dir = job.path("load")
     report = {
         "name": job.name, "about": about, "config": asdict(config),
