@@ -24,7 +24,6 @@ from twotower.errors import UserError
 from twotower.export.bundle import bundle_versions, latest_bundle, read_bundle
 from twotower.export.manifest import Manifest
 from twotower.files import write_json
-from twotower.serve.config import MODEL
 from twotower.serve.processes import descendants, memory_bytes
 from twotower.serve.repository import served_bytes
 from twotower.serve.server import Judged, TritonServer, answerable

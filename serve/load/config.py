@@ -10,6 +10,7 @@ ARRIVALS = ("poisson", "constant")
 # A percentile is the luck of a few where fewer than this many requests lie beyond it.
 BEYOND = 5
 LEAST_REQUESTS = 100 * BEYOND
+MOST_REQUESTS = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class LoadConfig:
         for rate in self.rates:
             if not 0 < rate < float("inf"):
                 raise UserError(f"rates must be > 0 requests a second, got {rate:g}")
+            check_requests("rates", rate, self)
         one_of("arrivals", self.arrivals, ARRIVALS)
         check_measurement(self)
 
@@ -108,11 +110,26 @@ class TuneConfig:
             )
         one_of("arrivals", self.arrivals, ARRIVALS)
         check_measurement(self)
+        if self.rate is not None:
+            check_requests("rate", self.rate, self)
         if self.rate is not None and not self.rate * self.seconds >= LEAST_REQUESTS:
             raise UserError(
                 f"rate times seconds must be >= {LEAST_REQUESTS} requests, or there is no 99th "
                 f"percentile to speak of, got {self.rate:g} x {self.seconds:g}: raise seconds"
             )
+
+
+def check_requests(option: str, rate: float, config: LoadConfig | TuneConfig) -> None:
+    """Refuse more requests than a client can keep in memory.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if rate * (config.warmup_seconds + config.seconds) > MOST_REQUESTS:
+        raise UserError(
+            f"{option} times seconds must be at most {MOST_REQUESTS:,} requests, got {rate:g} x "
+            f"{config.warmup_seconds + config.seconds:g}: lower one of them"
+        )
 
 
 def _option(name: str) -> str:

@@ -28,6 +28,8 @@ LATE_SHARE = 0.25
 # A server that answers less of what it is asked falls behind.
 KEEPS_UP = 0.98
 
+Statistics = dict[str, Any] | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
@@ -93,7 +95,7 @@ def percentile(ascending: F64, thousandths: int) -> float | None:
 
 def summarise(
     records: list[Record], start: float, seconds: float, *, asked_rate: float | None,
-    clients: int | None, before: dict[str, Any], after: dict[str, Any],
+    clients: int | None, before: Statistics, after: Statistics,
 ) -> Measurement:  # fmt: skip
     """Return what the client processes saw of the requests due from `start` on, for `seconds`.
 
@@ -103,7 +105,7 @@ def summarise(
         seconds: its length.
         asked_rate: of an open loop.
         clients: of a closed loop.
-        before: the server's statistics at the start.
+        before: the server's statistics at the start; None where it gave none.
         after: at the end.
     """
     due, sent, done, kind = (
@@ -129,39 +131,43 @@ def summarise(
     )  # fmt: skip
 
 
-def _server_side(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+def _server_side(before: Statistics, after: Statistics) -> dict[str, Any]:
     """Return the batches that ran between two statistics of the server, and where time went."""
-    sizes = {int(b["batch_size"]) for s in (before, after) for b in _batches(s)}
-    runs = {
-        size: sum(
-            sign * _number(b["compute_infer"], "count")
-            for sign, s in ((-1, before), (1, after)) for b in _batches(s)
-            if int(b["batch_size"]) == size
-        )
-        for size in sorted(sizes)
-    }  # fmt: skip
-
-    def mean_ms(*parts: str) -> float | None:
-        spent = {
-            field: sum(
-                sign * _number(m["inference_stats"][part], field)
-                for sign, s in ((-1, before), (1, after)) for m in s["model_stats"]
-                for part in parts
-            )
-            for field in ("count", "ns")
-        }  # fmt: skip
-        count = spent["count"] / len(parts)
-        return spent["ns"] / count / 1e6 if count else None
-
+    unknown: dict[str, Any] = {"batches": {}, "queue_ms": None, "compute_ms": None}
+    if before is None or after is None:
+        return unknown
+    was, now = _runs(before), _runs(after)
+    runs = {size: now[size] - was.get(size, 0) for size in sorted(now)}
+    if min(runs.values(), default=0) < 0 or was.keys() - now.keys():
+        return unknown  # the model was loaded anew, and counts from 0
     return {
         "batches": {size: n for size, n in runs.items() if n},
-        "queue_ms": mean_ms("queue"),
-        "compute_ms": mean_ms("compute_input", "compute_infer", "compute_output"),
+        "queue_ms": _mean_ms(before, after, "queue"),
+        "compute_ms": _mean_ms(before, after, "compute_input", "compute_infer", "compute_output"),
     }
 
 
-def _batches(statistics: dict[str, Any]) -> list[dict[str, Any]]:
-    return [b for m in statistics["model_stats"] for b in m.get("batch_stats", [])]
+def _runs(statistics: dict[str, Any]) -> dict[int, int]:
+    """Return batch size -> runs, over all versions of the model."""
+    runs: dict[int, int] = {}
+    for model in statistics["model_stats"]:
+        for batch in model.get("batch_stats", []):
+            size = int(batch["batch_size"])
+            runs[size] = runs.get(size, 0) + _number(batch["compute_infer"], "count")
+    return runs
+
+
+def _mean_ms(before: dict[str, Any], after: dict[str, Any], *parts: str) -> float | None:
+    """Return the mean of a request's time in some parts of its way."""
+
+    def spent(statistics: dict[str, Any], name: str) -> int:
+        return sum(
+            _number(model["inference_stats"][part], name)
+            for model in statistics["model_stats"] for part in parts
+        )  # fmt: skip
+
+    count = (spent(after, "count") - spent(before, "count")) / len(parts)
+    return (spent(after, "ns") - spent(before, "ns")) / count / 1e6 if count else None
 
 
 def _number(values: dict[str, Any], name: str) -> int:

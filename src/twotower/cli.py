@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from types import FrameType
 from typing import Any, get_args, get_type_hints
 
@@ -24,13 +24,15 @@ from twotower import (
     evaluations,
     gateway,
     inspection,
+    load_testing,
+    serve_tuning,
     serving,
     steps,
 )
 from twotower.data.demo_log import DemoLogConfig
 from twotower.errors import UserError, did_you_mean
 from twotower.job import Job
-from twotower.serve.load.config import LoadConfig, TuneConfig
+from twotower.serve.load.config import TuneConfig
 from twotower.show import console, facts
 
 CLOSING = "Any key of the YAML can be given on the command line: --train.batch_size=4096."
@@ -118,11 +120,11 @@ JOB_COMMANDS: dict[str, tuple[str, Callable[[Job, Namespace], int | None]]] = {
         serving.rollout,
     ),
     "recommend": (RECOMMEND, serving.recommend),
-    "load": ("Measure a server's latencies at given rates, and write a page.", load),
+    "load": ("Measure a server's latencies at given rates, and write a page.", load_testing.load),
     "tune-serving": (
         "Try settings of the server for a latency goal, and write the best section serve; exit "
         "code 1 where none reaches it.",
-        tune_serving,
+        serve_tuning.tune_serving,
     ),
     "gateway": ("Answer JSON over HTTP in front of Triton, until stopped.", gateway.gateway),
     "load-store": (
@@ -202,10 +204,9 @@ def build_parser() -> ArgumentParser:
                 "host's GPU, as the bundle's build_engine.py does elsewhere.",
             )  # fmt: skip
         if name == "load":
-            _add_options(command, LoadConfig)
-            _add_load_arguments(command)
+            load_testing.add_load_arguments(command)
         if name == "tune-serving":
-            _add_options(command, TuneConfig)
+            load_testing.add_options(command, TuneConfig)
         if name == "inspect":
             command.add_argument(
                 "--against", type=str, default=None,
@@ -245,32 +246,6 @@ def _add_recommend_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--url", type=str, default=None, help="Triton's gRPC address; the served job's by default."
     )
-
-
-def _add_options(parser: ArgumentParser, config: Any) -> None:
-    """Add a configuration's fields as options that are written as the others of commands are."""
-    from docstring_parser import parse_from_object
-
-    hints = get_type_hints(config)
-    texts = {p.arg_name: p.description for p in parse_from_object(config).params}
-    for f in fields(config):
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
-        parser.add_argument(
-            f"--{f.name.replace('_', '-')}", type=hints[f.name], default=default,
-            help=texts[f.name],
-        )  # fmt: skip
-
-
-def _add_load_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--url", type=str, default=None,
-        help="Triton's gRPC address; without it the job's running server, or one that is started.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--perf-analyzer", action="store_true",
-        help="Ask the same by NVIDIA's perf_analyzer too, where it is installed.",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="Print JSON, not a table.")
 
 
 def keys_of(cls: Any, prefix: str = "") -> list[str]:

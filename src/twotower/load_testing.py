@@ -13,15 +13,17 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
+from docstring_parser import parse_from_object
 from jsonargparse import Namespace
 
 from twotower.data.prepared import PreparedDataset
+from twotower.errors import UserError
 from twotower.export.bundle import latest_bundle, read_bundle
 from twotower.files import atomic_directory, write_json
 from twotower.job import Job
@@ -46,6 +48,32 @@ PROBE_S = 3.0
 Config = TypeVar("Config")
 
 
+def add_options(parser: Any, config: Any) -> None:
+    """Add a configuration's fields as options that are written as the others of commands are."""
+    hints = get_type_hints(config)
+    texts = {p.arg_name: p.description for p in parse_from_object(config).params}
+    for f in fields(config):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        parser.add_argument(
+            f"--{f.name.replace('_', '-')}", type=hints[f.name], default=default,
+            help=texts[f.name],
+        )  # fmt: skip
+
+
+def add_load_arguments(parser: Any) -> None:
+    """Add the arguments of `twotower load`."""
+    add_options(parser, LoadConfig)
+    parser.add_argument(
+        "--url", type=str, default=None,
+        help="Triton's gRPC address; without it the job's running server, or one that is started.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--perf-analyzer", action="store_true",
+        help="Ask the same by NVIDIA's perf_analyzer too, where it is installed.",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="Print JSON, not a table.")
+
+
 def read_options(config_class: type[Config], options: Namespace) -> Config:
     """Return the configuration that a command's options make."""
     names = [f.name for f in fields(config_class)]  # type: ignore[arg-type]
@@ -64,21 +92,23 @@ def load(job: Job, options: Namespace) -> None:
             url=url, proxy=proxy, deadline_s=config.deadline_ms / 1000, k=config.k,
             requests=requests,
         )  # fmt: skip
-        found = _measure(target, config, job.seed)
         with RecommendClient(url, proxy=proxy) as client:
             schema = client.schema()
-        theirs = []
+        found = _measure(target, config, job.seed)
+        theirs, notes = [], _notes(found, url)
         if options.perf_analyzer:
             rates = [m.asked_rate for m in found if m.asked_rate]
             with console.status("perf_analyzer asks"), TemporaryDirectory() as work:
-                theirs = run_perf_analyzer(target, schema, rates, config, Path(work))
+                try:
+                    theirs = run_perf_analyzer(target, schema, rates, config, Path(work))
+                except UserError as error:  # what was measured is shown all the same
+                    notes.append(str(error))
     about = {
         "server": f"{whose} at {url}, version {schema.version}, {schema.num_items:,} items",
         "requests": f"{len(requests):,} of {origin}, k={config.k or schema.default_k}",
         "load": f"{config.arrivals} arrivals, {config.seconds:g} s a rate after "
                 f"{config.warmup_seconds:g} s, deadline {config.deadline_ms:g} ms",
     }  # fmt: skip
-    notes = _notes(found, url)
     target_dir = job.path("load")
     report = {
         "name": job.name, "about": about, "config": asdict(config),

@@ -27,7 +27,7 @@ from twotower.serve.load.perf_analyzer import BINARY, find_perf_analyzer
 from twotower.serve.server import TritonServer
 from twotower.serve.supervisor import running_server
 
-from ..conftest import FREE, GOOD
+from ..conftest import FREE, GOOD, start_serving
 from ..relay import Relay
 
 
@@ -139,6 +139,21 @@ def test_failures_are_named_and_improve_no_percentile(server, relay) -> None:
     assert refused.errors == {"refused": 50}
 
 
+def test_a_server_that_falls_under_load_is_shown(finished_run, tmp_path) -> None:
+    unwatched = replace(FREE, probe_interval_s=1000.0)
+    with (
+        running_server(finished_run.bundle, unwatched, tmp_path) as own,
+        LoadGenerator(target(own), 1, seed=0) as generator,
+    ):
+        kill = threading.Timer(0.7, own.process.kill)
+        kill.start()
+        found = generator.open_loop(100, 1.0, warmup_seconds=0.0, arrivals="constant")
+        kill.join()
+    assert found.errors.keys() == {"lost"}
+    assert 0 < found.answered_rate < 100
+    assert (found.batches, found.queue_ms, found.mean_batch) == ({}, None, None)
+
+
 def test_a_request_that_fits_no_feature_is_refused_before_any_is_sent(server) -> None:
     with pytest.raises(UserError, match="no feature 'devise'"):
         LoadGenerator(target(server, devise="web"), 1, seed=0)
@@ -186,11 +201,28 @@ def test_a_server_is_asked_with_golden_queries_where_there_is_no_log(
     assert report["measurements"][0]["errors"] == {}
 
 
+def test_the_jobs_running_server_is_asked(finished_run, twotower) -> None:
+    process, state = start_serving(finished_run)
+    try:
+        port = json.loads(state.read_text())["grpc_port"]
+        done = twotower(
+            "load", *finished_run.arguments, "--rates=[20]", "--seconds=1", "--json",
+            cwd=finished_run.cwd,
+        )  # fmt: skip
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert done.returncode == 0, done.stderr
+    server = json.loads(done.stdout)["about"]["server"]
+    assert server.startswith(f"the job's running server at 127.0.0.1:{port}, version 1")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"rates": [1.0, 0.0]}, "rates must be > 0 requests a second, got 0"),
         ({"rates": [math.nan]}, "rates must be > 0"),
+        ({"rates": [1e9]}, "rates times seconds must be at most 10,000,000 requests"),
         ({"seconds": 0.0}, "seconds must be > 0, got 0"),
         ({"warmup_seconds": -1.0}, "warmup-seconds must be >= 0, got -1"),
         ({"arrivals": "bursts"}, "arrivals must be one of poisson, constant"),
