@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -161,12 +160,15 @@ class TritonServer(TritonProcess):
             )
         return difference
 
-    def reload(self) -> bool:
-        """Load the model anew, which starts new stubs; return whether Triton did so."""
+    def reload(self) -> None:
+        """Load the model anew, which starts new stubs.
+
+        Raises:
+            UserError: when Triton does not.
+        """
         # Triton skips a load when no file has changed.
         (self.repository / MODEL / str(self.served.version) / "model.py").touch()
-        path = f"/v2/repository/models/{MODEL}/load"
-        return self._http("POST", path, self.config.load_timeout_s)[0] == 200
+        self.load(MODEL, self.served.version)
 
     def restart(self) -> None:
         """Replace the server process, on the same ports.
@@ -202,18 +204,18 @@ class TritonServer(TritonProcess):
             except BaseException:
                 self.served = old
                 self.render(old, MODEL)
-                self.reload()
-                self._drain(incoming)
+                # Where not even that succeeds, the next probe that fails brings the server back.
+                with suppress(UserError):
+                    self.reload()
+                self._leave(incoming)
                 raise
             finally:
                 self.expected = (self.served,)
-            self._drain(old)
+            self._leave(old)
 
-    def _drain(self, leaving: Judged) -> None:
-        """Wait until a version has answered what was under way, then remove its directory."""
-        deadline = time.monotonic() + self.config.drain_s
-        while self.stubs(MODEL, leaving.version) and time.monotonic() < deadline:
-            time.sleep(0.05)
+    def _leave(self, leaving: Judged) -> None:
+        """Remove a version's directory, once it has answered what was under way."""
+        self.drained(MODEL, leaving.version)
         shutil.rmtree(self.repository / MODEL / str(leaving.version), ignore_errors=True)
 
     def _ended(self, pid: int) -> None:
