@@ -7,18 +7,22 @@ anew for every process and that this module alone holds.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+
+import tritonclient.grpc as grpc
+from tritonclient.utils import InferenceServerException
 
 from twotower.errors import UserError
 from twotower.serve.config import ServeConfig
@@ -33,6 +37,8 @@ ADMIN_HEADER = "admin-key"
 ADMIN = "model-repository,shared-memory,trace,logging"
 # Beyond the drain: Triton unloads its models, which takes a stub up to a few seconds.
 STOP_S = 10.0
+# Nobody asks any more, when nobody did for this long.
+QUIET_S = 0.5
 # Our own server is on this machine, so no request to it may go to a proxy of the environment.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 PR_SET_PDEATHSIG = 1
@@ -86,7 +92,7 @@ class TritonProcess:
             "--model-control-mode=explicit",
             *(f"--load-model={name}" for name in c.models),
             *_limits(c),
-            f"--exit-timeout-secs={max(1, round(c.drain_s))}",
+            f"--exit-timeout-secs={max(1, round(c.drain_s / 2))}",
             "--allow-gpu-metrics=false",
             f"--http-restricted-api={ADMIN}:{ADMIN_HEADER}={self._admin_key}",
             f"--grpc-restricted-protocol={ADMIN}:{ADMIN_HEADER}={self._admin_key}",
@@ -113,7 +119,7 @@ class TritonProcess:
                     f"Triton ended with code {self.process.returncode} before it was ready; its "
                     f"log, {self.log}, closes with:\n{self.log_tail()}"
                 )
-            if all(self._http("GET", f"/v2/models/{m}/ready", 2.0)[0] == 200 for m in models):
+            if all(self._http(f"/v2/models/{m}/ready") == 200 for m in models):
                 return
             time.sleep(0.05)
         raise UserError(
@@ -125,25 +131,37 @@ class TritonProcess:
         """Return the last lines of Triton's log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def _http(self, method: str, path: str, timeout_s: float) -> tuple[int | None, str]:
-        """Return the status, None where no answer came, and the body or what went wrong."""
-        request = urllib.request.Request(
-            f"http://{self.http_url}{path}", method=method, data=b"{}" if method == "POST" else None
-        )
-        request.add_header(ADMIN_HEADER, self._admin_key)
+    def _http(self, path: str) -> int | None:
+        """Return the status of a GET, None where no answer came."""
         try:
-            with DIRECT.open(request, timeout=timeout_s) as response:
-                return int(response.status), response.read().decode(errors="replace")
+            with DIRECT.open(f"http://{self.http_url}{path}", timeout=2.0) as response:
+                return int(response.status)
         except urllib.error.HTTPError as error:
-            return error.code, error.read().decode(errors="replace")
-        except OSError as error:
-            return None, str(error)
+            return error.code
+        except OSError:
+            return None
+
+    @contextmanager
+    def admin(self) -> Iterator[tuple[grpc.InferenceServerClient, dict[str, str]]]:
+        """Yield a client and the headers that open what is guarded.
+
+        It is gRPC's, since Triton loads in a thread of its own there. Over HTTP a load holds one of
+        the few threads that requests are answered by, and every connection that shares it waits.
+        """
+        client = grpc.InferenceServerClient(
+            self.grpc_url, channel_args=[("grpc.enable_http_proxy", 0)]
+        )
+        try:
+            yield client, {f"triton-grpc-protocol-{ADMIN_HEADER}": self._admin_key}
+        finally:
+            client.close()
 
     def load(self, model: str, version: int) -> None:
-        """Load a model whose directory is new or has changed; the versions served go on meanwhile.
+        """Load a model whose directory is new or has changed; what is served goes on meanwhile.
 
-        Triton skips a load when no file has changed. One that hangs would hold the server's
-        loading thread for ever: its stub is killed, upon which Triton gives the load up.
+        Triton skips a load when no file has changed. One that hangs would hold a loading thread of
+        the server for ever: its stub is killed, upon which Triton gives the load up (unless it hung
+        before it had spoken to Triton; then the model's name cannot be loaded again).
 
         Args:
             model: the model's name.
@@ -152,27 +170,34 @@ class TritonProcess:
         Raises:
             UserError: when Triton refuses it, or has not done it within serve.load_timeout_s.
         """
-        path = f"/v2/repository/models/{model}/load"
-        status, text = self._http("POST", path, self.config.load_timeout_s)
-        if status == 200:
-            return
-        if status is None:
-            for pid in self.stubs(model, version):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            text = f"not ready within serve.load_timeout_s={self.config.load_timeout_s:g} ({text})"
-        else:
-            with suppress(ValueError, KeyError, TypeError):
-                text = json.loads(text)["error"]
-        raise UserError(
-            f"Triton did not load version {version}: {text.strip().splitlines()[0]}; its log is "
-            f"{self.log}"
-        )
+        timeout_s = self.config.load_timeout_s
+        try:
+            with self.admin() as (client, headers):
+                client.load_model(model, headers=headers, client_timeout=timeout_s)
+        except InferenceServerException as error:
+            reason = (error.message() or str(error)).strip().splitlines()[0]
+            if error.status() == "StatusCode.DEADLINE_EXCEEDED":
+                reason = f"not ready within serve.load_timeout_s={timeout_s:g}"
+                for pid in self.stubs(model, version):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            raise UserError(
+                f"Triton did not load version {version}: {reason}; its log is {self.log}"
+            ) from None
 
-    def unload(self, model: str) -> bool:
-        """Unload all of a model; return whether Triton did so."""
-        path = f"/v2/repository/models/{model}/unload"
-        return self._http("POST", path, self.config.load_timeout_s)[0] == 200
+    def unload(self, model: str, version: int) -> None:
+        """Unload a model, wait until its last request is answered, and remove its directory."""
+        # Of a server that has ended, nothing is loaded.
+        with suppress(InferenceServerException), self.admin() as (client, headers):
+            client.unload_model(model, headers=headers, client_timeout=STOP_S)
+        self.drained(model, version)
+        shutil.rmtree(self.repository / model, ignore_errors=True)
+
+    def drained(self, model: str, version: int) -> None:
+        """Wait until a version that Triton unloads has answered what was under way."""
+        deadline = time.monotonic() + self.config.drain_s
+        while self.stubs(model, version) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def stubs(self, model: str, version: int) -> list[int]:
         """Return the pids of the processes that answer for, or load, a version of a model."""
@@ -181,6 +206,26 @@ class TritonProcess:
         file = str(self.repository.resolve() / model / str(version) / "model.py")
         return [pid for pid in descendants(self.process.pid) if file in command_of(pid)]
 
+    def drain(self) -> None:
+        """Go on answering those who do not know yet that the server leaves, until nobody asks.
+
+        Triton by itself would stop listening at the first moment without a request under way. It
+        takes half of serve.drain_s at the most: `stop` leaves the other half to what is under way.
+        """
+        deadline, before = time.monotonic() + self.config.drain_s / 2, -1
+        with suppress(InferenceServerException), self.admin() as (client, headers):
+            while time.monotonic() < deadline:
+                models = client.get_inference_statistics(
+                    headers=headers, client_timeout=1.0
+                ).model_stats  # fmt: skip
+                asked = sum(
+                    m.inference_stats.success.count + m.inference_stats.fail.count for m in models
+                )
+                if asked == before:
+                    return
+                before = asked
+                time.sleep(QUIET_S)
+
     def stop(self) -> None:
         """End the process: it answers what is under way, and is killed only if it does not end."""
         process, self.process = self.process, None
@@ -188,7 +233,7 @@ class TritonProcess:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(self.config.drain_s + STOP_S)
+                    process.wait(self.config.drain_s / 2 + STOP_S)
             # A hung stub outlives a server that has ended, in its process group.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -13,7 +13,6 @@ and the one before. A server that starts again serves that version, lest a crash
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,6 @@ from twotower.serve.processes import descendants, memory_bytes
 from twotower.serve.repository import served_bytes
 from twotower.serve.server import Judged, TritonServer, answerable
 
-CANDIDATE = "candidate"
 CHOICE = "rollout.json"
 MB = 1e6
 
@@ -81,6 +79,7 @@ class Rollouts:
     def __init__(self, server: TritonServer, bundles: Path) -> None:
         self.server, self.bundles = server, bundles
         self._one = threading.Lock()
+        self._number = 0
 
     def run(
         self, say: Callable[[str], None], *, to: int | None, back: bool, new_schema: bool
@@ -107,8 +106,9 @@ class Rollouts:
             if not new_schema:
                 refuse_new_schema(self.server.bundle.manifest, bundle.manifest)
             refuse_too_large(self.server, incoming)
-            with candidate(self.server, incoming):
-                self.server.prove(incoming, CANDIDATE)
+            self._number += 1
+            with candidate(self.server, incoming, f"candidate-{self._number}") as name:
+                self.server.prove(incoming, name)
                 refuse_beyond_limit(self.server, incoming)
             say(f"{len(incoming.golden)} golden queries answered beside version {old}")
             self.server.flip(incoming)
@@ -136,15 +136,17 @@ class Rollouts:
 
 
 @contextmanager
-def candidate(server: TritonServer, judged: Judged) -> Iterator[None]:
-    """Have a bundle loaded beside what is served, where no client asks it, while the block runs."""
-    server.render(judged, CANDIDATE)
+def candidate(server: TritonServer, judged: Judged, name: str) -> Iterator[str]:
+    """Have a bundle loaded beside what is served, where no client asks it, while the block runs.
+
+    Every one has a name of its own: that of a load that hung may not be usable again.
+    """
+    server.render(judged, name)
     try:
-        server.load(CANDIDATE, judged.version)
-        yield
+        server.load(name, judged.version)
+        yield name
     finally:
-        server.unload(CANDIDATE)
-        shutil.rmtree(server.repository / CANDIDATE, ignore_errors=True)
+        server.unload(name, judged.version)
 
 
 def refuse_new_schema(old: Manifest, new: Manifest) -> None:

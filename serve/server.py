@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,15 +169,16 @@ class TritonServer(TritonProcess):
             )
         return difference
 
-    def reload(self) -> bool:
-        """Load the models anew, which starts new stubs; return whether Triton did so."""
+    def reload(self) -> None:
+        """Load the models anew, which starts new stubs.
+
+        Raises:
+            UserError: when Triton does not.
+        """
         for name in self.config.models:
             # Triton skips a load when no file has changed.
             (self.repository / name / str(self.served.version) / "model.py").touch()
-            path = f"/v2/repository/models/{name}/load"
-            if self._http("POST", path, self.config.load_timeout_s)[0] != 200:
-                return False
-        return True
+            self.load(name, self.served.version)
 
     def restart(self) -> None:
         """Replace the server process, on the same ports.
@@ -215,19 +215,19 @@ class TritonServer(TritonProcess):
             except BaseException:
                 self.served = old
                 self.render(old)
-                self.reload()
-                self._drain(incoming)
+                # Where not even that succeeds, the next probe that fails brings the server back.
+                with suppress(UserError):
+                    self.reload()
+                self._leave(incoming)
                 raise
             finally:
                 self.expected = (self.served,)
-            self._drain(old)
+            self._leave(old)
 
-    def _drain(self, leaving: Judged) -> None:
-        """Wait until a version has answered what was under way, then remove its directory."""
-        deadline = time.monotonic() + self.config.drain_s
+    def _leave(self, leaving: Judged) -> None:
+        """Remove a version's directories, once it has answered what was under way."""
         for name in self.config.models:
-            while self.stubs(name, leaving.version) and time.monotonic() < deadline:
-                time.sleep(0.05)
+            self.drained(name, leaving.version)
             shutil.rmtree(self.repository / name / str(leaving.version), ignore_errors=True)
 
     def _ended(self, pid: int) -> None:

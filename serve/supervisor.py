@@ -58,16 +58,17 @@ def _mend(server: TritonServer, health: Health, stop: threading.Event, failures:
     try:
         if alive and failures < 3:
             health.reloads.inc()
-            action, done = "model loaded anew", server.reload()
+            action = "model loaded anew"
+            server.reload()
         else:
             health.restarts.inc()
-            action, done = "server restarted", True
+            action = "server restarted"
             server.restart()
     except Exception as error:
-        action, done = f"restart failed: {_line(error)}", False
-    _say(f"{action}{'' if done else ' (failed)'} in {time.monotonic() - started:.1f} s")
-    if not done:
+        _say(f"{action}: failed after {time.monotonic() - started:.1f} s: {_line(error)}")
         stop.wait(server.config.probe_interval_s)
+    else:
+        _say(f"{action} in {time.monotonic() - started:.1f} s")
 
 
 def _line(error: Exception) -> str:
@@ -155,7 +156,8 @@ def serve_forever(bundles: Path, config: ServeConfig, work_dir: Path) -> None:
             _print_endpoints(server, endpoint, time.monotonic() - started)
             with control_socket(work_dir, _rollouts(server, bundles, health)):
                 supervise(server, health, stop)
-            _say(f"stopping: requests under way have serve.drain_s={config.drain_s:g} seconds")
+            _say(f"stopping within serve.drain_s={config.drain_s:g} seconds")
+            server.drain()
         finally:
             server.stop()
     _say("stopped")

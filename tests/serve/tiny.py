@@ -38,7 +38,7 @@ def unit(rows):
     return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def tiny_bundle(folder: Path, version: int = 1, items: int = ITEMS) -> Path:
+def tiny_bundle(folder: Path, version: int = 1, sign_with: str | None = None) -> Path:
     """Query vector = table[user] + text, made unit; the unseen share the last row.
 
     Every version has weights of its own, so that its answers are told from another's.
@@ -46,9 +46,8 @@ def tiny_bundle(folder: Path, version: int = 1, items: int = ITEMS) -> Path:
     path = folder / str(version)
     path.mkdir(parents=True)
     random = np.random.default_rng(version + 2)
-    item_ids = np.arange(100, 100 + items, dtype=np.int64)
     table = random.normal(size=(USERS + 1, WIDTH)).astype(np.float32)
-    vectors = unit(random.normal(size=(items, WIDTH)))
+    vectors = unit(random.normal(size=(ITEMS, WIDTH)))
     node = helper.make_node
     write_graph(
         path / "query.onnx",
@@ -76,7 +75,7 @@ def tiny_bundle(folder: Path, version: int = 1, items: int = ITEMS) -> Path:
     )  # fmt: skip
     (path / "item.onnx").write_bytes(b"not served")
     np.save(path / "item_vectors.npy", vectors)
-    np.save(path / "item_ids.npy", item_ids)
+    np.save(path / "item_ids.npy", ITEM_IDS)
     golden = []
     for user in range(USERS + 1):
         text = random.normal(size=WIDTH).astype(np.float32)
@@ -84,12 +83,12 @@ def tiny_bundle(folder: Path, version: int = 1, items: int = ITEMS) -> Path:
         order = [int(i) for i in np.argsort(-scores) if i != user][:6]
         golden.append({
             "features": {"user_id": user, "text": text.tolist()}, "exclude": [100 + user],
-            "item_ids": item_ids[order].tolist(), "scores": scores[order].tolist(),
+            "item_ids": ITEM_IDS[order].tolist(), "scores": scores[order].tolist(),
         })  # fmt: skip
     write_json(path / "golden.json", golden)
     seal(path, Manifest(
         version=version, name="tiny", fingerprint="f", query=QUERY,
-        item=[spec("item_id", "id", "int64")], item_id_dtype="int64", num_items=items, dim=WIDTH,
+        item=[spec("item_id", "id", "int64")], item_id_dtype="int64", num_items=ITEMS, dim=WIDTH,
         versions={}, metrics={}, parity={}, index=index_spec(IndexConfig(), WIDTH, False),
-    ))  # fmt: skip
+    ), sign_with)  # fmt: skip
     return path
