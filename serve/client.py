@@ -266,9 +266,10 @@ class AsyncRecommendClient:
 
     def __init__(
         self, url: str, protocol: str = "grpc", timeout_s: float = 2.0, *, proxy: bool = True,
-        retries: int = RETRIES,
+        retries: int = RETRIES, model: str = MODEL,
     ) -> None:  # fmt: skip
         self.url, self.protocol, self.timeout_s = url, protocol, timeout_s
+        self.model = model
         self._retries = Retries(retries)
         module = _module(protocol, asynchronous=True)
         self._client = module.InferenceServerClient(url, **_channel(url, protocol, proxy))
@@ -297,7 +298,7 @@ class AsyncRecommendClient:
     async def _read_schema(self, deadline: float) -> Schema:
         async with self._schema_lock:  # many first requests at once ask once
             if self._schema is None:
-                self._schema = parse_schema(await self._model_config(MODEL, deadline))
+                self._schema = parse_schema(await self._model_config(self.model, deadline))
         return self._schema
 
     async def _model_config(self, model: str, deadline: float) -> dict[str, Any]:
@@ -328,7 +329,7 @@ class AsyncRecommendClient:
             "outputs": _outputs(self.protocol, explain), "priority": priority,
             "headers": headers or None,
         }  # fmt: skip
-        return decode(schema, await self._infer(MODEL, inputs, deadline, **options))
+        return decode(schema, await self._infer(self.model, inputs, deadline, **options))
 
     async def embed(
         self, model: str, features: dict[str, Any], headers: Mapping[str, str] | None = None
@@ -350,7 +351,7 @@ class AsyncRecommendClient:
     async def ask(self, prepared: list[Any]) -> Any:
         """Return Triton's result of a prepared request; raises as `recommend`."""
         deadline, outputs = time.monotonic() + self.timeout_s, _outputs(self.protocol, False)
-        return await self._infer(MODEL, prepared, deadline, outputs=outputs)
+        return await self._infer(self.model, prepared, deadline, outputs=outputs)
 
     async def _infer(self, model: str, inputs: list[Any], deadline: float, **options: Any) -> Any:
         infer = self._client.infer

@@ -8,7 +8,8 @@ from twotower.errors import UserError, one_of
 
 MODEL = "recommend"
 EMBED = {"embed_query": "query", "embed_items": "item"}  # and the side
-MODELS = (MODEL, *EMBED)
+SIMILAR = "similar"
+MODELS = (MODEL, *EMBED, SIMILAR)
 TARGETS = ("cpu", "gpu")
 
 
@@ -27,8 +28,8 @@ class ServeConfig:
     health_port: int = 8003
     """Port of the health endpoint and of the supervisor's metrics; 0 asks for a free one."""
     models: list[str] = field(default_factory=lambda: ["recommend"])
-    """Which models are loaded: recommend, embed_query and embed_items, the last two giving the
-    towers' vectors."""
+    """Which models are loaded: recommend; embed_query and embed_items, which give the towers'
+    vectors; similar, which gives the items nearest to an item."""
     instances: int = 1
     """Processes that answer, of each model."""
     threads: int = 1
@@ -49,7 +50,8 @@ class ServeConfig:
     """Levels of priority that a request may ask for, 1 being the first served and the last the
     default; 0 for none."""
     response_cache_mb: int = 0
-    """Memory for answers, given again to requests that are the same byte for byte; 0 for none."""
+    """Memory for answers, given again to requests that are the same byte for byte; 0 for none. Of
+    a request that was refused, tritonserver 2.51 gives an empty answer from it, and no reason."""
     concurrent_batches: int = 0
     """Batches computed at the same time, of all models together; 0 for as many as instances."""
     default_k: int = 10

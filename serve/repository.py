@@ -31,30 +31,33 @@ from twotower.export import search
 from twotower.export.bundle import Bundle
 from twotower.files import atomic_directory, link_or_copy
 from twotower.serve import triton
-from twotower.serve.config import EMBED, MODEL, ServeConfig
+from twotower.serve.config import EMBED, MODEL, SIMILAR, ServeConfig
 
 TARGET = "cpu"  # of the local server
 TYPES = {"string": "TYPE_STRING", "int64": "TYPE_INT64", "float32": "TYPE_FP32"}
+VECTORS = ("manifest.json", "item_vectors.npy", "item_ids.npy", "filters.npz")
+INDEX = (
+    *VECTORS, "index.onnx", "index.faiss", "item_cut.npy", "item_int8.npy", "item_scales.npy",
+)  # fmt: skip
 # Of a bundle, what each model reads, where it is there.
 READS = {
-    ("recommend", "cpu"): (
-        "manifest.json", "query.onnx", "query.weights", "index.onnx", "index.faiss",
-        "item_vectors.npy", "item_cut.npy", "item_int8.npy", "item_scales.npy", "item_ids.npy",
-        "filters.npz",
-    ),
-    ("recommend", "gpu"): (
-        "manifest.json", "query_encoding.onnx", "item_vectors.npy", "item_ids.npy", "filters.npz",
-    ),
+    ("recommend", "cpu"): ("query.onnx", "query.weights", *INDEX),
+    ("recommend", "gpu"): ("query_encoding.onnx", *VECTORS),
+    ("similar", "cpu"): INDEX,
+    ("similar", "gpu"): VECTORS,
     ("embed_query", "cpu"): ("query.onnx", "query.weights"),
     ("embed_query", "gpu"): ("query_encoding.onnx",),
     ("embed_items", "cpu"): ("item.onnx", "item.weights", "query.weights"),
     ("embed_items", "gpu"): ("item_encoding.onnx",),
 }  # fmt: skip
 TRITON = Path(triton.__file__).parent
+# The first one is the model itself.
 CODE = {
-    MODEL: ("model.py", "features.py", "filters.py", "tower.py"),
+    MODEL: ("recommend.py", "answers.py", "features.py", "filters.py", "tower.py"),
+    SIMILAR: ("similar.py", "answers.py", "features.py", "filters.py"),
     **dict.fromkeys(EMBED, ("embed.py", "features.py", "tower.py")),
 }
+SEARCHES = (MODEL, SIMILAR)
 
 
 def render_repository(
@@ -77,7 +80,7 @@ def render_repository(
     for kind in config.models:
         render_model(kind, bundle, repository / kind, config, environment, target)
     if target == "gpu":
-        for side in {EMBED.get(name, "query") for name in config.models}:
+        for side in {EMBED.get(name, "query") for name in config.models if name != SIMILAR}:
             _write_tower(
                 bundle, repository / f"{side}_tower", side, config, (plans or {}).get(side)
             )
@@ -97,9 +100,10 @@ def render_model(
         environment: see `render_repository`.
         target: cpu or gpu.
     """
-    sources = [TRITON / file for file in CODE[kind]]
-    sources += [Path(str(search.__file__))] * (kind == MODEL and target == "cpu")
-    sources += [TRITON / "fused.py"] * (kind == MODEL and target == "gpu")
+    sources = {file: TRITON / file for file in CODE[kind][1:]}
+    sources["model.py"] = TRITON / CODE[kind][0]
+    if kind in SEARCHES:
+        sources |= {"search.py": Path(str(search.__file__)), "fused.py": TRITON / "fused.py"}
     _write_version(bundle, model, READS[kind, target], sources)
     text = render_config(kind, model.name, bundle, config, environment, target)
     _write_config(model, target, text)
@@ -112,7 +116,7 @@ def served_bytes(bundle: Bundle, models: Iterable[str]) -> int:
 
 
 def _write_version(
-    bundle: Bundle, model: Path, reads: Iterable[str], sources: Iterable[Path]
+    bundle: Bundle, model: Path, reads: Iterable[str], sources: dict[str, Path]
 ) -> None:
     """Write a version directory, unless it is there: what a bundle holds never changes."""
     model.mkdir(parents=True, exist_ok=True)
@@ -121,8 +125,7 @@ def _write_version(
         for name in reads:
             if name == "manifest.json" or name in bundle.manifest.files:
                 link_or_copy(bundle.path / name, partial / name)
-        for source in sources:
-            name = "model.py" if source.name == "embed.py" else source.name
+        for name, source in sources.items():
             shutil.copy2(source, partial / name)
             # The stub writes what is compiled if it is not there, which would look like a change
             # of the model; unchecked, so that touching model.py for a reload does not make it
@@ -168,13 +171,16 @@ def schema_of(bundle: Bundle, config: ServeConfig, kind: str = MODEL) -> dict[st
     """Return what a client needs to know of a model."""
     m = bundle.manifest
     side = EMBED.get(kind, "query")
+    specs = m.query if side == "query" else m.item
+    if kind == SIMILAR:
+        specs = [TensorSpec(name="item", kind="id", dtype=m.item_id_dtype, length=1)]
     schema = {
         "version": m.version,
         "dim": m.dim,
         "bias": bool(m.index.bias),
-        "features": [vars(spec) for spec in (m.query if side == "query" else m.item)],
+        "features": [vars(spec) for spec in specs],
     }
-    if kind != MODEL:
+    if kind not in SEARCHES:
         return schema | {"side": side}
     return schema | {
         "item_id_dtype": m.item_id_dtype,
@@ -195,7 +201,7 @@ def render_config(
         _tensor(s.name, s.dtype, _size(s), ragged=s.is_list, optional=s.kind == "times")
         for s in (TensorSpec(**spec) for spec in schema["features"])
     ]
-    if kind == MODEL:
+    if kind in SEARCHES:
         # Rows of one batch may exclude, or ask for, different numbers of items.
         for ids in ("exclude", "allow"):
             inputs.append(_tensor(ids, m.item_id_dtype, -1, ragged=True, optional=True))

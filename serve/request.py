@@ -290,7 +290,12 @@ def _ids(dtype: str, values: list[Any]) -> npt.NDArray[Any]:
 
 
 def decode(schema: Schema, result: Any) -> Recommendation:
-    """Return the answer in a Triton result."""
+    """Return the answer in a Triton result.
+
+    Raises:
+        UserError: for an empty one.
+    """
+    _refuse_empty(result, "item_ids")
     ids, scores = result.as_numpy("item_ids")[0], result.as_numpy("scores")[0]
     explanation = result.as_numpy("explanation")
     text = schema.item_id_dtype == "string"
@@ -302,7 +307,17 @@ def decode(schema: Schema, result: Any) -> Recommendation:
     )
 
 
+def _refuse_empty(result: Any, name: str) -> None:
+    # tritonserver 2.51's response cache keeps of a request that was refused an empty answer.
+    if result.as_numpy(name) is None:
+        raise UserError(
+            "the server refused this request before, and its response cache has not kept why "
+            "(serve.response_cache_mb): send it once with another k to read the reason"
+        )
+
+
 def decode_vector(result: Any) -> Embedding:
-    """Return the vector in a Triton result."""
+    """Return the vector in a Triton result; raises as `decode`."""
+    _refuse_empty(result, "vector")
     vector, version = result.as_numpy("vector"), result.as_numpy("version")
     return Embedding(vector[0].tolist(), int(version[0, 0]))

@@ -199,6 +199,32 @@ def test_an_items_vector_is_that_of_the_catalogue(full, finished_run) -> None:
             np.testing.assert_allclose(found.vector, vectors[row], atol=1e-5)
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_similar_items_are_the_nearest_by_cosine(full, protocol) -> None:
+    bundle = full.bundle
+    vectors = np.load(bundle.path / "item_vectors.npy")
+    ids = [i.decode() for i in np.load(bundle.path / "item_ids.npy")]
+    bias = bundle.manifest.index.bias
+    direction = vectors[:, :-1] if bias else vectors
+    url = full.grpc_url if protocol == "grpc" else full.http_url
+    with RecommendClient(url, protocol, model="similar") as client:
+        for row in (0, 123):
+            cosine = direction @ direction[row]
+            wanted = [ids[i] for i in np.argsort(-cosine, kind="stable") if i != row][:9]
+            found = client.recommend({"item": ids[row]}, k=9)
+            assert found.item_ids == wanted
+            less = client.recommend({"item": ids[row]}, k=8, exclude=wanted[:1])
+            assert less.item_ids == wanted[1:]
+            assert (
+                client.recommend({"item": ids[row]}, k=3, allow=wanted[4:6]).item_ids
+                == (wanted[4:6])
+            )
+        with pytest.raises(UserError, match=f"item 'no {protocol}' is not in the catalogue"):
+            client.recommend({"item": f"no {protocol}"})
+        with pytest.raises(UserError, match="refused this request before"):
+            client.recommend({"item": f"no {protocol}"})
+
+
 def test_a_request_that_was_answered_comes_from_the_cache(full) -> None:
     with grpc.InferenceServerClient(full.grpc_url) as client:
 
@@ -244,7 +270,8 @@ def test_rendered_parameters_are_read_back(bundle, tmp_path) -> None:
         parameters = MessageToDict(config)["parameters"]
         schema = json.loads(parameters["schema"]["stringValue"])
         specs = bundle.manifest.item if name == "embed_items" else bundle.manifest.query
-        assert [f["name"] for f in schema["features"]] == [s.name for s in specs]
+        wanted = ["item"] if name == "similar" else [s.name for s in specs]
+        assert [f["name"] for f in schema["features"]] == wanted
         assert parameters["target"]["stringValue"] == "cpu"
 
 

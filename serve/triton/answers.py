@@ -1,4 +1,4 @@
-"""The Triton model `recommend`: raw features in, item ids and scores out.
+"""What the Triton models `recommend` and `similar` share: from vectors to item ids and scores.
 
 Runs in Triton's Python backend, in the version directory with the bundle's files and copies of the
 files beside it and of `twotower.export.search`, with NumPy and ONNX Runtime and without twotower.
@@ -14,18 +14,33 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from features import PAD_INT64, PAD_STRING, Features, Refused, cancelled, refusal, tensor_of
+from features import PAD_INT64, PAD_STRING, Refused, cancelled, refusal, tensor_of
 from filters import Filters
 from search import open_search
-from tower import open_tower
 
 # Of fewer rows than this, or than this part of the catalogue, each score is computed.
 FEW_ROWS = 4096
 FEW_SHARE = 1 / 8
 
 
-class TritonPythonModel:
-    """Answers batches of requests from one bundle."""
+class Answers:
+    """Answers batches of requests from one bundle; a model says whose vectors are searched by."""
+
+    def open(self, folder: Path, target: str, threads: int) -> None:
+        """Open what the vectors come from."""
+        raise NotImplementedError
+
+    def asked(self, request: Any) -> tuple[Any, int]:
+        """Return what a request asks by, and its number of rows, or raise `Refused`."""
+        raise NotImplementedError
+
+    def vectors(self, asked: list[Any]) -> np.ndarray[Any, Any]:
+        """Return the vectors (B, D) of several requests' rows."""
+        raise NotImplementedError
+
+    def wrong(self, asked: Any, vectors: np.ndarray[Any, Any]) -> str | None:
+        """Return why a request's vectors are of no use, if they are."""
+        raise NotImplementedError
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the graphs of this version's directory."""
@@ -34,8 +49,7 @@ class TritonPythonModel:
         self.schema = json.loads(parameters["schema"]["string_value"])
         self.spec = json.loads(parameters["index"]["string_value"])
         target, threads = (parameters[name]["string_value"] for name in ("target", "threads"))
-        self.features = Features(self.schema["features"], self.schema["bias"])
-        self.tower = open_tower(folder, "query", target, int(threads))
+        self.open(folder, target, int(threads))
         self.index: Any
         if target == "gpu":
             from fused import FusedSearch
@@ -65,12 +79,12 @@ class TritonPythonModel:
         return responses
 
     def parse(self, request: Any) -> dict[str, Any]:
-        """Return a request's columns, k, and which rows it leaves out or asks for.
+        """Return what a request asks by, k, and which rows it leaves out or asks for.
 
         Raises:
             Refused: naming what cannot be answered.
         """
-        columns, count = self.features.parse(request)
+        asked, count = self.asked(request)
         wanted = tensor_of(request, "k")
         k = self.schema["default_k"]
         if wanted is not None:
@@ -88,10 +102,10 @@ class TritonPythonModel:
             value = tensor_of(request, name)
             lists[name] = [None] * count if value is None else list(value)
             if len(lists[name]) != count:
-                raise Refused(f"{name} has {len(lists[name])} rows, the features have {count}")
+                raise Refused(f"{name} has {len(lists[name])} rows, the request has {count}")
         none = np.empty(0, np.int64)
         return {
-            "columns": columns, "count": count, "k": k,
+            "asked": asked, "count": count, "k": k,
             "exclude": [none if e is None else self.rows_of(e) for e in lists["exclude"]],
             "only": [self.only(*p) for p in zip(lists["allow"], lists["filter"], strict=True)],
             "filter": [_text(f) for f in lists["filter"]],
@@ -124,8 +138,8 @@ class TritonPythonModel:
         return np.unique(found[self.ids[found] == ids])
 
     def answer(self, parsed: list[dict[str, Any]]) -> list[Any]:
-        """Answer valid requests in one pass of the query tower and one of the index."""
-        vectors = self.tower.vectors(self.features.join([p["columns"] for p in parsed]))
+        """Answer valid requests in one pass of the tower and one of the index."""
+        vectors = self.vectors([p["asked"] for p in parsed])
         exclude = [rows for p in parsed for rows in p["exclude"]]
         only = [rows for p in parsed for rows in p["only"]]
         wanted = np.repeat([p["k"] for p in parsed], [p["count"] for p in parsed])
@@ -133,7 +147,7 @@ class TritonPythonModel:
         responses, start = [], 0
         for p in parsed:
             rows = slice(start, start + p["count"])
-            error = self.features.overflow(p["columns"], vectors[rows])
+            error = self.wrong(p["asked"], vectors[rows])
             responses.append(refusal(error) if error else self.response(p, results[rows]))
             start += p["count"]
         return responses
