@@ -342,6 +342,14 @@ class AsyncRecommendClient:
         inputs = _inputs(self.protocol, encode_features(self._specs[model], features))
         return decode_vector(await self._infer(model, inputs, deadline, headers=headers or None))
 
+    async def has(self, model: str) -> bool:
+        """Return whether the server has a model ready, as far as it says so in time."""
+        try:
+            return bool(await self._try(lambda t: self._client.is_model_ready(model, **t),
+                                        time.monotonic() + self.timeout_s))  # fmt: skip
+        except UserError:
+            return False
+
     async def prepare(
         self, features: dict[str, Any], *, k: int | None = None, exclude: Sequence[Any] = ()
     ) -> list[Any]:

@@ -1,14 +1,18 @@
 """The gateway's endpoints.
 
 POST /v1/recommend   items for a user          GET /healthz        whether answers come
-POST /v1/events      what a user has taken     GET /metrics        for Prometheus
-GET /openapi.json, /docs
+POST /v1/similar     items near another        GET /metrics        for Prometheus
+POST /v1/embed       a query's vector          GET /openapi.json, /docs
+POST /v1/events      what a user has taken
+
+/v1/similar and /v1/embed are there where the server has the models `similar` and `embed_query`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,13 +24,25 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from twotower.errors import UserError, did_you_mean
+from twotower.serve.client import ServerUnavailable
+from twotower.serve.config import SIMILAR as SIMILAR_MODEL
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.errors import ErrorAnswer, Refusal, json_response, refusal_response
 from twotower.serve.gateway.front import HEALTH, Front
 from twotower.serve.gateway.keys import Keys
 from twotower.serve.gateway.observe import Metrics, Trail
 from twotower.serve.gateway.recommender import Ask, Recommender
-from twotower.serve.gateway.schemas import EVENTS, RECOMMEND, Bodies, EventsAnswer, Health
+from twotower.serve.gateway.replicas import EMBED_QUERY
+from twotower.serve.gateway.schemas import (
+    EMBED,
+    EVENTS,
+    RECOMMEND,
+    SIMILAR,
+    Bodies,
+    EmbedAnswer,
+    EventsAnswer,
+    Health,
+)
 from twotower.serve.gateway.store import StoreUnavailable
 
 DESCRIPTION = "Two-tower retrieval over JSON."
@@ -50,10 +66,11 @@ class Endpoints:
     Args:
         recommender: answers them.
         bodies: their types.
+        models: that the server has beside `recommend`.
     """
 
-    def __init__(self, recommender: Recommender, bodies: Bodies) -> None:
-        self._recommender, self._bodies = recommender, bodies
+    def __init__(self, recommender: Recommender, bodies: Bodies, models: Sequence[str]) -> None:
+        self._recommender, self._bodies, self._models = recommender, bodies, models
         self._health: tuple[bool, bool] = (False, False)
         self._asked_at, self._asking = float("-inf"), asyncio.Lock()
 
@@ -64,6 +81,17 @@ class Endpoints:
             RECOMMEND, recommend, methods=["POST"], response_model=self._bodies.answer,
             responses=REFUSALS, summary="Recommend items",
         )  # fmt: skip
+        if SIMILAR_MODEL in self._models:
+            app.add_api_route(
+                SIMILAR, self.similar_endpoint(), methods=["POST"],
+                response_model=self._bodies.answer, responses=REFUSALS,
+                summary="Find items near another",
+            )  # fmt: skip
+        if EMBED_QUERY in self._models:
+            app.add_api_route(
+                EMBED, self.embed_endpoint(), methods=["POST"], response_model=EmbedAnswer,
+                responses=REFUSALS, summary="Embed a query",
+            )  # fmt: skip
         app.add_api_route(
             EVENTS, events, methods=["POST"], response_model=EventsAnswer,
             responses=REFUSALS, summary="Add to a user's history",
@@ -77,23 +105,46 @@ class Endpoints:
         """Return the handler of `POST /v1/recommend`."""
 
         async def recommend(request: Request, body: Any) -> Response:
-            times = getattr(body, "history_times", None)
-            if times is not None and len(times) != len(body.history or ()):
-                raise Refusal(
-                    422, f"{len(times)} times for {len(body.history or ())} items of history",
-                    "body.history_times", "one an item, null where it is not known",
-                    "send as many as items, or leave the list out",
-                )  # fmt: skip
-            features = body.features.model_dump(by_alias=True, exclude_unset=True)
             ask = Ask(
-                user=body.user, features=features, history=body.history, history_times=times,
-                k=body.k, exclude=body.exclude, filter_seen=body.filter_seen,
+                **_asker(body), **_wanted(body), filter_seen=body.filter_seen,
                 timeout_ms=body.timeout_ms,
             )  # fmt: skip
             return json_response(await self._recommender.recommend(ask, _trail(request)))
 
         recommend.__annotations__["body"] = self._bodies.recommend
         return recommend
+
+    def similar_endpoint(self) -> Any:
+        """Return the handler of `POST /v1/similar`."""
+
+        async def similar(request: Request, body: Any) -> Response:
+            ask = Ask(
+                features={}, **_wanted(body), filter_seen=False, timeout_ms=body.timeout_ms
+            )  # fmt: skip
+            found = await self._recommender.similar(body.item, ask, _trail(request))
+            return json_response(found)
+
+        similar.__annotations__["body"] = self._bodies.similar
+        return similar
+
+    def embed_endpoint(self) -> Any:
+        """Return the handler of `POST /v1/embed`."""
+
+        async def embed(request: Request, body: Any) -> Response:
+            ask = Ask(
+                **_asker(body), k=1, exclude=[], filter_seen=False, timeout_ms=body.timeout_ms
+            )  # fmt: skip
+            try:
+                return json_response(await self._recommender.embed(ask, _trail(request)))
+            except (ServerUnavailable, StoreUnavailable) as error:
+                late = "the store" if isinstance(error, StoreUnavailable) else "the model"
+                raise Refusal(
+                    503, f"{late} did not answer in time", "gateway", "an answer within "
+                    "gateway.deadline_ms", "ask again", 1,
+                ) from None  # fmt: skip
+
+        embed.__annotations__["body"] = self._bodies.embed
+        return embed
 
     def events_endpoint(self) -> Any:
         """Return the handler of `POST /v1/events`."""
@@ -125,13 +176,43 @@ class Endpoints:
         return json_response(content, 200 if able else 503)
 
 
+def _asker(body: Any) -> dict[str, Any]:
+    """Return who asks: the part of `Ask` that says it.
+
+    Raises:
+        Refusal: for times that are not those of the history.
+    """
+    times = getattr(body, "history_times", None)
+    if times is not None and len(times) != len(body.history or ()):
+        raise Refusal(
+            422, f"{len(times)} times for {len(body.history or ())} items of history",
+            "body.history_times", "one an item, null where it is not known",
+            "send as many as items, or leave the list out",
+        )  # fmt: skip
+    features = body.features.model_dump(by_alias=True, exclude_unset=True)
+    return {
+        "user": body.user, "features": features, "history": body.history, "history_times": times,
+    }  # fmt: skip
+
+
+def _wanted(body: Any) -> dict[str, Any]:
+    """Return which items are asked for: the part of `Ask` that says it."""
+    filters = getattr(body, "filters", None)
+    if filters is not None:
+        filters = filters.model_dump(by_alias=True, exclude_unset=True)
+    return {
+        "k": body.k, "exclude": body.exclude, "allow": body.allow, "filters": filters,
+        "explain": body.explain,
+    }  # fmt: skip
+
+
 def build_app(
-    recommender: Recommender, bodies: Bodies, keys: Keys | None, config: GatewayConfig,
-    metrics: Metrics,
+    recommender: Recommender, bodies: Bodies, models: Sequence[str], keys: Keys | None,
+    config: GatewayConfig, metrics: Metrics,
 ) -> ASGIApp:  # fmt: skip
     """Return the whole application."""
     app = FastAPI(title="twotower gateway", description=DESCRIPTION, redoc_url=None)
-    Endpoints(recommender, bodies).add_to(app)
+    Endpoints(recommender, bodies, models).add_to(app)
 
     async def show_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Container
 from dataclasses import asdict, dataclass
@@ -35,10 +36,13 @@ class Defaults:
     segments: dict[str, list[Any]]
     """The same by the events of the users of each segment, named by its value as text."""
 
-    def most_popular(self, segment: Any, k: int, exclude: Container[Any]) -> list[Any]:
+    def most_popular(
+        self, segment: Any, k: int, exclude: Container[Any], only: Container[Any] | None = None
+    ) -> list[Any]:
         """Return the k most popular items of a segment, filled up with those of all users."""
         items = dict.fromkeys([*self.segments.get(str(segment), ()), *self.popular])
-        return [item for item in items if item not in exclude][:k]
+        left = (i for i in items if i not in exclude and (only is None or i in only))
+        return list(itertools.islice(left, k))
 
     def check(self, features: list[TensorSpec], path: Path) -> None:
         """Refuse defaults that are of another model.

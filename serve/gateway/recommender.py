@@ -12,11 +12,12 @@ from pydantic import BaseModel, ValidationError
 
 from twotower.errors import UserError
 from twotower.serve.client import ServerUnavailable
+from twotower.serve.config import SIMILAR
 from twotower.serve.gateway.breaker import Breaker
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.defaults import Defaults
 from twotower.serve.gateway.observe import Metrics, Trail, span, trace_headers
-from twotower.serve.gateway.replicas import Query, Replicas
+from twotower.serve.gateway.replicas import EMBED_QUERY, Query, Replicas
 from twotower.serve.gateway.store import DamagedRecord, HistoryStore, Record, StoreUnavailable
 from twotower.serve.request import Schema
 
@@ -33,6 +34,9 @@ class Ask:
     exclude: list[Any]
     filter_seen: bool
     timeout_ms: float
+    allow: list[Any] | None = None
+    filters: dict[str, Any] | None = None
+    explain: bool = False
 
 
 class Recommender:
@@ -71,17 +75,53 @@ class Recommender:
             except StoreUnavailable:
                 return self._popular(ask, trail, "store", ask.features, self._excluded(ask, None))
         features, excluded = self.features_of(ask, record), self._excluded(ask, record)
-        query = Query(features, ask.k, excluded, trace_headers(trail))
+        query = Query(
+            features, ask.k, excluded, trace_headers(trail), ask.allow, ask.filters, ask.explain
+        )
+        return await self._asked(query, ask, trail, end, excluded)
+
+    async def similar(self, item: Any, ask: Ask, trail: Trail) -> dict[str, Any]:
+        """Return the items nearest to one, as `recommend` does."""
+        end = time.monotonic() + ask.timeout_ms / 1000
+        query = Query(
+            {"item": item}, ask.k, ask.exclude, trace_headers(trail), ask.allow, ask.filters,
+            ask.explain, SIMILAR,
+        )  # fmt: skip
+        return await self._asked(query, ask, trail, end, [*ask.exclude, item])
+
+    async def embed(self, ask: Ask, trail: Trail) -> dict[str, Any]:
+        """Return a query's vector as JSON-like values.
+
+        Raises:
+            ServerUnavailable: when none came in time; nothing stands in for a vector.
+            StoreUnavailable: when the store does not tell what the query needs.
+        """
+        end = time.monotonic() + ask.timeout_ms / 1000
+        record = None
+        if ask.user is not None:
+            with span("store"):
+                record = await self.look_up(ask.user, end - time.monotonic())
+        query = Query(self.features_of(ask, record), None, [], trace_headers(trail),
+                      model=EMBED_QUERY)  # fmt: skip
+        with span("model"):
+            answer = await self.replicas.ask(query, end - time.monotonic())
+        trail.version = answer.version
+        return {"vector": answer.vector, "version": answer.version}
+
+    async def _asked(
+        self, query: Query, ask: Ask, trail: Trail, end: float, excluded: list[Any]
+    ) -> dict[str, Any]:
         try:
             with span("model"):
-                answer = await self.replicas.recommend(query, end - time.monotonic())
+                answer = await self.replicas.ask(query, end - time.monotonic())
         except ServerUnavailable:
-            return self._popular(ask, trail, "model", features, excluded)
+            return self._popular(ask, trail, "model", query.features, excluded)
         trail.version = answer.version
         items = zip(answer.item_ids, answer.scores, strict=True)
         return {
             "items": [{"id": item, "score": score} for item, score in items],
             "version": answer.version, "fallback": None, "reason": None,
+            "explanation": answer.explanation,
         }  # fmt: skip
 
     async def look_up(self, user: Any, left_s: float) -> Record | None:
@@ -123,7 +163,7 @@ class Recommender:
         )
         query, timeout_s = Query(self.features_of(ask, None), 1, [], {}), ask.timeout_ms / 1000
         try:
-            answer = await self.replicas.recommend(query, timeout_s)
+            answer = await self.replicas.ask(query, timeout_s)
             model = bool(answer.item_ids)
         except UserError:
             model = False
@@ -184,14 +224,17 @@ class Recommender:
     def _popular(
         self, ask: Ask, trail: Trail, reason: str, features: dict[str, Any], excluded: list[Any]
     ) -> dict[str, Any]:
-        """Return what is popular in the user's segment."""
+        """Return what is popular in the user's segment; nothing where attributes are filtered."""
         trail.fallback = reason
         self._metrics.fallbacks.labels(reason).inc()
         segment = features.get(self.defaults.segment_by) if self.defaults.segment_by else None
-        items = self.defaults.most_popular(segment, ask.k, set(excluded))
+        items: list[Any] = []
+        if ask.filters is None:  # popularity knows no attributes, and may not break a promise
+            only = None if ask.allow is None else set(ask.allow)
+            items = self.defaults.most_popular(segment, ask.k, set(excluded), only)
         return {
             "items": [{"id": item, "score": None} for item in items],
-            "version": None, "fallback": "popularity", "reason": reason,
+            "version": None, "fallback": "popularity", "reason": reason, "explanation": None,
         }  # fmt: skip
 
 

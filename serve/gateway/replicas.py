@@ -11,17 +11,21 @@ from typing import Any
 
 from twotower.errors import UserError
 from twotower.serve.client import AsyncRecommendClient, ServerUnavailable
+from twotower.serve.config import MODEL, SIMILAR
 from twotower.serve.gateway.breaker import Breaker
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.observe import Metrics
-from twotower.serve.request import Recommendation, Schema
+from twotower.serve.request import Schema
+
+EMBED_QUERY = "embed_query"
 
 
 @dataclass(frozen=True)
 class Replica:
-    """One server of the model."""
+    """One server of the model; `similar` asks its model of that name."""
 
     client: AsyncRecommendClient
+    similar: AsyncRecommendClient
     breaker: Breaker
 
 
@@ -33,6 +37,11 @@ class Query:
     k: int | None
     exclude: Sequence[Any]
     headers: Mapping[str, str]
+    allow: Sequence[Any] | None = None
+    filters: Mapping[str, Any] | None = None
+    explain: bool = False
+    model: str = MODEL
+    """recommend or similar; or embed_query, of which the features alone count."""
 
 
 class Replicas:
@@ -46,9 +55,11 @@ class Replicas:
 
     def __init__(self, addresses: Sequence[str], config: GatewayConfig, metrics: Metrics) -> None:
         self._config, self._metrics, self._turn = config, metrics, 0
+        timeout_s = config.deadline_ms / 1000
         self._replicas = [
             Replica(
-                AsyncRecommendClient(address, timeout_s=config.deadline_ms / 1000),
+                AsyncRecommendClient(address, timeout_s=timeout_s),
+                AsyncRecommendClient(address, timeout_s=timeout_s, model=SIMILAR),
                 Breaker(config.failures, config.retry_s),
             )
             for address in addresses
@@ -62,6 +73,7 @@ class Replicas:
         async with AsyncExitStack() as stack:
             for replica in self._replicas:
                 stack.push_async_callback(replica.client.close)
+                stack.push_async_callback(replica.similar.close)
 
     async def schema(self, timeout_s: float) -> Schema:
         """Return the model's schema as soon as a server tells it.
@@ -79,8 +91,12 @@ class Replicas:
                         raise
             await asyncio.sleep(0.2)
 
-    async def recommend(self, query: Query, left_s: float) -> Recommendation:
-        """Return the first answer.
+    async def has(self, model: str) -> bool:
+        """Return whether a server has a model ready."""
+        return any([await replica.client.has(model) for replica in self._replicas])
+
+    async def ask(self, query: Query, left_s: float) -> Any:
+        """Return the first answer: a `Recommendation`, or the `Embedding` of embed_query.
 
         Args:
             query: the request.
@@ -129,7 +145,7 @@ class Replicas:
                 task.add_done_callback(_forget)
         raise error
 
-    def _start(self, query: Query) -> dict[asyncio.Task[Recommendation], Replica]:
+    def _start(self, query: Query) -> dict[asyncio.Task[Any], Replica]:
         """Send a request to the next server whose circuit lets it; empty where none does."""
         for _ in self._replicas:
             replica = self._replicas[self._turn % len(self._replicas)]
@@ -138,11 +154,16 @@ class Replicas:
                 return {asyncio.create_task(self._ask(replica, query)): replica}
         return {}
 
-    async def _ask(self, replica: Replica, query: Query) -> Recommendation:
+    async def _ask(self, replica: Replica, query: Query) -> Any:
+        client = replica.similar if query.model == SIMILAR else replica.client
         try:
-            answer = await replica.client.recommend(
-                query.features, k=query.k, exclude=query.exclude, headers=query.headers
-            )
+            if query.model == EMBED_QUERY:
+                answer: Any = await client.embed(query.model, query.features, query.headers)
+            else:
+                answer = await client.recommend(
+                    query.features, k=query.k, exclude=query.exclude, allow=query.allow,
+                    filters=query.filters, explain=query.explain, headers=query.headers,
+                )  # fmt: skip
         except ServerUnavailable:
             self._failed(replica)
             raise
@@ -169,7 +190,7 @@ class Replicas:
         self._metrics.circuit_open.labels(replica.client.url).set(0)
 
 
-def _forget(task: asyncio.Task[Recommendation]) -> None:
+def _forget(task: asyncio.Task[Any]) -> None:
     # Asyncio would complain of a failure that nobody has looked at.
     if not task.cancelled():
         task.exception()

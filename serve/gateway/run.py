@@ -14,6 +14,7 @@ import uvloop
 
 from twotower.errors import UserError
 from twotower.files import write_json
+from twotower.serve.config import MODELS
 from twotower.serve.gateway.app import build_app
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.defaults import read_defaults
@@ -72,7 +73,8 @@ async def _answer(
             recommender = Recommender(
                 schema, bodies.record, defaults, store, replicas, config, metrics
             )
-            app = build_app(recommender, bodies, keys, config, metrics)
+            models = [name for name in MODELS[1:] if await replicas.has(name)]
+            app = build_app(recommender, bodies, models, keys, config, metrics)
             await recommender.health()  # connects, so that the first request need not
             # What the libraries have made stays: a collection need not go through it, which would
             # hold up every request for tens of milliseconds.

@@ -13,12 +13,14 @@ from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.request import FLOAT32_MAX, MAX_SECONDS, Schema
 
 RECOMMEND, EVENTS = "/v1/recommend", "/v1/events"
+SIMILAR, EMBED = "/v1/similar", "/v1/embed"
 STRICT = ConfigDict(extra="forbid", strict=True)
 IDS: dict[str, Any] = {
     "int64": Annotated[int, Field(gt=PAD_INT64, lt=2**63)],
     # The empty string, and what a NUL ends, stand for no id on the wire.
     "string": Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00]*$")],
 }
+VALUES = {"string": Annotated[str, Field(max_length=1024)], "int64": int, "bool": StrictBool}
 NUMBER = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX, allow_inf_nan=False)]
 SECONDS = Annotated[int, Field(gt=-MAX_SECONDS, lt=MAX_SECONDS)]
 MAX_EXCLUDE = 1000
@@ -33,7 +35,10 @@ class Bodies:
         features: the model's, without histories; each may be left out.
         record: what a store holds of a user.
         recommend: of `POST /v1/recommend`.
-        answer: to it.
+        filters: of items, in both.
+        similar: of `POST /v1/similar`.
+        embed: of `POST /v1/embed`.
+        answer: to the first two.
         event: one of a user's.
         events: of `POST /v1/events`.
     """
@@ -41,6 +46,9 @@ class Bodies:
     features: type[BaseModel]
     record: type[BaseModel]
     recommend: type[BaseModel]
+    filters: type[BaseModel]
+    similar: type[BaseModel]
+    embed: type[BaseModel]
     answer: type[BaseModel]
     event: type[BaseModel]
     events: type[BaseModel]
@@ -53,11 +61,23 @@ class Bodies:
             place: from the body down to the object, as pydantic gives it.
         """
         inner = place[-1] != "body"
-        if path == RECOMMEND:
-            model = self.features if inner else self.recommend
-        else:
-            model = self.event if inner else self.events
+        bodies = {RECOMMEND: self.recommend, SIMILAR: self.similar, EMBED: self.embed}
+        model = bodies.get(path, self.events)
+        if inner:
+            model = self.event if path == EVENTS else self.features
+            model = self.filters if "filters" in place else model
         return [field.alias or name for name, field in model.model_fields.items()]
+
+
+class EmbedAnswer(BaseModel):
+    """A query's vector."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    vector: list[float]
+    """Its coordinates; scores are inner products with those of items."""
+    version: int
+    """Of the bundle that answered."""
 
 
 class EventsAnswer(BaseModel):
@@ -99,7 +119,7 @@ def make_bodies(schema: Schema, user_id_dtype: str, config: GatewayConfig) -> Bo
     )  # fmt: skip
     items = Annotated[list[item], Field(max_length=config.history_length)]  # type: ignore[valid-type]
     excluded = Annotated[list[item], Field(max_length=MAX_EXCLUDE)]  # type: ignore[valid-type]
-    fields: dict[str, Any] = {
+    asker: dict[str, Any] = {
         "user": (user | None, Field(None, description="Id of the user, whom the store knows.")),
         "features": (features, Field(default_factory=features, description=features.__doc__)),
         "history": (items | None, Field(
@@ -108,21 +128,34 @@ def make_bodies(schema: Schema, user_id_dtype: str, config: GatewayConfig) -> Bo
     }  # fmt: skip
     if any(s.kind == "times" for s in schema.features):
         times = Annotated[list[SECONDS | None], Field(max_length=config.history_length)]
-        fields["history_times"] = (times | None, Field(
+        asker["history_times"] = (times | None, Field(
             None, description="Seconds since 1970 of each item of history, null where not known."
         ))  # fmt: skip
-    fields |= {
+    timeout: dict[str, Any] = {
+        "timeout_ms": (Annotated[float, Field(gt=0, le=config.deadline_ms)], Field(
+            config.deadline_ms, description="Time after which popularity answers."
+        )),
+    }  # fmt: skip
+    items_wanted: dict[str, Any] = {
         "k": (Annotated[int, Field(ge=1, le=schema.max_k)], Field(
             schema.default_k, description="Number of items."
         )),
         "exclude": (excluded, Field(
             default_factory=list, description="Items that may not be answered."
         )),
+        "allow": (excluded | None, Field(
+            None, description="The only items that may be answered, say candidates to be scored."
+        )),
+        "explain": (StrictBool, Field(
+            False, description="Whether the answer says how it came about."
+        )),
+    }  # fmt: skip
+    filters = _filters(schema.filters)
+    if schema.filters:
+        items_wanted["filters"] = (filters | None, Field(None, description=filters.__doc__))
+    seen: dict[str, Any] = {
         "filter_seen": (StrictBool, Field(
             True, description="Leave out what the store and `history` say was taken."
-        )),
-        "timeout_ms": (Annotated[float, Field(gt=0, le=config.deadline_ms)], Field(
-            config.deadline_ms, description="Time after which popularity answers."
         )),
     }  # fmt: skip
     event = _model("Event", "An item that a user took.", {
@@ -137,7 +170,16 @@ def make_bodies(schema: Schema, user_id_dtype: str, config: GatewayConfig) -> Bo
     return Bodies(
         features,
         record,
-        _model("Recommend", "Whom to recommend for; without anything, an unknown user.", fields),
+        _model(
+            "Recommend", "Whom to recommend for; without anything, an unknown user.",
+            asker | items_wanted | seen | timeout,
+        ),
+        filters,
+        _model("Similar", "An item, to which the nearest are sought.", {
+            "item": (item, Field(description="Its id.")), **items_wanted, **timeout,
+        }),
+        _model("Embed", "Whose vector is sought; without anything, an unknown user's.",
+               asker | timeout),
         _answer(item),
         event,
         _model("Events", "What a user has just taken.", {
@@ -145,6 +187,23 @@ def make_bodies(schema: Schema, user_id_dtype: str, config: GatewayConfig) -> Bo
             "events": (event_list, Field(description="The events, oldest first.")),
         }),
     )  # fmt: skip
+
+
+def _filters(kinds: dict[str, str]) -> type[BaseModel]:
+    """Return the type of attribute filters."""
+    fields: dict[str, Any] = {}
+    for i, (name, kind) in enumerate(kinds.items()):
+        value: Any = VALUES[kind]
+        values = Annotated[list[value], Field(max_length=MAX_EXCLUDE)]
+        turned = _model(f"Not{i}", "Values that items may not have.", {
+            "not_": (value | values, Field(alias="not")),
+        })  # fmt: skip
+        fields[f"filter_{i}"] = (value | values | turned, Field(None, alias=name))
+    text = (
+        'Attributes that items must have: a value, one of a list, or {"not": …}. Where the model '
+        "is silent, nothing stands in."
+    )
+    return _model("Filters", text, fields)
 
 
 def _model(name: str, doc: str, fields: dict[str, Any]) -> type[BaseModel]:
@@ -164,6 +223,9 @@ def _answer(item: Any) -> type[BaseModel]:
             description="popularity: of the user's segment, as the store or the model was silent."
         )),
         "reason": (Literal["store", "model"] | None, Field(description="Which of them was.")),
+        "explanation": (dict[str, Any] | None, Field(
+            description="How it came about, where `explain` asked for it."
+        )),
     })  # fmt: skip
 
 

@@ -34,13 +34,13 @@ class TritonPythonModel(Answers):
 
     def parse(self, request: Any) -> dict[str, Any]:
         """Leave out each row's own item."""
-        parsed = super().parse(request)
+        parsed: dict[str, Any] = super().parse(request)
         pairs = zip(parsed["exclude"], parsed["asked"], strict=True)
         return parsed | {"exclude": [np.union1d(rows, own) for rows, own in pairs]}
 
     def vectors(self, asked: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
         """Return the vectors (B, D) of items, the bias 0."""
-        vectors = self.item_ND[np.concatenate(asked)]
+        vectors: np.ndarray[Any, Any] = self.item_ND[np.concatenate(asked)]
         if self.schema["bias"]:
             vectors[:, -1] = 0
         return vectors
