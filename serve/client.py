@@ -22,6 +22,7 @@ from tritonclient.utils import InferenceServerException
 from twotower.errors import UserError
 from twotower.serve.config import MODEL
 from twotower.serve.request import Recommendation, Schema, Tensors, decode, encode, parse_schema
+from twotower.serve.tls import ClientTls
 
 
 class ServerUnavailable(UserError):
@@ -64,13 +65,20 @@ def _inputs(protocol: str, tensors: Tensors) -> list[Any]:
     return out
 
 
-def _channel(url: str, protocol: str, proxy: bool) -> dict[str, Any]:
-    """Return what keeps a client from the environment's proxy; only gRPC's would use it."""
-    if protocol != "grpc" or (proxy and not _is_local(url)):
+def channel_options(url: str, protocol: str, proxy: bool, tls: ClientTls | None) -> dict[str, Any]:
+    """Return what keeps a client from the environment's proxy, which only gRPC's would use.
+
+    And what encrypts it, which only gRPC's can.
+    """
+    if protocol != "grpc":
+        if tls is not None:
+            raise UserError(f"{url}: Triton encrypts gRPC alone: ask over gRPC, or HTTPS's proxy")
         return {}
     # These replace tritonclient's own, of which the sizes matter: gRPC receives 4 MB by default.
-    sizes = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
-    return {"channel_args": [("grpc.enable_http_proxy", 0), *sizes]}
+    arguments = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
+    if not proxy or _is_local(url):
+        arguments.append(("grpc.enable_http_proxy", 0))
+    return {"channel_args": arguments} if tls is None else tls.options(arguments)
 
 
 def _is_local(url: str) -> bool:
@@ -98,16 +106,17 @@ class RecommendClient:
         proxy: whether gRPC heeds http_proxy and no_proxy of the environment, as it does by
             default; a loopback address never goes through a proxy.
         model: name of the model, on a server that has several.
+        tls: how gRPC is encrypted; not at all without it.
     """
 
     def __init__(
         self, url: str, protocol: str = "grpc", timeout_s: float = 2.0, *, proxy: bool = True,
-        model: str = MODEL,
+        model: str = MODEL, tls: ClientTls | None = None,
     ) -> None:  # fmt: skip
         self.url, self.protocol, self.timeout_s = url, protocol, timeout_s
         self.model = model
         module = _module(protocol, asynchronous=False)
-        options = _channel(url, protocol, proxy)
+        options = channel_options(url, protocol, proxy, tls)
         if protocol == "http":
             options = {"network_timeout": timeout_s, "connection_timeout": timeout_s}
         self._client = module.InferenceServerClient(url, **options)
@@ -177,14 +186,17 @@ class AsyncRecommendClient:
         timeout_s: the deadline of each request.
         proxy: whether gRPC heeds http_proxy and no_proxy of the environment, as it does by
             default; a loopback address never goes through a proxy.
+        tls: how gRPC is encrypted; not at all without it.
     """
 
     def __init__(
-        self, url: str, protocol: str = "grpc", timeout_s: float = 2.0, *, proxy: bool = True
-    ) -> None:
+        self, url: str, protocol: str = "grpc", timeout_s: float = 2.0, *, proxy: bool = True,
+        tls: ClientTls | None = None,
+    ) -> None:  # fmt: skip
         self.url, self.protocol, self.timeout_s = url, protocol, timeout_s
         module = _module(protocol, asynchronous=True)
-        self._client = module.InferenceServerClient(url, **_channel(url, protocol, proxy))
+        options = channel_options(url, protocol, proxy, tls)
+        self._client = module.InferenceServerClient(url, **options)
         self._schema: Schema | None = None
         self._schema_lock = asyncio.Lock()
 

@@ -28,11 +28,14 @@ from twotower.serve.hold import held
 from twotower.serve.rollout import Rollouts, chosen_bundle
 from twotower.serve.server import TritonServer
 
+# How often it is seen whether a stub has ended, which costs a few ms.
+GLANCE_S = 0.25
+
 
 def supervise(server: TritonServer, health: Health, stop: threading.Event) -> None:
     """Keep the model answering until `stop` is set."""
     failures, pause_s = 0, 0.0
-    while not stop.wait(pause_s):
+    while not _pause(server, pause_s, stop):
         changes, started = server.changes, time.monotonic()
         try:
             server.probe()
@@ -48,6 +51,15 @@ def supervise(server: TritonServer, health: Health, stop: threading.Event) -> No
             # A rollout that ended meanwhile may have mended it, or changed what is right.
             if server.changes == changes:
                 _mend(server, health, stop, failures)
+
+
+def _pause(server: TritonServer, seconds: float, stop: threading.Event) -> bool:
+    """Wait for the next probe, or until a stub has ended; return whether to stop."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0 and not stop.wait(min(left, GLANCE_S)):
+        if server.lost():
+            break
+    return stop.is_set()
 
 
 def _mend(server: TritonServer, health: Health, stop: threading.Event, failures: int) -> None:
