@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from twotower.export.bundle import Bundle, read_bundle
+from twotower.export.bundle import Bundle, latest_bundle, read_bundle
 from twotower.serve.config import MODEL, ServeConfig
 from twotower.serve.control import Act, Say, control_socket
 from twotower.serve.health import Health, HealthEndpoint
@@ -140,7 +140,12 @@ def serve_forever(bundles: Path, config: ServeConfig, work_dir: Path) -> None:
 
     with held(work_dir), HealthEndpoint(health, config) as endpoint:
         config = replace(config, health_port=endpoint.port)
-        bundle = _demanded(chosen_bundle(bundles, work_dir), config)
+        path = chosen_bundle(bundles, work_dir)
+        if path != (newest := latest_bundle(bundles)):
+            _say(
+                f"version {path.name} is served, as the last rollout chose; {newest.name} is newer"
+            )
+        bundle = _demanded(path, config)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, leave)
         server = TritonServer(bundle, config, work_dir)
