@@ -72,7 +72,7 @@ def channel_options(url: str, protocol: str, proxy: bool, tls: ClientTls | None)
     """
     if protocol != "grpc":
         if tls is not None:
-            raise UserError(f"{url}: Triton encrypts gRPC alone: ask over gRPC, or HTTPS's proxy")
+            raise UserError(f"{url}: Triton encrypts gRPC alone: give its gRPC address")
         return {}
     # These replace tritonclient's own, of which the sizes matter: gRPC receives 4 MB by default.
     arguments = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]

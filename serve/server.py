@@ -53,7 +53,7 @@ class TritonServer(TritonProcess):
         # Whose answers are right: of the version served, and of the one that is taking over.
         self.expected: tuple[Judged, ...] = (self.served,)
         # Held by whoever changes what is loaded.
-        self.changing = threading.RLock()
+        self.changing = threading.Lock()
         self.changes = 0
         self._probes = 0
         self._answering: tuple[int, set[int]] = (0, set())
@@ -230,7 +230,7 @@ class TritonServer(TritonProcess):
                 raise
             finally:
                 self.expected = (self.served,)
-            self._leave(old)
+        self._leave(old)
 
     def _leave(self, leaving: Judged) -> None:
         """Remove a version's directory, once it has answered what was under way."""

@@ -47,10 +47,15 @@ def supervise(server: TritonServer, health: Health, stop: threading.Event) -> No
             failures, pause_s = failures + 1, 0.0
             health.failed(_line(error))
             _say(f"probe {failures} failed: {_line(error)}")
-        with server.changing:
+        while not server.changing.acquire(timeout=GLANCE_S):
+            if stop.is_set():
+                return
+        try:
             # A rollout that ended meanwhile may have mended it, or changed what is right.
             if server.changes == changes:
                 _mend(server, health, stop, failures)
+        finally:
+            server.changing.release()
 
 
 def _pause(server: TritonServer, seconds: float, stop: threading.Event) -> bool:
