@@ -41,6 +41,7 @@ from twotower.serve.request import (
     parse_specs,
 )
 from twotower.serve.retry import Retries
+from twotower.serve.tls import ClientTls
 
 __all__ = ["AsyncRecommendClient", "RecommendClient", "ServerUnavailable"]
 
@@ -76,9 +77,14 @@ def _outputs(protocol: str, explain: bool) -> list[Any]:
     return [_module(protocol, asynchronous=False).InferRequestedOutput(name) for name in names]
 
 
-def _channel(url: str, protocol: str, proxy: bool) -> dict[str, Any]:
-    """Return the options of a connection; only gRPC's would use the environment's proxy."""
+def channel_options(url: str, protocol: str, proxy: bool, tls: ClientTls | None) -> dict[str, Any]:
+    """Return the options of a connection.
+
+    Only gRPC's would use the environment's proxy, and only gRPC's can be encrypted.
+    """
     if protocol != "grpc":
+        if tls is not None:
+            raise UserError(f"{url}: Triton encrypts gRPC alone: give its gRPC address")
         return {}
     # These replace tritonclient's own, of which the sizes matter: gRPC receives 4 MB by default.
     options = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
@@ -88,7 +94,7 @@ def _channel(url: str, protocol: str, proxy: bool) -> dict[str, Any]:
     ]
     if not proxy or is_local(url):
         options.append(("grpc.enable_http_proxy", 0))
-    return {"channel_args": options}
+    return {"channel_args": options} if tls is None else tls.options(options)
 
 
 def is_local(url: str) -> bool:
@@ -112,6 +118,7 @@ class RecommendClient:
             default; a loopback address never goes through a proxy.
         retries: further tries when the connection is lost or the server is not there.
         model: name of the model, on a server that has several.
+        tls: how gRPC is encrypted; not at all without it.
 
     Raises:
         UserError: for another protocol or a negative number of retries.
@@ -119,13 +126,13 @@ class RecommendClient:
 
     def __init__(
         self, url: str, protocol: str = "grpc", timeout_s: float = 2.0, *, proxy: bool = True,
-        retries: int = RETRIES, model: str = MODEL,
+        retries: int = RETRIES, model: str = MODEL, tls: ClientTls | None = None,
     ) -> None:  # fmt: skip
         self.url, self.protocol, self.timeout_s = url, protocol, timeout_s
         self.model = model
         self._retries = Retries(retries)
         module = _module(protocol, asynchronous=False)
-        options = _channel(url, protocol, proxy)
+        options = channel_options(url, protocol, proxy, tls)
         if protocol == "http":
             options = {"network_timeout": timeout_s, "connection_timeout": timeout_s}
         self._client = module.InferenceServerClient(url, **options)
@@ -266,13 +273,14 @@ class AsyncRecommendClient:
 
     def __init__(
         self, url: str, protocol: str = "grpc", timeout_s: float = 2.0, *, proxy: bool = True,
-        retries: int = RETRIES, model: str = MODEL,
+        retries: int = RETRIES, model: str = MODEL, tls: ClientTls | None = None,
     ) -> None:  # fmt: skip
         self.url, self.protocol, self.timeout_s = url, protocol, timeout_s
         self.model = model
         self._retries = Retries(retries)
         module = _module(protocol, asynchronous=True)
-        self._client = module.InferenceServerClient(url, **_channel(url, protocol, proxy))
+        options = channel_options(url, protocol, proxy, tls)
+        self._client = module.InferenceServerClient(url, **options)
         self._schema: Schema | None = None
         self._specs: dict[str, list[TensorSpec]] = {}
         self._schema_lock = asyncio.Lock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from twotower.errors import UserError, one_of
+from twotower.serve.tls import TlsConfig
 
 MODEL = "recommend"
 EMBED = {"embed_query": "query", "embed_items": "item"}  # and the side
@@ -72,6 +73,8 @@ class ServeConfig:
     memory_limit_mb: int | None = None
     """Most memory of Triton while two bundles are loaded, in MB (1e6 bytes): a rollout that would
     need more is refused; none, for no limit."""
+    tls: TlsConfig = field(default_factory=TlsConfig)
+    """Encryption of gRPC."""
 
     def validate(self) -> None:
         """Refuse what Triton would refuse later.
@@ -118,3 +121,4 @@ class ServeConfig:
         for name in ("probe_interval_s", "probe_timeout_s", "load_timeout_s", "drain_s"):
             if not getattr(self, name) > 0:
                 raise UserError(f"serve.{name} must be > 0, got {getattr(self, name)}")
+        self.tls.validate()

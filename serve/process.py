@@ -25,6 +25,7 @@ import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
 from twotower.errors import UserError
+from twotower.serve.client import channel_options
 from twotower.serve.config import ServeConfig
 from twotower.serve.hold import REPOSITORY
 from twotower.serve.processes import command_of, descendants
@@ -69,7 +70,12 @@ class TritonProcess:
     @property
     def http_url(self) -> str:
         """host:port of HTTP."""
-        return f"{self.config.host}:{self.config.http_port}"
+        return f"{self._http_host}:{self.config.http_port}"
+
+    @property
+    def _http_host(self) -> str:
+        """Where HTTP listens: what Triton cannot encrypt stays on this machine."""
+        return self.config.host if self.config.tls.cert is None else "127.0.0.1"
 
     @property
     def metrics_url(self) -> str:
@@ -78,6 +84,7 @@ class TritonProcess:
 
     def _launch(self) -> None:
         c = self.config
+        c.tls.check_files()
         # Unique a server, so that what a crash leaves in shared memory can be removed by name.
         self._shm_prefix = f"twotower_{os.getpid()}_{c.grpc_port}_"
         self._admin_key = secrets.token_hex(16)
@@ -97,9 +104,10 @@ class TritonProcess:
             f"--http-restricted-api={ADMIN}:{ADMIN_HEADER}={self._admin_key}",
             f"--grpc-restricted-protocol={ADMIN}:{ADMIN_HEADER}={self._admin_key}",
         ]
-        for name, port in (("http", c.http_port), ("grpc", c.grpc_port)):
-            command += [f"--{name}-port={port}", f"--{name}-address={c.host}"]
-        command += [f"--metrics-port={c.metrics_port}", f"--metrics-address={c.host}"]
+        hosts = {"http": self._http_host, "grpc": c.host, "metrics": c.host}
+        for name, host in hosts.items():
+            command += [f"--{name}-port={getattr(c, f'{name}_port')}", f"--{name}-address={host}"]
+        command += c.tls.flags()
         # Loaded before the fork, since a child of a threaded process may not take locks.
         prctl = ctypes.CDLL(None).prctl
         # Appended, so that a restart keeps the reason of the crash.
@@ -148,9 +156,8 @@ class TritonProcess:
         It is gRPC's, since Triton loads in a thread of its own there. Over HTTP a load holds one of
         the few threads that requests are answered by, and every connection that shares it waits.
         """
-        client = grpc.InferenceServerClient(
-            self.grpc_url, channel_args=[("grpc.enable_http_proxy", 0)]
-        )
+        options = channel_options(self.grpc_url, "grpc", False, self.config.tls.client())
+        client = grpc.InferenceServerClient(self.grpc_url, **options)
         try:
             yield client, {f"triton-grpc-protocol-{ADMIN_HEADER}": self._admin_key}
         finally:

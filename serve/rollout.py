@@ -168,7 +168,7 @@ def refuse_new_schema(old: Manifest, new: Manifest) -> None:
         raise UserError(
             f"version {new.version} has another schema than the served {old.version}: "
             f"{', '.join(changes)}: running clients' requests would fail; where they are ready for "
-            "it, give --new_schema"
+            "it, give --new-schema"
         )
 
 

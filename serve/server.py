@@ -53,9 +53,10 @@ class TritonServer(TritonProcess):
         # Whose answers are right: of the version served, and of the one that is taking over.
         self.expected: tuple[Judged, ...] = (self.served,)
         # Held by whoever changes what is loaded.
-        self.changing = threading.RLock()
+        self.changing = threading.Lock()
         self.changes = 0
         self._probes = 0
+        self._answering: tuple[int, set[int]] = (0, set())
 
     @property
     def bundle(self) -> Bundle:
@@ -85,6 +86,7 @@ class TritonServer(TritonProcess):
         self.work_dir.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.repository, ignore_errors=True)
         self.render(self.served)
+        self._answering = (0, set())
         self._launch()
         try:
             self._wait_ready()
@@ -132,18 +134,31 @@ class TritonServer(TritonProcess):
                 self._ask(client, judged, number) for number in range(len(judged.golden))
             )  # fmt: skip
 
+    def lost(self) -> set[int]:
+        """Return the stubs that have ended since the last probe, of the version that is served.
+
+        Triton takes a second to notice, and a probe may be answered by another instance.
+        """
+        version, stubs = self._answering
+        if len(self.expected) > 1 or version != self.served.version:  # one version's may end
+            return set()
+        return stubs - set(self.stubs(MODEL, version))
+
     def probe(self) -> None:
         """Answer one golden query within the probe's deadline, another one each time.
 
         Raises:
-            UserError: when no answer or a wrong one comes.
+            UserError: when no answer or a wrong one comes, or a stub has ended.
         """
+        if lost := self.lost():
+            raise UserError(f"the stub of pid {', '.join(map(str, sorted(lost)))} has ended")
         self._probes += 1
         reasons = []
         with self._client(self.config.probe_timeout_s, MODEL) as client:
             for judged in self.expected:
                 try:
                     self._ask(client, judged, self._probes % len(judged.golden))
+                    self._answering = (judged.version, set(self.stubs(MODEL, judged.version)))
                     return
                 except UserError as error:
                     reasons.append(error)
@@ -152,8 +167,9 @@ class TritonServer(TritonProcess):
     def _client(self, timeout_s: float, model: str) -> RecommendClient:
         # A health check that asked again would hide what it is there to see.
         return RecommendClient(
-            self.grpc_url, timeout_s=timeout_s, proxy=False, retries=0, model=model
-        )
+            self.grpc_url, timeout_s=timeout_s, proxy=False, retries=0, model=model,
+            tls=self.config.tls.client(),
+        )  # fmt: skip
 
     def _ask(self, client: RecommendClient, judged: Judged, number: int) -> float:
         golden, k = judged.golden[number], self._limit(judged)
@@ -175,6 +191,7 @@ class TritonServer(TritonProcess):
         Raises:
             UserError: when Triton does not.
         """
+        self._answering = (0, set())
         for name in self.config.models:
             # Triton skips a load when no file has changed.
             (self.repository / name / str(self.served.version) / "model.py").touch()
@@ -222,7 +239,7 @@ class TritonServer(TritonProcess):
                 raise
             finally:
                 self.expected = (self.served,)
-            self._leave(old)
+        self._leave(old)
 
     def _leave(self, leaving: Judged) -> None:
         """Remove a version's directories, once it has answered what was under way."""

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from twotower.export.bundle import Bundle, read_bundle
+from twotower.export.bundle import Bundle, latest_bundle, read_bundle
 from twotower.serve.config import MODEL, ServeConfig
 from twotower.serve.control import Act, Say, control_socket
 from twotower.serve.health import Health, HealthEndpoint
@@ -29,11 +29,14 @@ from twotower.serve.hold import held
 from twotower.serve.rollout import Rollouts, chosen_bundle
 from twotower.serve.server import TritonServer
 
+# How often it is seen whether a stub has ended, which costs a few ms.
+GLANCE_S = 0.25
+
 
 def supervise(server: TritonServer, health: Health, stop: threading.Event) -> None:
     """Keep the model answering until `stop` is set."""
     failures, pause_s = 0, 0.0
-    while not stop.wait(pause_s):
+    while not _pause(server, pause_s, stop):
         changes, started = server.changes, time.monotonic()
         try:
             server.probe()
@@ -45,10 +48,24 @@ def supervise(server: TritonServer, health: Health, stop: threading.Event) -> No
             failures, pause_s = failures + 1, 0.0
             health.failed(_line(error))
             _say(f"probe {failures} failed: {_line(error)}")
-        with server.changing:
+        while not server.changing.acquire(timeout=GLANCE_S):
+            if stop.is_set():
+                return
+        try:
             # A rollout that ended meanwhile may have mended it, or changed what is right.
             if server.changes == changes:
                 _mend(server, health, stop, failures)
+        finally:
+            server.changing.release()
+
+
+def _pause(server: TritonServer, seconds: float, stop: threading.Event) -> bool:
+    """Wait for the next probe, or until a stub has ended; return whether to stop."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0 and not stop.wait(min(left, GLANCE_S)):
+        if server.lost():
+            break
+    return stop.is_set()
 
 
 def _mend(server: TritonServer, health: Health, stop: threading.Event, failures: int) -> None:
@@ -146,7 +163,12 @@ def serve_forever(bundles: Path, config: ServeConfig, work_dir: Path) -> None:
 
     with held(work_dir), HealthEndpoint(health, config) as endpoint:
         config = replace(config, health_port=endpoint.port)
-        bundle = _demanded(chosen_bundle(bundles, work_dir), config)
+        path = chosen_bundle(bundles, work_dir)
+        if path != (newest := latest_bundle(bundles)):
+            _say(
+                f"version {path.name} is served, as the last rollout chose; {newest.name} is newer"
+            )
+        bundle = _demanded(path, config)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, leave)
         server = TritonServer(bundle, config, work_dir)

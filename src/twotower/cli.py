@@ -232,7 +232,7 @@ def _add_rollout_arguments(parser: ArgumentParser) -> None:
         "--back", action="store_true", help="Serve the version before the last rollout."
     )
     parser.add_argument(
-        "--new_schema", action="store_true",
+        "--new-schema", action="store_true",
         help="Accept features that differ from those served: clients must send them at once.",
     )  # fmt: skip
 

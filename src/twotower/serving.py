@@ -67,7 +67,7 @@ def recommend(job: Job, options: Namespace) -> None:
             features.pop(f.times_name, None)
     exclude = seen + [_parse_id(i, data, "items") for i in id_list(options.exclude)]
     url = options.url or served_url(job, "--url HOST:PORT")
-    with RecommendClient(url, proxy=options.url is not None) as client:
+    with RecommendClient(url, proxy=options.url is not None, tls=job.serve.tls.client()) as client:
         answer = client.recommend(features, k=options.k, exclude=exclude)
     _print_answer(job, user, seen, answer)
 
@@ -86,7 +86,9 @@ def show_answers(job: Job) -> None:
     work_dir = job.path("server.check")
     with passing_directory(work_dir), running_server(bundle, free, work_dir) as server:
         console.print(f"Triton answers over gRPC at {server.grpc_url}")
-        with RecommendClient(server.grpc_url, proxy=False) as client:
+        with RecommendClient(
+            server.grpc_url, proxy=False, tls=server.config.tls.client()
+        ) as client:
             k = min(SHOWN_ITEMS, client.schema().max_k)
             for row in chosen:
                 user = data.users["id"][int(row)].as_py()

@@ -176,7 +176,9 @@ def test_a_roll_back_outlives_the_process(tmp_path) -> None:
         assert second.version() == 1
         second.rollout(back=True)
         assert second.version() == 2
-        second.stop()
+        output = second.stop()
+        assert "serving version 1, the last rollout's; 2 is newer" in output
+        assert "version 2 answers, version 1 is drained and unloaded" in output
     finally:
         second.kill()
     shutil.rmtree(second.bundle(2))
