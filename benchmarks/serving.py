@@ -1,6 +1,6 @@
 """The served model's throughput beside the same without batching, and beside ONNX Runtime alone.
 
-    python benchmarks/serving.py         # about 6 minutes on 2 cores
+    python benchmarks/serving.py         # about 5 minutes on 2 cores
 
 A bundle of the demo log's towers, 64 wide, grown to 100,000 items, answers the top 100 to 32
 clients of a closed loop over gRPC, on one instance of one thread; client and server share the
