@@ -12,6 +12,7 @@ and the one before. A server that starts again serves that version, lest a crash
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -116,6 +117,9 @@ class Rollouts:
             return f"version {path.name} answers, version {old} is drained and unloaded"
         finally:
             self._one.release()
+            # Answers to golden queries are garbage in cycles: without this, 48 rollouts of 200
+            # large queries took the process from 130 to 210 MB before Python collected them.
+            gc.collect()
 
     def _target(self, to: int | None, back: bool) -> Path:
         served, known = self.server.served.version, bundle_versions(self.bundles)
