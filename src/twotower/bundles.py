@@ -25,6 +25,7 @@ from twotower.export.manifest import SIDES, Manifest
 from twotower.export.signature import SIGNATURE
 from twotower.files import atomic_directory
 from twotower.serve.config import TARGETS, ServeConfig
+from twotower.serve.tls import TlsConfig
 from twotower.serving import id_list
 from twotower.show import console, facts, long_work, table
 
@@ -105,7 +106,8 @@ def render(options: Any) -> int:
             why = "the target cpu has no engines" if options.target == "cpu" else "no such file"
             raise UserError(f"twotower render: {plan}: {why}")
     bundle = read_bundle(find_bundle(Path(options.path)), signed_by=options.require_signature)
-    config = ServeConfig(**bundle.job().get("serve", {}))
+    settings = bundle.job().get("serve", {})
+    config = ServeConfig(**settings | {"tls": TlsConfig(**settings.get("tls", {}))})
     config.validate()
     environment = find_runtime().path if options.target == "cpu" else None
     with atomic_directory(Path(options.output)) as partial:

@@ -104,7 +104,8 @@ def test_a_refused_request_is_asked_once(finished_run, tmp_path) -> None:
         # Triton counts after it has answered.
         while asked(client) < before + 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert asked(client) == before + 2
+        # The supervisor's first probe may come between.
+        assert before + 2 <= asked(client) <= before + 3
 
 
 def test_a_server_that_says_nothing_is_late() -> None:

@@ -177,7 +177,7 @@ def test_a_roll_back_outlives_the_process(tmp_path) -> None:
         second.rollout(back=True)
         assert second.version() == 2
         output = second.stop()
-        assert "serving version 1, the last rollout's; 2 is newer" in output
+        assert "version 1 is served, as the last rollout chose; 2 is newer" in output
         assert "version 2 answers, version 1 is drained and unloaded" in output
     finally:
         second.kill()
@@ -207,11 +207,11 @@ def test_a_load_that_hangs_is_given_up_and_the_next_one_succeeds(inside, monkeyp
         render(judged, model)
         folder = server.repository / model / str(judged.version)
         shutil.rmtree(folder / "__pycache__")
-        code = (folder / "model.py").read_text()
+        code = (folder / "answers.py").read_text()
         start = "        folder = Path(args"
         assert start in code
         code = code.replace(start, f"        import time; time.sleep(1000)\n{start}")
-        (folder / "model.py").write_text(code)
+        (folder / "answers.py").write_text(code)
 
     urls = {"grpc": server.grpc_url, "http": server.http_url}
     server.config = replace(server.config, load_timeout_s=2.0)
