@@ -16,6 +16,7 @@ from twotower.serve.gateway.breaker import Breaker
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.observe import Metrics
 from twotower.serve.request import Schema
+from twotower.serve.tls import ClientTls
 
 EMBED_QUERY = "embed_query"
 
@@ -51,15 +52,22 @@ class Replicas:
         addresses: of their gRPC endpoints.
         config: of the gateway.
         metrics: to count in.
+        tls: how the servers' gRPC is encrypted; not at all without it.
     """
 
-    def __init__(self, addresses: Sequence[str], config: GatewayConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, addresses: Sequence[str], config: GatewayConfig, metrics: Metrics,
+        tls: ClientTls | None,
+    ) -> None:  # fmt: skip
         self._config, self._metrics, self._turn = config, metrics, 0
-        timeout_s = config.deadline_ms / 1000
+        # Asking again is done here, where circuits and other servers are known.
+        options: dict[str, Any] = {
+            "timeout_s": config.deadline_ms / 1000, "retries": 0, "tls": tls,
+        }  # fmt: skip
         self._replicas = [
             Replica(
-                AsyncRecommendClient(address, timeout_s=timeout_s),
-                AsyncRecommendClient(address, timeout_s=timeout_s, model=SIMILAR),
+                AsyncRecommendClient(address, **options),
+                AsyncRecommendClient(address, model=SIMILAR, **options),
                 Breaker(config.failures, config.retry_s),
             )
             for address in addresses

@@ -25,6 +25,7 @@ from twotower.serve.gateway.replicas import Replicas
 from twotower.serve.gateway.schemas import make_bodies
 from twotower.serve.gateway.store import open_store
 from twotower.serve.request import Schema
+from twotower.serve.tls import ClientTls
 
 STATE = "gateway.json"
 # Requests under way may end within this time after a stop; none takes longer than its deadline.
@@ -38,6 +39,7 @@ def run_gateway(
     folder: Path,
     servers: Sequence[str],
     start_s: float,
+    tls: ClientTls | None,
     ready: Callable[[str, Schema], None],
 ) -> None:
     """Answer until SIGTERM or SIGINT.
@@ -48,22 +50,23 @@ def run_gateway(
         folder: holds what `load-store` wrote; the state file is written here.
         servers: gRPC addresses of the model's servers.
         start_s: seconds in which one of them must tell its schema.
+        tls: how their gRPC is encrypted; not at all without it.
         ready: told the URL and the schema once requests are answered.
 
     Raises:
         UserError: for a port in use, no server, missing or damaged files.
     """
     log_to_stderr()
-    uvloop.run(_answer(config, name, folder, servers, start_s, ready))
+    uvloop.run(_answer(config, name, folder, servers, start_s, tls, ready))
 
 
 async def _answer(
     config: GatewayConfig, name: str, folder: Path, servers: Sequence[str], start_s: float,
-    ready: Callable[[str, Schema], None],
+    tls: ClientTls | None, ready: Callable[[str, Schema], None],
 ) -> None:  # fmt: skip
     defaults_file, keys, metrics = folder / "defaults.json", read_keys(config), Metrics()
     defaults = read_defaults(defaults_file)
-    replicas = Replicas(servers, config, metrics)
+    replicas = Replicas(servers, config, metrics, tls)
     try:
         schema = await replicas.schema(start_s)
         defaults.check(schema.features, defaults_file)

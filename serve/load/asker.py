@@ -25,6 +25,7 @@ import numpy.typing as npt
 from twotower.errors import UserError
 from twotower.serve.client import AsyncRecommendClient, ServerUnavailable
 from twotower.serve.load.arrivals import F64
+from twotower.serve.tls import ClientTls
 
 # What became of a request; all but the first have failed.
 KINDS = ("answered", "deadline", "lost", "failed", "refused")
@@ -42,6 +43,7 @@ class Target:
         deadline_s: of each request.
         k: results of each; None for the server's default.
         requests: to draw from.
+        tls: how it is encrypted; not at all without it.
     """
 
     url: str
@@ -49,6 +51,7 @@ class Target:
     deadline_s: float
     k: int | None
     requests: list[Request]
+    tls: ClientTls | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ def answer_commands(pipe: Connection, target: Target) -> None:
 
 async def _answer_commands(pipe: Connection, target: Target) -> None:
     # Every request is measured by itself, so none is asked again.
-    client = AsyncRecommendClient(target.url, timeout_s=30.0, proxy=target.proxy, retries=0)
+    client = AsyncRecommendClient(
+        target.url, timeout_s=30.0, proxy=target.proxy, retries=0, tls=target.tls
+    )
     async with client:
         try:
             prepared = [

@@ -43,7 +43,9 @@ class LoadGenerator:
     def __init__(self, target: Target, processes: int, seed: int) -> None:
         self.target, self.seed = target, seed
         self._most = processes or os.cpu_count() or 1
-        self._client = RecommendClient(target.url, timeout_s=30.0, proxy=target.proxy)
+        self._client = RecommendClient(
+            target.url, timeout_s=30.0, proxy=target.proxy, tls=target.tls
+        )
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
         try:

@@ -43,7 +43,7 @@ def gateway(job: Job, _: Namespace) -> None:
 
     run_gateway(
         job.gateway, name=job.name, folder=job.path("gateway"), servers=servers,
-        start_s=job.serve.load_timeout_s, ready=ready,
+        start_s=job.serve.load_timeout_s, tls=job.serve.tls.client(), ready=ready,
     )  # fmt: skip
     console.print("[bold]gateway[/bold]: stopped")
 

@@ -90,9 +90,9 @@ def load(job: Job, options: Namespace) -> None:
     with _server(job, options.url) as (url, proxy, whose):
         target = Target(
             url=url, proxy=proxy, deadline_s=config.deadline_ms / 1000, k=config.k,
-            requests=requests,
+            requests=requests, tls=job.serve.tls.client(),
         )  # fmt: skip
-        with RecommendClient(url, proxy=proxy) as client:
+        with RecommendClient(url, proxy=proxy, tls=target.tls) as client:
             schema = client.schema()
         found = _measure(target, config, job.seed)
         theirs, notes = [], _notes(found, url)

@@ -83,7 +83,7 @@ def _measure(
     with passing_server(bundle, setting.applied(job.serve)) as server:
         target = Target(
             url=server.grpc_url, proxy=False, deadline_s=config.deadline_ms / 1000, k=config.k,
-            requests=requests,
+            requests=requests, tls=job.serve.tls.client(),
         )  # fmt: skip
         with LoadGenerator(target, config.processes, job.seed) as generator:
             warmup = config.warmup_seconds

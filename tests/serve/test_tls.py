@@ -15,6 +15,8 @@ from twotower.errors import UserError
 from twotower.export.bundle import read_bundle
 from twotower.serve.client import AsyncRecommendClient, RecommendClient, ServerUnavailable
 from twotower.serve.config import ServeConfig
+from twotower.serve.load.asker import Target
+from twotower.serve.load.generator import LoadGenerator
 from twotower.serve.server import TritonServer
 from twotower.serve.tls import ClientTls, TlsConfig
 
@@ -130,3 +132,15 @@ def test_half_a_configuration_is_refused(tmp_path) -> None:
     tls = TlsConfig(cert="no.pem", key="no.key", ca="no.pem")
     with pytest.raises(UserError, match=r"serve\.tls\.cert: no\.pem is no file"):
         TritonServer(bundle, replace(FREE, tls=tls), tmp_path / "server").start()
+
+
+def test_a_load_test_speaks_to_an_encrypted_server(server) -> None:
+    golden = server.golden[1]
+    target = Target(
+        url=f"127.0.0.1:{server.config.grpc_port}", proxy=False, deadline_s=5.0, k=5,
+        requests=[(golden.features, golden.exclude)], tls=server.config.tls.client(),
+    )  # fmt: skip
+    with LoadGenerator(target, 1, 0) as generator:
+        measured = generator.closed_loop(2, 1.0, warmup_seconds=0.2)
+    assert measured.answered_rate > 0
+    assert sum(measured.failures.values()) == 0
