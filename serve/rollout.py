@@ -121,8 +121,8 @@ class Rollouts:
             raise
         finally:
             self._one.release()
-            # Answers to golden queries are garbage in cycles: without this, 48 rollouts of 200
-            # large queries took the process from 130 to 210 MB before Python collected them.
+            # The answers to hundreds of golden queries are garbage in cycles, which Python would
+            # leave for many rollouts.
             gc.collect()
 
     def _target(self, to: int | None, back: bool) -> Path:
