@@ -80,7 +80,7 @@ class Rollouts:
     def __init__(self, server: TritonServer, bundles: Path) -> None:
         self.server, self.bundles = server, bundles
         self._one = threading.Lock()
-        self._number = 0
+        self._refused = 0
 
     def run(
         self, say: Callable[[str], None], *, to: int | None, back: bool, new_schema: bool
@@ -107,18 +107,21 @@ class Rollouts:
             if not new_schema:
                 refuse_new_schema(self.server.bundle.manifest, bundle.manifest)
             refuse_too_large(self.server, incoming)
-            self._number += 1
-            with candidate(self.server, incoming, f"candidate-{self._number}") as name:
+            with candidate(self.server, incoming, f"candidate-{self._refused}") as name:
                 self.server.prove(incoming, name)
                 refuse_beyond_limit(self.server, incoming)
             say(f"{len(incoming.golden)} golden queries answered beside version {old}")
             self.server.flip(incoming)
             write_json(self.server.work_dir / CHOICE, {"serve": incoming.version, "before": old})
             return f"version {path.name} answers, version {old} is drained and unloaded"
+        except BaseException:
+            # The name of a load that hung may not be usable again.
+            self._refused += 1
+            raise
         finally:
             self._one.release()
-            # Answers to golden queries are garbage in cycles: without this, 48 rollouts of 200
-            # large queries took the process from 130 to 210 MB before Python collected them.
+            # The answers to hundreds of golden queries are garbage in cycles, which Python would
+            # leave for many rollouts.
             gc.collect()
 
     def _target(self, to: int | None, back: bool) -> Path:
@@ -141,10 +144,7 @@ class Rollouts:
 
 @contextmanager
 def candidate(server: TritonServer, judged: Judged, name: str) -> Iterator[str]:
-    """Have a bundle loaded beside what is served, where no client asks it, while the block runs.
-
-    Every one has a name of its own: that of a load that hung may not be usable again.
-    """
+    """Have a bundle loaded beside what is served, where no client asks it, while the block runs."""
     server.render(judged, name)
     try:
         server.load(name, judged.version)

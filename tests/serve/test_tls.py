@@ -143,4 +143,4 @@ def test_a_load_test_speaks_to_an_encrypted_server(server) -> None:
     with LoadGenerator(target, 1, 0) as generator:
         measured = generator.closed_loop(2, 1.0, warmup_seconds=0.2)
     assert measured.answered_rate > 0
-    assert sum(measured.failures.values()) == 0
+    assert sum(measured.errors.values()) == 0
