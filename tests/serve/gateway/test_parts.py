@@ -40,7 +40,7 @@ def recommender(schema: Schema, features: dict, store=None) -> Recommender:
     defaults = Defaults(user_id_dtype="int64", user_features=["who"], features=features,
                         segment_by=None, popular=[], segments={})  # fmt: skip
     return Recommender(schema, bodies.record, defaults, store or MemoryStore({}, 500),
-                       Replicas([], CONFIG, metrics), CONFIG, metrics)  # fmt: skip
+                       Replicas([], CONFIG, metrics, None), CONFIG, metrics)  # fmt: skip
 
 
 @given(
