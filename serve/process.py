@@ -28,7 +28,7 @@ from twotower.errors import UserError
 from twotower.serve.client import channel_options
 from twotower.serve.config import ServeConfig
 from twotower.serve.hold import REPOSITORY
-from twotower.serve.processes import command_of, descendants
+from twotower.serve.procfs import command_of, descendants
 from twotower.serve.repository import TARGET
 from twotower.serve.runtime import Runtime, find_runtime
 

@@ -21,10 +21,9 @@ from pathlib import Path
 
 from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
-from twotower.export.bundle import bundle_versions, latest_bundle, read_bundle
-from twotower.export.manifest import Manifest
+from twotower.export.bundle import Bundle, bundle_versions, latest_bundle, read_bundle
 from twotower.files import write_json
-from twotower.serve.processes import descendants, memory_bytes
+from twotower.serve.procfs import descendants, memory_bytes
 from twotower.serve.repository import served_bytes
 from twotower.serve.server import Judged, TritonServer, answerable
 
@@ -105,7 +104,7 @@ class Rollouts:
             bundle = read_bundle(path, signed_by=self.server.config.require_signature)
             incoming = Judged(bundle, answerable(bundle))
             if not new_schema:
-                refuse_new_schema(self.server.bundle.manifest, bundle.manifest)
+                refuse_new_schema(self.server.bundle, bundle)
             refuse_too_large(self.server, incoming)
             with candidate(self.server, incoming, f"candidate-{self._refused}") as name:
                 self.server.prove(incoming, name)
@@ -153,12 +152,13 @@ def candidate(server: TritonServer, judged: Judged, name: str) -> Iterator[str]:
         server.unload(name, judged.version)
 
 
-def refuse_new_schema(old: Manifest, new: Manifest) -> None:
+def refuse_new_schema(served: Bundle, incoming: Bundle) -> None:
     """Refuse a bundle that the running clients' requests or expectations do not fit.
 
     Raises:
         UserError: naming what differs.
     """
+    old, new = served.manifest, incoming.manifest
     before, after = ({s.name: s for s in m.query} for m in (old, new))
     changes = [f"no feature '{name}'" for name in before if name not in after]
     for name, spec in after.items():

@@ -51,7 +51,11 @@ class Served:
         self.job, self.work_dir = job, job.run_dir / "server"
         self.process, file = start_serving(job, *options)
         self.state = json.loads(file.read_text())
-        wait_until(lambda: self.get("/healthz") == (200, "ok\n"))
+        try:
+            wait_until(lambda: self.get("/healthz") == (200, "ok\n"))
+        except BaseException:
+            self.kill()
+            raise
 
     def bundle(self, version: int) -> Path:
         return self.job.run_dir / "bundles" / str(version)

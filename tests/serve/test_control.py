@@ -76,14 +76,15 @@ TIMES = replace(spec("bag_times", "times", "int64", 5), of="bag")
 def test_a_schema_that_running_clients_do_not_fit_is_refused(query, words) -> None:
     old = SimpleNamespace(version=1, query=[USER, BAG], item_id_dtype="int64")
     new = SimpleNamespace(version=2, query=query, item_id_dtype="int64")
+    bundles = [SimpleNamespace(manifest=manifest) for manifest in (old, new)]
     if words is None:
-        refuse_new_schema(old, new)
+        refuse_new_schema(*bundles)
     else:
         with pytest.raises(UserError, match=words):
-            refuse_new_schema(old, new)
+            refuse_new_schema(*bundles)
     new.item_id_dtype = "string"
     with pytest.raises(UserError, match="item ids of type string, not int64"):
-        refuse_new_schema(old, new)
+        refuse_new_schema(*bundles)
 
 
 def test_a_choice_that_no_rollout_wrote_is_refused(tmp_path) -> None:

@@ -38,9 +38,11 @@ def served(keys, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         probe_interval_s=0.3, memory_limit_mb=350,
     )  # fmt: skip
     running = Served(job)
-    running.rollout(to=1)
-    yield running
-    running.kill()
+    try:
+        running.rollout(to=1)
+        yield running
+    finally:
+        running.kill()
 
 
 def test_no_request_fails_while_versions_change_to_and_fro(served) -> None:
