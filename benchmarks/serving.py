@@ -9,13 +9,16 @@ and, in this process, ONNX Runtime's runs of both graphs on prepared tensors, at
 that the server has just had. Ratios are taken within a round, and their medians over the rounds are
 the result.
 
-Then a single client asks with tensors in the request, and with tensors in shared memory, in turn.
-The result is written to benchmarks/results/serving.json.
+Then a single client asks with tensors in the request, and with tensors in shared memory, in turn;
+and `embed_query` alone is asked by 8 clients as fast as it goes, then at half of that rate, its
+latencies counted from the moment that each request was due. The result is written to
+benchmarks/results/serving.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import statistics
 import sys
@@ -37,7 +40,9 @@ from tritonclient.utils import serialize_byte_tensor, shared_memory
 from twotower.export.bundle import Bundle, read_bundle
 from twotower.export.golden import raw_tensors
 from twotower.export.search import open_search
+from twotower.serve.client import AsyncRecommendClient
 from twotower.serve.config import ServeConfig
+from twotower.serve.load.arrivals import arrival_times
 from twotower.serve.load.asker import Target
 from twotower.serve.load.generator import LoadGenerator
 from twotower.serve.load.measurement import Measurement
@@ -197,6 +202,36 @@ def compare_shared_memory(bundle: Bundle) -> dict[str, Any]:
     return {"median_ms": medians, "gain": gain, "requests_each": REQUESTS}
 
 
+async def vectors_alone(url: str, bundle: Bundle, seconds: float) -> dict[str, float]:
+    """Return the rate of `embed_query` and, at half of it, the latencies in ms."""
+    spent: list[float] = []
+    async with AsyncRecommendClient(url, timeout_s=30.0, proxy=False, retries=0) as client:
+        features = [g.features for g in bundle.golden()]
+
+        async def ask(number: int, due: float) -> None:
+            await client.embed("embed_query", features[number % len(features)])
+            spent.append(1000 * (time.perf_counter() - due))
+
+        async def hurry(first: int, end: float) -> int:
+            count = 0
+            while time.perf_counter() < end:
+                await ask(first + count, 0.0)
+                count += 1
+            return count
+
+        end = time.perf_counter() + seconds
+        counts = await asyncio.gather(*(hurry(8 * i, end) for i in range(8)))
+        rate = sum(counts) / seconds
+        spent.clear()
+        start, asked = time.perf_counter(), []
+        for number, at in enumerate(arrival_times("poisson", rate / 2, seconds, 0)):
+            await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
+            asked.append(asyncio.create_task(ask(number, start + at)))
+        await asyncio.gather(*asked)
+    p50, p99 = np.percentile(spent, [50, 99])
+    return {"rate": rate, "p50_ms": float(p50), "p99_ms": float(p99), "ratio": float(p99 / p50)}
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -210,6 +245,12 @@ def main() -> None:
         size = (bundle.manifest.num_items, bundle.manifest.dim)
         found = rounds(bundle, options.seconds, options.repeats)
         memory = compare_shared_memory(bundle)
+        config = replace(SERVE, models=["recommend", "embed_query"])
+        with passing_server(bundle, config) as server:
+            vectors = [
+                asyncio.run(vectors_alone(server.grpc_url, bundle, options.seconds))
+                for _ in range(options.repeats)
+            ]
 
     def middle(name: str) -> float:
         return statistics.median(each[name] for each in found)
@@ -227,10 +268,13 @@ def main() -> None:
         "share_of_in_process": middle("share_of_in_process"), "mean_batch": middle("mean_batch"),
     }  # fmt: skip
     print({name: round(value, 3) for name, value in summary.items()}, memory)
+    median = {n: statistics.median(each[n] for each in vectors) for n in vectors[0]}
+    print("embed_query, at half of its rate:", {n: round(v, 2) for n, v in median.items()})
     write_result(
         "serving",
         {"items": size[0], "width": size[1], "k": K, "clients": CLIENTS, **summary,
-         "shared_memory": memory, "rounds": found, "seconds": time.monotonic() - started},
+         "shared_memory": memory, "vectors_alone": median, "rounds": found,
+         "seconds": time.monotonic() - started},
         ("numpy", "onnxruntime", "tritonclient"),
     )  # fmt: skip
 
