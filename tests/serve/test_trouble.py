@@ -175,18 +175,15 @@ def test_many_first_requests_ask_for_the_schema_once(server) -> None:
 def test_a_dead_stub_is_no_mistake_of_the_caller(unwatched) -> None:
     for stub in stubs_of(unwatched.process.pid):
         stub.kill()
-    failures: list[str] = []
     with RecommendClient(unwatched.grpc_url, timeout_s=5, retries=0) as client:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
-            try:  # a request that was refused would be another error
-                answer = client.recommend(unwatched.golden[0].features)
+            try:  # one that was refused would be another error; the dying stub may answer once more
+                client.recommend(unwatched.golden[0].features)
             except ServerUnavailable as error:
-                failures.append(str(error))
-                continue
-            assert answer.version == 1
-            return
-    pytest.fail(f"no answer again: {failures[-1:]}")
+                if "not healthy" in str(error):
+                    return
+    pytest.fail("Triton never said so")
 
 
 def test_a_hung_stub_does_not_outlive_its_killed_server(server) -> None:

@@ -225,9 +225,11 @@ def test_stopping_it_while_it_saves_is_no_full_disk(tmp_path) -> None:
 import os, signal, sys, torch
 from pathlib import Path
 from twotower.train.checkpoint import storage
-path = Path(sys.argv[1])
+path, sent = Path(sys.argv[1]), []
 def hook(event, args):
-    if event == "open" and str(args[0]).endswith("rank-00000.safetensors"):
+    # The file is opened twice; a second signal would come at any moment, the last one among them.
+    if event == "open" and str(args[0]).endswith("rank-00000.safetensors") and not sent:
+        sent.append(event)
         os.kill(os.getpid(), signal.SIGINT)
 sys.addaudithook(hook)
 try:
