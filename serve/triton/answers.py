@@ -38,6 +38,10 @@ class Answers:
         """Return the vectors (B, D) of several requests' rows."""
         raise NotImplementedError
 
+    def fits(self, vectors: np.ndarray[Any, Any]) -> bool:
+        """Return whether all vectors of a batch are of use."""
+        raise NotImplementedError
+
     def wrong(self, asked: Any, vectors: np.ndarray[Any, Any]) -> str | None:
         """Return why a request's vectors are of no use, if they are."""
         raise NotImplementedError
@@ -58,7 +62,8 @@ class Answers:
             self.index = FusedSearch(folder, f"cuda:{args['model_instance_device_id']}")
         else:
             self.index = open_search(folder, self.spec, int(threads))
-        self.ids = np.load(folder / "item_ids.npy", mmap_mode="r", allow_pickle=False)
+        # Still of the file; a plain array's entries are read faster than a map's.
+        self.ids = np.asarray(np.load(folder / "item_ids.npy", mmap_mode="r", allow_pickle=False))
         self.text_ids = self.ids.dtype.kind == "S"
         self.filters = Filters(folder, self.schema["filters"], len(self.ids))
 
@@ -127,14 +132,16 @@ class Answers:
 
     def rows_of(self, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return the distinct catalogue rows of raw ids; ids it does not hold are left out."""
+        if len(ids) == 1 and ids[0] in (PAD_INT64, PAD_STRING):  # no id at all
+            return np.empty(0, np.int64)
         if self.text_ids:
             # A longer id than any in the catalogue would be cut to look like one.
             width = self.ids.dtype.itemsize
             raw = [i if isinstance(i, bytes) else str(i).encode() for i in ids]
             ids = np.array([i for i in raw if len(i) <= width], dtype=self.ids.dtype)
         found = np.searchsorted(self.ids, ids)
-        found = found[found < len(self.ids)]
-        ids = ids[np.searchsorted(self.ids, ids) < len(self.ids)]
+        inside = found < len(self.ids)
+        found, ids = found[inside], ids[inside]
         return np.unique(found[self.ids[found] == ids])
 
     def answer(self, parsed: list[dict[str, Any]]) -> list[Any]:
@@ -144,10 +151,10 @@ class Answers:
         only = [rows for p in parsed for rows in p["only"]]
         wanted = np.repeat([p["k"] for p in parsed], [p["count"] for p in parsed])
         results = self.search(vectors, wanted, exclude, only)
-        responses, start = [], 0
+        fits, responses, start = self.fits(vectors), [], 0
         for p in parsed:
             rows = slice(start, start + p["count"])
-            error = self.wrong(p["asked"], vectors[rows])
+            error = None if fits else self.wrong(p["asked"], vectors[rows])
             responses.append(refusal(error) if error else self.response(p, results[rows]))
             start += p["count"]
         return responses

@@ -44,9 +44,10 @@ class TritonPythonModel:
         if parsed:
             feed = self.features.join([columns for _, columns, _ in parsed])
             vectors, start = self.tower.vectors(feed), 0
+            fits = not self.features.unfit(vectors).any()
             for number, columns, count in parsed:
                 own = vectors[start : start + count]
-                wrong = self.features.overflow(columns, own)
+                wrong = None if fits else self.features.overflow(columns, own)
                 responses[number] = refusal(wrong) if wrong else self.response(own)
                 start += count
         return responses

@@ -77,6 +77,14 @@ class Features:
         """Return the rows of several requests, lists padded to the longest."""
         return {s["name"]: _stack([p[s["name"]] for p in parts], s["dtype"]) for s in self.specs}
 
+    def unfit(self, vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return which rows have a vector that is none of a tower's."""
+        direction = vectors[:, :-1] if self.bias else vectors
+        length = np.linalg.norm(direction.astype(np.float64), axis=1)
+        # Also true of NaN.
+        bad: np.ndarray[Any, Any] = ~(np.abs(length - 1) < LENGTH_TOLERANCE)
+        return bad
+
     def overflow(self, columns: Columns, vectors: np.ndarray[Any, Any]) -> str | None:
         """Return what is wrong with finite numbers that a tower could not compute with.
 
@@ -84,10 +92,7 @@ class Features:
         them of length 1. What overflows depends on the weights, so the outcome is what tells.
         """
         numbers = [s["name"] for s in self.specs if s["dtype"] == "float32"]
-        direction = vectors[:, :-1] if self.bias else vectors
-        length = np.linalg.norm(direction.astype(np.float64), axis=1)
-        # Also true of NaN.
-        bad = ~(np.abs(length - 1) < LENGTH_TOLERANCE)
+        bad = self.unfit(vectors)
         if not numbers or not bad.any():
             return None
         largest = {name: np.abs(columns[name][bad]).max() for name in numbers}

@@ -29,6 +29,10 @@ class TritonPythonModel(Answers):
         found: np.ndarray[Any, Any] = self.tower.vectors(self.features.join(asked))
         return found
 
+    def fits(self, vectors: np.ndarray[Any, Any]) -> bool:
+        """Return whether the tower could compute with every number."""
+        return not self.features.unfit(vectors).any()
+
     def wrong(self, asked: Columns, vectors: np.ndarray[Any, Any]) -> str | None:
         """Return which number the tower could not compute with."""
         text: str | None = self.features.overflow(asked, vectors)
