@@ -87,7 +87,7 @@ def write_halves(
     Raises:
         UserError: naming the layer that has no ONNX operator.
     """
-    count = config.tensorrt.calibration_queries
+    count, precisions = config.tensorrt.calibration_queries, config.tensorrt.precisions
     towers: dict[str, Any] = {}
     check: dict[str, npt.NDArray[Any]] = {}
     places: dict[bytes, tuple[int, int]] = {}
@@ -99,13 +99,15 @@ def write_halves(
         tower = dotted_tower(model, side, specs, tables, stored)
         weights = _share_tables(tower, bundle, places)
         encoded = encoded_inputs(bundle, side, raw_tensors(specs, rows))
-        largest = calibrated(bundle, tower, encoded)
-        for precision in config.tensorrt.precisions:
+        largest: dict[str, float] = {}
+        if set(precisions) & set(QUANTISED):
+            largest = calibrated(bundle, tower, encoded)
+        for precision in precisions:
             graph = in_precision(tower, precision, bundle, largest)
             save_graph(graph, bundle / tower_file(side, precision))
         inputs = input_shapes(tower)
         towers[side] = {
-            "graphs": {p: tower_file(side, p) for p in config.tensorrt.precisions},
+            "graphs": {p: tower_file(side, p) for p in precisions},
             "weights": weights,
             "inputs": inputs,
         }
@@ -116,7 +118,7 @@ def write_halves(
         "towers": towers,
         "batch": config.tensorrt.batch,
         "refit": config.tensorrt.refit,
-        "tolerance": {p: _tolerance(config, p)[1] for p in config.tensorrt.precisions},
+        "tolerance": {p: _tolerance(config, p)[1] for p in precisions},
     })  # fmt: skip
     np.savez(bundle / build_engine.CHECK, **check)  # type: ignore[arg-type]
     shutil.copyfile(build_engine.__file__, bundle / "build_engine.py")

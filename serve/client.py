@@ -245,24 +245,21 @@ class RecommendClient:
             try:
                 with limit:
                     answer = ask({"client_timeout": left} if self.protocol == "grpc" else {})
-            except (
-                Exception
-            ) as error:  # also what the HTTP libraries raise and tritonclient lets by
-                failure = explain(error, self.url)
-                left = deadline - time.monotonic()
-                if (pause := _pause(failure, self._retries, tries, left)) is None:
-                    raise failure from None
-                time.sleep(pause)
+            except Exception as error:  # what the HTTP libraries raise, too
+                pause_s = _pause(explain(error, self.url), self._retries, tries, deadline)
+                time.sleep(pause_s)
             else:
                 self._retries.succeeded()
                 return answer
 
 
-def _pause(failure: UserError, retries: Retries, tries: int, left_s: float) -> float | None:
-    """Return the seconds until the next try; None when asking again is not safe, or too late."""
-    if not isinstance(failure, ServerUnavailable) or failure.kind != "lost":
-        return None
-    return retries.pause_s(tries, left_s)
+def _pause(failure: UserError, retries: Retries, tries: int, deadline: float) -> float:
+    """Return the seconds until the next try; raises the failure when that is unsafe or too late."""
+    if isinstance(failure, ServerUnavailable) and failure.kind == "lost":
+        pause_s = retries.pause_s(tries, deadline - time.monotonic())
+        if pause_s is not None:
+            return pause_s
+    raise failure from None
 
 
 class AsyncRecommendClient:
@@ -384,14 +381,9 @@ class AsyncRecommendClient:
                     answer = await ask({"client_timeout": left})
                 else:  # Triton's asyncio HTTP client has no deadline of its own
                     answer = await asyncio.wait_for(ask({}), left)
-            except (
-                Exception
-            ) as error:  # also what the HTTP libraries raise and tritonclient lets by
-                failure = explain(error, self.url)
-                left = deadline - time.monotonic()
-                if (pause := _pause(failure, self._retries, tries, left)) is None:
-                    raise failure from None
-                await asyncio.sleep(pause)
+            except Exception as error:  # what the HTTP libraries raise, too
+                pause_s = _pause(explain(error, self.url), self._retries, tries, deadline)
+                await asyncio.sleep(pause_s)
             else:
                 self._retries.succeeded()
                 return answer

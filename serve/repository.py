@@ -27,7 +27,7 @@ import numpy as np
 
 from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
-from twotower.export import search
+from twotower.export import bundle as bundles
 from twotower.export.bundle import Bundle
 from twotower.files import atomic_directory, link_or_copy
 from twotower.serve import triton
@@ -51,6 +51,8 @@ READS = {
     ("embed_items", "gpu"): ("item_encoding.onnx",),
 }  # fmt: skip
 TRITON = Path(triton.__file__).parent
+# Not imported, which would load ONNX Runtime into every command.
+SEARCH = Path(bundles.__file__).with_name("search.py")
 # The first one is the model itself.
 CODE = {
     MODEL: ("recommend.py", "answers.py", "features.py", "filters.py", "tower.py"),
@@ -103,7 +105,7 @@ def render_model(
     sources = {file: TRITON / file for file in CODE[kind][1:]}
     sources["model.py"] = TRITON / CODE[kind][0]
     if kind in SEARCHES:
-        sources |= {"search.py": Path(str(search.__file__)), "fused.py": TRITON / "fused.py"}
+        sources |= {"search.py": SEARCH, "fused.py": TRITON / "fused.py"}
     _write_version(bundle, model, READS[kind, target], sources)
     text = render_config(kind, model.name, bundle, config, environment, target)
     _write_config(model, target, text)

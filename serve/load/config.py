@@ -14,17 +14,15 @@ MOST_REQUESTS = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadConfig:
-    """How much load is put on a server, and for how long."""
+class Measured:
+    """What every measurement under load has."""
 
-    rates: list[float] = field(default_factory=list)
-    """Requests a second, such as [100,200]; none, for shares of what the server can."""
     seconds: float = 10.0
-    """Time of each rate that counts."""
+    """Time of each measurement that counts."""
     warmup_seconds: float = 1.0
     """Time of the same load before that, which does not count."""
     arrivals: str = "poisson"
-    """When requests come: poisson, as independent users do, or constant."""
+    """When requests of a rate come: poisson, as independent users do, or constant."""
     processes: int = 0
     """Client processes that share the load; 0, as many as it takes, up to the cores."""
     requests: int = 1000
@@ -33,6 +31,45 @@ class LoadConfig:
     """Results of a request; serve.default_k without it."""
     deadline_ms: float = 2000.0
     """A request unanswered for this long has failed."""
+
+    def check_requests(self, option: str, rate: float) -> None:
+        """Refuse more requests than a client can keep in memory.
+
+        Raises:
+            UserError: naming the option.
+        """
+        seconds = self.warmup_seconds + self.seconds
+        if rate * seconds > MOST_REQUESTS:
+            raise UserError(
+                f"{option} times seconds must be at most {MOST_REQUESTS:,} requests, got {rate:g} "
+                f"x {seconds:g}: lower one of them"
+            )
+
+    def check_measurement(self) -> None:
+        """Refuse what no measurement could have.
+
+        Raises:
+            UserError: naming the option.
+        """
+        one_of("arrivals", self.arrivals, ARRIVALS)
+        for name in ("seconds", "deadline_ms"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{_option(name)} must be > 0, got {getattr(self, name):g}")
+        if not 0 <= self.warmup_seconds < float("inf"):
+            raise UserError(f"warmup-seconds must be >= 0, got {self.warmup_seconds:g}")
+        for name, least in (("processes", 0), ("requests", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if self.k is not None and self.k < 1:
+            raise UserError(f"k must be >= 1, got {self.k}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig(Measured):
+    """How much load is put on a server, and for how long."""
+
+    rates: list[float] = field(default_factory=list)
+    """Requests a second, such as [100,200]; none, for shares of what the server can."""
 
     def validate(self) -> None:
         """Refuse what measures nothing.
@@ -43,13 +80,12 @@ class LoadConfig:
         for rate in self.rates:
             if not 0 < rate < float("inf"):
                 raise UserError(f"rates must be > 0 requests a second, got {rate:g}")
-            check_requests("rates", rate, self)
-        one_of("arrivals", self.arrivals, ARRIVALS)
-        check_measurement(self)
+            self.check_requests("rates", rate)
+        self.check_measurement()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig:
+class TuneConfig(Measured):
     """Which settings of the server are tried, under which load, and what they are to reach."""
 
     p99_ms: float = 20.0
@@ -70,18 +106,6 @@ class TuneConfig:
     """Rounds; after each but the last, the worse half is given up."""
     seconds: float = 3.0
     """Time of each measurement that counts."""
-    warmup_seconds: float = 1.0
-    """Time of the same load before that, which does not count."""
-    arrivals: str = "poisson"
-    """When requests of a rate come: poisson, as independent users do, or constant."""
-    processes: int = 0
-    """Client processes that share the load; 0, as many as it takes, up to the cores."""
-    requests: int = 1000
-    """Different requests that are drawn from, made from the log or the bundle's golden queries."""
-    k: int | None = None
-    """Results of a request; serve.default_k without it."""
-    deadline_ms: float = 2000.0
-    """A request unanswered for this long has failed."""
 
     def validate(self) -> None:
         """Refuse what tunes nothing.
@@ -108,10 +132,9 @@ class TuneConfig:
             raise UserError(
                 f"repeats must be >= 2, got {self.repeats}: one run tells nothing of the noise"
             )
-        one_of("arrivals", self.arrivals, ARRIVALS)
-        check_measurement(self)
+        self.check_measurement()
         if self.rate is not None:
-            check_requests("rate", self.rate, self)
+            self.check_requests("rate", self.rate)
         if self.rate is not None and not self.rate * self.seconds >= LEAST_REQUESTS:
             raise UserError(
                 f"rate times seconds must be >= {LEAST_REQUESTS} requests, or there is no 99th "
@@ -119,36 +142,5 @@ class TuneConfig:
             )
 
 
-def check_requests(option: str, rate: float, config: LoadConfig | TuneConfig) -> None:
-    """Refuse more requests than a client can keep in memory.
-
-    Raises:
-        UserError: naming the option.
-    """
-    if rate * (config.warmup_seconds + config.seconds) > MOST_REQUESTS:
-        raise UserError(
-            f"{option} times seconds must be at most {MOST_REQUESTS:,} requests, got {rate:g} x "
-            f"{config.warmup_seconds + config.seconds:g}: lower one of them"
-        )
-
-
 def _option(name: str) -> str:
     return name.replace("_", "-")
-
-
-def check_measurement(config: LoadConfig | TuneConfig) -> None:
-    """Refuse what no measurement could have.
-
-    Raises:
-        UserError: naming the option.
-    """
-    for name in ("seconds", "deadline_ms"):
-        if not 0 < getattr(config, name) < float("inf"):
-            raise UserError(f"{_option(name)} must be > 0, got {getattr(config, name):g}")
-    if not 0 <= config.warmup_seconds < float("inf"):
-        raise UserError(f"warmup-seconds must be >= 0, got {config.warmup_seconds:g}")
-    for name, least in (("processes", 0), ("requests", 1)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name} must be >= {least}, got {getattr(config, name)}")
-    if config.k is not None and config.k < 1:
-        raise UserError(f"k must be >= 1, got {config.k}")

@@ -51,7 +51,9 @@ Config = TypeVar("Config")
 def add_options(parser: Any, config: Any) -> None:
     """Add a configuration's fields as options that are written as the others of commands are."""
     hints = get_type_hints(config)
-    texts = {p.arg_name: p.description for p in parse_from_object(config).params}
+    # The parser reads a class's own fields alone.
+    described = [p for base in config.__mro__[-2::-1] for p in parse_from_object(base).params]
+    texts = {p.arg_name: p.description for p in described}
     for f in fields(config):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         parser.add_argument(

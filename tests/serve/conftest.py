@@ -1,18 +1,23 @@
 """A real Triton server on the bundle of the finished run."""
 
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc as grpc
 
+from twotower.data.prepared import PreparedDataset
 from twotower.errors import UserError
-from twotower.export.bundle import Golden
+from twotower.export.bundle import Bundle, Golden
+from twotower.export.config import ExportConfig
+from twotower.export.export import export
 from twotower.serve.client import RecommendClient
 from twotower.serve.config import ServeConfig
 from twotower.serve.runtime import setup_runtime
@@ -37,6 +42,16 @@ def runtime() -> None:
 def server(finished_run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     with running_server(finished_run.bundle, FREE, tmp_path_factory.mktemp("server")) as running:
         yield running
+
+
+def exported(run: FinishedRun, folder: Path, **config: Any) -> Bundle:
+    """Export the towers of a run once more, with other settings."""
+    return export(
+        PreparedDataset(run.run_dir / "prepared"), run.run_dir / "train", folder / "bundles",
+        config=ExportConfig(**config), job=json.loads((run.bundle / "job.json").read_text()),
+        name="exported again", fingerprint="of a test", metrics={}, seed=0,
+        progress=lambda *_: None,
+    )  # fmt: skip
 
 
 def start_serving(

@@ -16,16 +16,13 @@ from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException
 
 import twotower.serve.triton as triton
-from twotower.data.prepared import PreparedDataset
 from twotower.errors import UserError
-from twotower.export.config import ExportConfig
-from twotower.export.export import export
 from twotower.export.filters import write_filters
 from twotower.export.update import update_bundle
 from twotower.serve.client import RecommendClient
 from twotower.serve.supervisor import running_server
 
-from .conftest import FREE, GOOD
+from .conftest import FREE, GOOD, exported, raw_inputs
 
 ALL = 300
 VALUES = {
@@ -37,13 +34,7 @@ VALUES = {
 def filtering(finished_run, tmp_path_factory):
     """A server of a bundle with filters, and its bundle."""
     folder = tmp_path_factory.mktemp("filters")
-    job = json.loads((finished_run.bundle / "job.json").read_text())
-    job["export"]["filters"] = ["genre"]
-    bundle = export(
-        PreparedDataset(finished_run.run_dir / "prepared"), finished_run.run_dir / "train",
-        folder / "bundles", config=ExportConfig(filters=["genre"]), job=job, name="filters",
-        fingerprint="of a test", metrics={}, seed=0, progress=lambda *_: None,
-    )  # fmt: skip
+    bundle = exported(finished_run, folder, filters=["genre"])
     with running_server(bundle.path, FREE, folder / "server") as server:
         yield server, bundle
 
@@ -138,8 +129,6 @@ def test_what_cannot_be_asked_is_refused_before_it_is_sent(client, arguments, sa
     ],
 )  # fmt: skip
 def test_a_server_refuses_a_bad_filter_and_answers_its_batch(filtering, text, says) -> None:
-    from .conftest import raw_inputs
-
     bad = {"filter": ("BYTES", np.array([[text]], dtype=object))}
     with grpc.InferenceServerClient(filtering[0].grpc_url) as client:
         pending = [

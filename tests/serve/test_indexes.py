@@ -1,33 +1,21 @@
 """A real server answers with whatever index the bundle holds, and with items added later."""
 
-import json
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.data.prepared import PreparedDataset
 from twotower.export.bundle import read_bundle
-from twotower.export.config import ExportConfig, IndexConfig
-from twotower.export.export import export
+from twotower.export.config import IndexConfig
 from twotower.export.update import update_bundle
 from twotower.serve.client import RecommendClient
 from twotower.serve.supervisor import running_server
 
-from .conftest import FREE, GOOD
-
-
-def exported(run, folder, index: IndexConfig):
-    return export(
-        PreparedDataset(run.run_dir / "prepared"), run.run_dir / "train", folder / "bundles",
-        config=ExportConfig(index=index), job=json.loads((run.bundle / "job.json").read_text()),
-        name="indexed", fingerprint="of a test", metrics={}, seed=0, progress=lambda *_: None,
-    )  # fmt: skip
+from .conftest import FREE, GOOD, exported
 
 
 @pytest.mark.parametrize("kind", ["int8", "pq", "hnsw"])
 def test_a_server_answers_with_the_bundles_index(kind, finished_run, tmp_path) -> None:
-    bundle = exported(finished_run, tmp_path, IndexConfig(kind=kind))
+    bundle = exported(finished_run, tmp_path, index=IndexConfig(kind=kind))
     assert bundle.manifest.index.recall > 0.95
     with running_server(bundle.path, FREE, tmp_path / "server") as server:
         assert server.prove() < 1e-4
@@ -41,7 +29,7 @@ def test_a_server_answers_with_the_bundles_index(kind, finished_run, tmp_path) -
 
 @pytest.mark.parametrize("kind", ["exact", "ivf"])
 def test_items_added_later_are_answered(kind, finished_run, demo_log, tmp_path) -> None:
-    bundle = exported(finished_run, tmp_path, IndexConfig(kind=kind))
+    bundle = exported(finished_run, tmp_path, index=IndexConfig(kind=kind))
     rows = pq.read_table(demo_log / "items.parquet").slice(0, 5)
     new = [f"new-{n}" for n in range(5)]
     pq.write_table(rows.set_column(0, "item_id", pa.array(new)), tmp_path / "items.parquet")

@@ -1,6 +1,5 @@
 """What a gateway offers where the server has more models, and a bundle has attributes."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,26 +8,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.data.prepared import PreparedDataset
-from twotower.export.config import ExportConfig
-from twotower.export.export import export
 from twotower.serve.client import RecommendClient
 from twotower.serve.server import TritonServer
 from twotower.serve.supervisor import running_server
 from twotower.serving import request_of
 
-from ..conftest import FREE
+from ..conftest import FREE, exported
 
 
 @pytest.fixture(scope="module")
 def rich(finished_run, tmp_path_factory) -> Iterator[TritonServer]:
     """A server of every model, of a bundle whose items have a genre."""
     folder = tmp_path_factory.mktemp("rich")
-    bundle = export(
-        PreparedDataset(finished_run.run_dir / "prepared"), finished_run.run_dir / "train",
-        folder / "bundles", config=ExportConfig(filters=["genre"]),
-        job=json.loads((finished_run.bundle / "job.json").read_text()), name="rich",
-        fingerprint="of a test", metrics={}, seed=0, progress=lambda *_: None,
-    )  # fmt: skip
+    bundle = exported(finished_run, folder, filters=["genre"])
     config = replace(FREE, models=["recommend", "embed_query", "similar"])
     with running_server(bundle.path, config, folder / "server") as server:
         yield server
