@@ -2,11 +2,13 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from ast import literal_eval
+from pathlib import Path
 
 import pytest
 
@@ -34,8 +36,16 @@ def run(command, server, cwd) -> str:
     *before, text = command
     for port, url in (("8000", server.http_url), ("8001", server.grpc_url)):
         text = text.replace(f"localhost:{port}", url)
+    # The reader's `python3` is the environment's: this test's own.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        [*before, text], cwd=cwd, capture_output=True, text=True, check=False, timeout=60
+        [*before, text],
+        cwd=cwd,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
