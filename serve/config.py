@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from twotower.errors import UserError, one_of
 from twotower.serve.tls import TlsConfig
@@ -122,3 +124,8 @@ class ServeConfig:
             if not getattr(self, name) > 0:
                 raise UserError(f"serve.{name} must be > 0, got {getattr(self, name)}")
         self.tls.validate()
+
+
+def serve_config(section: Mapping[str, Any]) -> ServeConfig:
+    """Return the configuration that a job's section `serve` makes, as JSON-like values."""
+    return ServeConfig(**{**section, "tls": TlsConfig(**section.get("tls", {}))})

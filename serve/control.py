@@ -109,7 +109,7 @@ def command(work_dir: Path, request: dict[str, Any], say: Say) -> str:
     except (FileNotFoundError, ConnectionRefusedError):
         raise UserError(
             f"no server of this job is running ({work_dir}): start `twotower serve` with the same "
-            "--config"
+            "--config, or PATH"
         ) from None
     except OSError as error:
         raise UserError(f"{work_dir / SOCKET}: {error.strerror or error}") from None

@@ -117,5 +117,6 @@ def server_pid(work_dir: Path) -> int | None:
 
 def _taken(work_dir: Path, pid: object) -> UserError:
     return UserError(
-        f"{work_dir}: process {pid} serves this job already: stop it first, or give another run_dir"
+        f"{work_dir}: process {pid} serves this job already: stop it first, or give another "
+        "run_dir, beside a PATH another --work-dir"
     )

@@ -60,6 +60,8 @@ CODE = {
     **dict.fromkeys(EMBED, ("embed.py", "features.py", "tower.py")),
 }
 SEARCHES = (MODEL, SIMILAR)
+# What `twotower serve` proves a rendered repository by, and its settings.
+PROOF = ("golden.json", "job.json")
 
 
 def render_repository(
@@ -81,6 +83,11 @@ def render_repository(
     """
     for kind in config.models:
         render_model(kind, bundle, repository / kind, config, environment, target)
+    if target == TARGET:
+        for name in PROOF:
+            link_or_copy(
+                bundle.path / name, repository / MODEL / str(bundle.manifest.version) / name
+            )
     if target == "gpu":
         for side in {EMBED.get(name, "query") for name in config.models if name != SIMILAR}:
             _write_tower(
@@ -128,14 +135,27 @@ def _write_version(
             if name == "manifest.json" or name in bundle.manifest.files:
                 link_or_copy(bundle.path / name, partial / name)
         for name, source in sources.items():
-            shutil.copy2(source, partial / name)
-            # The stub writes what is compiled if it is not there, which would look like a change
-            # of the model; unchecked, so that touching model.py for a reload does not make it
-            # stale.
-            py_compile.compile(
-                str(partial / name), dfile=str(version / name), doraise=True,
-                invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-            )  # fmt: skip
+            copy_code(source, partial / name, version / name)
+
+
+def copy_code(source: Path, target: Path, final: Path | None = None) -> None:
+    """Copy code of a model, with what is compiled of it.
+
+    Args:
+        source: of the code.
+        target: where it is written.
+        final: the name that it will have, where that is another.
+
+    Raises:
+        PyCompileError: for code that is none.
+    """
+    shutil.copy2(source, target)
+    # The stub writes what is compiled if it is not there, which would look like a change of the
+    # model; unchecked, so that touching model.py for a reload does not make it stale.
+    py_compile.compile(
+        str(target), dfile=str(final or target), doraise=True,
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+    )  # fmt: skip
 
 
 def _write_config(model: Path, target: str, text: str) -> None:

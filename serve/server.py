@@ -19,6 +19,7 @@ from twotower.serve.client import RecommendClient
 from twotower.serve.config import MODEL, ServeConfig
 from twotower.serve.hold import STATE
 from twotower.serve.process import PORTS, TritonProcess, choose_ports
+from twotower.serve.rendered import copy_rendered
 from twotower.serve.repository import render_model
 from twotower.serve.request import Recommendation
 
@@ -45,10 +46,14 @@ class TritonServer(TritonProcess):
         bundle: checked already.
         config: of the server; ports of 0 are chosen when it starts.
         work_dir: holds the model repository, the log and `server.json`.
+        rendered: a model repository of the bundle that is served as it is; without it, one is
+            rendered.
     """
 
-    def __init__(self, bundle: Bundle, config: ServeConfig, work_dir: Path) -> None:
-        self.served = Judged(bundle, answerable(bundle))
+    def __init__(
+        self, bundle: Bundle, config: ServeConfig, work_dir: Path, rendered: Path | None = None
+    ) -> None:
+        self.served, self.rendered = Judged(bundle, answerable(bundle)), rendered
         super().__init__(config, work_dir)
         # Whose answers are right: of the version served, and of the one that is taking over.
         self.expected: tuple[Judged, ...] = (self.served,)
@@ -85,7 +90,10 @@ class TritonServer(TritonProcess):
         self.config = choose_ports(self.wanted)
         self.work_dir.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.repository, ignore_errors=True)
-        self.render(self.served)
+        if self.rendered is None:
+            self.render(self.served)
+        else:
+            copy_rendered(self.rendered, self.repository, self.config.models, self.runtime.path)
         self._answering = (0, set())
         self._launch()
         try:

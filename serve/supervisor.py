@@ -21,13 +21,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from twotower.errors import UserError
 from twotower.export.bundle import Bundle, latest_bundle, read_bundle
 from twotower.serve.config import MODEL, ServeConfig
 from twotower.serve.control import Act, Say, control_socket
 from twotower.serve.health import Health, HealthEndpoint
 from twotower.serve.hold import held
-from twotower.serve.rollout import Rollouts, chosen_bundle
+from twotower.serve.rollout import Rollouts
 from twotower.serve.server import TritonServer
+from twotower.serve.source import FOLDER, REPOSITORY, Source
 
 # How often it is seen whether a stub has ended, which costs a few ms.
 GLANCE_S = 0.25
@@ -143,16 +145,16 @@ def passing_server(bundle: Bundle, config: ServeConfig) -> Iterator[TritonServer
             server.stop()
 
 
-def serve_forever(bundles: Path, config: ServeConfig, work_dir: Path) -> None:
-    """Serve a job's bundle until SIGTERM or SIGINT, then answer what is under way and stop.
+def serve_forever(source: Source, config: ServeConfig, work_dir: Path) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what is under way and stop.
 
     Args:
-        bundles: folder of the job's bundles; the last rollout's is served, else the newest.
+        source: what is served; of a folder the last rollout's bundle, else the newest.
         config: of the server.
-        work_dir: the job's directory for its server.
+        work_dir: the server's directory.
 
     Raises:
-        UserError: for a damaged bundle, a server of this job that runs already, or as
+        UserError: for a damaged bundle, a server that runs there already, or as
             `TritonServer.start`.
     """
     health, stop = Health(config), threading.Event()
@@ -163,20 +165,21 @@ def serve_forever(bundles: Path, config: ServeConfig, work_dir: Path) -> None:
 
     with held(work_dir), HealthEndpoint(health, config) as endpoint:
         config = replace(config, health_port=endpoint.port)
-        path = chosen_bundle(bundles, work_dir)
-        if path != (newest := latest_bundle(bundles)):
+        bundle = source.read(config, work_dir)
+        if source.kind == FOLDER and bundle.path != (newest := latest_bundle(source.path)):
             _say(
-                f"version {path.name} is served, as the last rollout chose; {newest.name} is newer"
+                f"version {bundle.path.name} is served, as the last rollout chose; "
+                f"{newest.name} is newer"
             )
-        bundle = _demanded(path, config)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, leave)
-        server = TritonServer(bundle, config, work_dir)
+        rendered = source.path if source.kind == REPOSITORY else None
+        server = TritonServer(bundle, config, work_dir, rendered)
         started = time.monotonic()
         server.start()
         try:
             _print_endpoints(server, endpoint, time.monotonic() - started)
-            with control_socket(work_dir, _rollouts(server, bundles, health)):
+            with control_socket(work_dir, _rollouts(server, source, health)):
                 supervise(server, health, stop)
             _say(f"stopping within serve.drain_s={config.drain_s:g} seconds")
             server.drain()
@@ -185,9 +188,9 @@ def serve_forever(bundles: Path, config: ServeConfig, work_dir: Path) -> None:
     _say("stopped")
 
 
-def _rollouts(server: TritonServer, bundles: Path, health: Health) -> Act:
+def _rollouts(server: TritonServer, source: Source, health: Health) -> Act:
     """Return what does the request of `twotower rollout`."""
-    rollouts = Rollouts(server, bundles)
+    rollouts = Rollouts(server, source.path)
 
     def act(request: dict[str, Any], say: Say) -> str:
         def tell(text: str) -> None:
@@ -195,6 +198,11 @@ def _rollouts(server: TritonServer, bundles: Path, health: Health) -> Act:
             say(text)
 
         try:
+            if source.kind != FOLDER:
+                raise UserError(
+                    f"{source.path}: a {source.kind} has no other version: start `twotower serve` "
+                    "on a folder of bundles to roll out from it"
+                )
             outcome = rollouts.run(tell, **request)
         except Exception as error:
             health.rollouts.labels("refused").inc()

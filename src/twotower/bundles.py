@@ -24,8 +24,7 @@ from twotower.export.bundle import Bundle, find_bundle, read_bundle
 from twotower.export.manifest import SIDES, Manifest
 from twotower.export.signature import SIGNATURE
 from twotower.files import atomic_directory
-from twotower.serve.config import TARGETS, ServeConfig
-from twotower.serve.tls import TlsConfig
+from twotower.serve.config import TARGETS, serve_config
 from twotower.serving import id_list
 from twotower.show import console, facts, long_work, table
 
@@ -83,8 +82,8 @@ def add_render_arguments(parser: Any) -> None:
     parser.add_argument("--output", type=str, required=True, help="Folder of the repository.")
     parser.add_argument(
         "--target", choices=TARGETS, default="gpu",
-        help="gpu: for NVIDIA's container, with towers in TensorRT or ONNX Runtime; cpu: for the "
-        "server of `twotower setup-server`.",
+        help="gpu: for NVIDIA's container, with towers in TensorRT or ONNX Runtime; cpu: for "
+        "`twotower serve`.",
     )  # fmt: skip
     for side in SIDES:
         parser.add_argument(
@@ -106,8 +105,7 @@ def render(options: Any) -> int:
             why = "the target cpu has no engines" if options.target == "cpu" else "no such file"
             raise UserError(f"twotower render: {plan}: {why}")
     bundle = read_bundle(find_bundle(Path(options.path)), signed_by=options.require_signature)
-    settings = bundle.job().get("serve", {})
-    config = ServeConfig(**settings | {"tls": TlsConfig(**settings.get("tls", {}))})
+    config = serve_config(bundle.job().get("serve", {}))
     config.validate()
     environment = find_runtime().path if options.target == "cpu" else None
     with atomic_directory(Path(options.output)) as partial:
@@ -117,9 +115,8 @@ def render(options: Any) -> int:
         "bundle": f"{bundle.path}, version {bundle.manifest.version}",
         "models": ", ".join(models),
         "repository": options.output,
-        "start": f"tritonserver --model-repository={options.output}"
-        + " --disable-auto-complete-config"
-        + " --model-config-name=cpu" * (options.target == "cpu"),
+        "start": f"twotower serve {options.output}" if options.target == "cpu" else
+        f"tritonserver --model-repository={options.output} --disable-auto-complete-config",
     })  # fmt: skip
     return 0
 

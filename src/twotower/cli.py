@@ -27,6 +27,7 @@ from twotower import (
     load_testing,
     serve_tuning,
     serving,
+    serving_path,
     steps,
 )
 from twotower.data.demo_log import DemoLogConfig
@@ -112,11 +113,13 @@ JOB_COMMANDS: dict[str, tuple[str, Callable[[Job, Namespace], int | None]]] = {
     ),
     "export": ("Make a bundle, if ONNX agrees with PyTorch.", export),
     "serve": (
-        "Serve the last rollout's bundle, else the newest, from Triton until stopped.",
+        "Serve the last rollout's bundle, else the newest, from Triton until stopped; "
+        f"{serving_path.WITHOUT_JOB.format(command='serve')}",
         serving.serve,
     ),
     "rollout": (
-        "Have the running server take another bundle, proven first, with no failed request.",
+        "Have the running server take another bundle, proven first, with no failed request; "
+        f"{serving_path.WITHOUT_JOB.format(command='rollout')}",
         serving.rollout,
     ),
     "recommend": (RECOMMEND, serving.recommend),
@@ -199,12 +202,15 @@ def build_parser(command_line: Sequence[str] | None = None) -> ArgumentParser:
         commands_.add_subcommand(name, command, help=text)
         if command_line is not None and name not in command_line:
             continue
+        if name == "rollout":
+            _add_rollout_arguments(command)
+        if command_line is not None and serving_path.names_path(command_line):
+            serving_path.add_arguments(command, name)
+            continue
         command.add_argument("--config", action="config", help="YAML file of the job.")
         command.add_class_arguments(Job)
         if name == "recommend":
             _add_recommend_arguments(command)
-        if name == "rollout":
-            _add_rollout_arguments(command)
         if name == "export":
             command.add_argument(
                 "--tensorrt", action="store_true",
@@ -274,6 +280,12 @@ def explain(message: str) -> str:
     text = re.sub(r"Parser key \"([^\"]+)\"", r"\1", text)
     text = re.sub(r"\s*\n\s*", " ", text)
     keys = keys_of(Job) + [f.name for f in fields(DemoLogConfig)]
+    found = re.search(r"(?:unrecognized arguments: --|not accept option ')([\w.-]+)", text)
+    if found and found[1] in keys and serving_path.names_path(sys.argv[1:]):
+        return (
+            f"'{found[1]}' is a key of a job, but PATH says what is served: give one of them; "
+            "beside PATH, --config holds the section serve alone"
+        )
     if found := re.search(r"unrecognized arguments: --([\w.-]+)", text):
         return f"unknown option --{found[1]}{did_you_mean(found[1], keys)}"
     if found := re.search(
@@ -295,6 +307,9 @@ def dispatch(arguments: list[str]) -> int:
     """Parse, build and run one command; returns its exit code."""
     parser = build_parser(arguments)
     chosen = parser.parse_args(arguments)
+    without_job = serving_path.names_path(arguments)
+    if without_job and chosen.command == "serve":
+        chosen = parser.parse_args(serving_path.with_settings(arguments, chosen.serve))
     options = parser.instantiate(chosen)
     name, options = options.command, options[options.command]
     if name == "demo-log":
@@ -317,6 +332,8 @@ def dispatch(arguments: list[str]) -> int:
         return bundles.render(options)
     if name == "compare":
         return evaluations.compare(options)
+    if without_job:
+        return serving_path.COMMANDS[name](options) or 0
     job = Job(**{f.name: options[f.name] for f in fields(Job)})
     job.validate()
     return JOB_COMMANDS[name][1](job, options) or 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from twotower.serve.control import command
 from twotower.serve.hold import passing_directory
 from twotower.serve.request import Recommendation
 from twotower.serve.runtime import setup_runtime
+from twotower.serve.source import FOLDER, Source
 from twotower.serve.supervisor import running_server, serve_forever
 from twotower.show import console, table
 
@@ -43,15 +45,20 @@ def setup_server() -> None:
 
 def serve(job: Job, _: Namespace) -> None:
     """Serve the bundle of the last rollout, else the newest, until SIGTERM or Ctrl-C."""
-    serve_forever(job.path("bundles"), job.serve, job.path("server"))
+    serve_forever(Source(job.path("bundles"), FOLDER), job.serve, job.path("server"))
 
 
 def rollout(job: Job, options: Namespace) -> None:
     """Have the running server of the job take another bundle, or go back."""
+    rollout_in(job.path("server"), options)
+
+
+def rollout_in(work_dir: Path, options: Namespace) -> None:
+    """Have the server that runs in `work_dir` take another bundle, or go back."""
     if options.back and options.to is not None:
         raise UserError("twotower rollout: say either --to, or --back")
     request = {"to": options.to, "back": options.back, "new_schema": options.new_schema}
-    outcome = command(job.path("server"), request, console.print)
+    outcome = command(work_dir, request, console.print)
     console.print(f"[bold]rollout[/bold]: {escape(outcome)}")
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
@@ -47,9 +47,11 @@ def wait_until(true: Callable[[], bool]) -> None:
 class Served:
     """`twotower serve` of a job, as a process."""
 
-    def __init__(self, job: FinishedRun, *options: str) -> None:
+    def __init__(
+        self, job: FinishedRun, *options: str, env: Mapping[str, str] | None = None
+    ) -> None:
         self.job, self.work_dir = job, job.run_dir / "server"
-        self.process, file = start_serving(job, *options)
+        self.process, file = start_serving(job, *options, env=env)
         self.state = json.loads(file.read_text())
         try:
             wait_until(lambda: self.get("/healthz") == (200, "ok\n"))

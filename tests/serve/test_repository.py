@@ -119,7 +119,7 @@ def test_a_bundle_without_halves_is_refused_for_a_gpu(finished_run, twotower, tm
     assert not (tmp_path / "r").exists()
     done = twotower("render", finished_run.bundle, "--output=r", "--target=cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "--model-config-name=cpu" in done.stdout
+    assert "twotower serve r" in done.stdout
     assert set(configurations(tmp_path / "r", "cpu")) == {"recommend"}
 
 

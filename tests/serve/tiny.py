@@ -38,7 +38,9 @@ def unit(rows):
     return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def tiny_bundle(folder: Path, version: int = 1, sign_with: str | None = None) -> Path:
+def tiny_bundle(
+    folder: Path, version: int = 1, sign_with: str | None = None, **serve: object
+) -> Path:
     """Query vector = table[user] + text, made unit; the unseen share the last row.
 
     Every version has weights of its own, so that its answers are told from another's.
@@ -86,6 +88,7 @@ def tiny_bundle(folder: Path, version: int = 1, sign_with: str | None = None) ->
             "item_ids": ITEM_IDS[order].tolist(), "scores": scores[order].tolist(),
         })  # fmt: skip
     write_json(path / "golden.json", golden)
+    write_json(path / "job.json", {"name": "tiny", "serve": serve})
     seal(path, Manifest(
         version=version, name="tiny", fingerprint="f", query=QUERY,
         item=[spec("item_id", "id", "int64")], item_id_dtype="int64", num_items=ITEMS, dim=WIDTH,
