@@ -347,6 +347,11 @@ class AsyncRecommendClient:
         inputs = _inputs(self.protocol, encode_features(self._specs[model], features))
         return decode_vector(await self._infer(model, inputs, deadline, headers=headers or None))
 
+    def forget(self) -> None:
+        """Ask for the schema anew before the next request: the server may have another bundle."""
+        self._schema = None
+        self._specs.clear()
+
     async def has(self, model: str) -> bool:
         """Return whether the server has a model ready, as far as it says so in time."""
         try:

@@ -21,14 +21,12 @@ from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp
 
 from twotower.errors import UserError, did_you_mean
 from twotower.serve.client import ServerUnavailable
 from twotower.serve.config import SIMILAR as SIMILAR_MODEL
-from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.errors import ErrorAnswer, Refusal, json_response, refusal_response
-from twotower.serve.gateway.front import HEALTH, Front
+from twotower.serve.gateway.front import HEALTH
 from twotower.serve.gateway.keys import Keys
 from twotower.serve.gateway.observe import Metrics, Trail
 from twotower.serve.gateway.recommender import Ask, Recommender
@@ -208,9 +206,9 @@ def _wanted(body: Any) -> dict[str, Any]:
 
 def build_app(
     recommender: Recommender, bodies: Bodies, models: Sequence[str], keys: Keys | None,
-    config: GatewayConfig, metrics: Metrics,
-) -> ASGIApp:  # fmt: skip
-    """Return the whole application."""
+    metrics: Metrics,
+) -> FastAPI:  # fmt: skip
+    """Return what answers behind the `Front`."""
     app = FastAPI(title="twotower gateway", description=DESCRIPTION, redoc_url=None)
     Endpoints(recommender, bodies, models).add_to(app)
 
@@ -221,8 +219,7 @@ def build_app(
     _explain_errors(app, bodies)
     if keys is not None:
         _document_keys(app)
-    paths = {str(getattr(route, "path", "")) for route in app.routes}
-    return Front(app, config, keys, metrics, paths)
+    return app
 
 
 def _trail(request: Request) -> Trail:

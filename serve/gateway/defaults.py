@@ -15,6 +15,7 @@ from typing import Any
 from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
 from twotower.files import write_json
+from twotower.serve.request import encode_features
 
 REMEDY = "run `twotower load-store` with this job"
 
@@ -48,13 +49,22 @@ class Defaults:
         """Refuse defaults that are of another model.
 
         Raises:
-            UserError: naming the feature that is missing.
+            UserError: naming the feature that is missing, or of another kind.
         """
+        user: dict[str, Any] = {}
         for spec in features:
-            if spec.kind not in ("history", "times") and spec.name not in self.features:
+            if spec.kind == "history":
+                user[spec.name] = []
+            elif spec.kind != "times" and spec.name not in self.features:
                 raise UserError(
                     f"{path}: knows no feature '{spec.name}', which the served model has: {REMEDY}"
                 )
+            elif spec.kind != "times":
+                user[spec.name] = self.features[spec.name]
+        try:
+            encode_features(features, user)
+        except UserError as error:
+            raise UserError(f"{path}: of another model ({error}): {REMEDY}") from None
 
     def write(self, path: Path) -> None:
         """Write the file, atomically."""

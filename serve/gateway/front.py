@@ -11,7 +11,8 @@ import time
 import uuid
 from typing import Any
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.applications import Starlette
+from starlette.types import Message, Receive, Scope, Send
 
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.errors import Refusal, refusal_response
@@ -32,20 +33,24 @@ class Front:
     """Admits, counts and logs requests.
 
     Args:
-        app: answers them.
+        app: answers them; another may take its place, see `take`.
         config: of the gateway.
         keys: None where none is needed.
         metrics: to count in.
-        endpoints: paths that metrics name; others are one.
     """
 
     def __init__(
-        self, app: ASGIApp, config: GatewayConfig, keys: Keys | None, metrics: Metrics,
-        endpoints: set[str],
-    ) -> None:  # fmt: skip
-        self.app, self.config, self.keys, self.metrics = app, config, keys, metrics
-        self.endpoints = endpoints
+        self, app: Starlette, config: GatewayConfig, keys: Keys | None, metrics: Metrics
+    ) -> None:
+        self.config, self.keys, self.metrics = config, keys, metrics
         self._under_way = 0
+        self.take(app)
+
+    def take(self, app: Starlette) -> None:
+        """Pass requests on to another application from now on."""
+        self.app = app
+        # Those that metrics name; others are one.
+        self.endpoints = {str(getattr(route, "path", "")) for route in app.routes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -56,9 +57,13 @@ class Recommender:
         self, schema: Schema, record: type[BaseModel], defaults: Defaults, store: HistoryStore,
         replicas: Replicas, config: GatewayConfig, metrics: Metrics,
     ) -> None:  # fmt: skip
-        self.schema, self.defaults, self.store, self.replicas = schema, defaults, store, replicas
-        self._config, self._record, self._metrics = config, record, metrics
+        self.store, self.replicas, self._config, self._metrics = store, replicas, config, metrics
+        self.take(schema, record, defaults)
         self._breaker = Breaker(config.failures, config.retry_s)
+
+    def take(self, schema: Schema, record: type[BaseModel], defaults: Defaults) -> None:
+        """Answer by another schema from now on; the arguments are those of the class."""
+        self.schema, self._record, self.defaults = schema, record, defaults
 
     async def recommend(self, ask: Ask, trail: Trail) -> dict[str, Any]:
         """Return the answer as JSON-like values.
@@ -74,20 +79,22 @@ class Recommender:
                     record = await self.look_up(ask.user, end - time.monotonic())
             except StoreUnavailable:
                 return self._popular(ask, trail, "store", ask.features, self._excluded(ask, None))
-        features, excluded = self.features_of(ask, record), self._excluded(ask, record)
+        excluded = self._excluded(ask, record)
         query = Query(
-            features, ask.k, excluded, trace_headers(trail), ask.allow, ask.filters, ask.explain
-        )
-        return await self._asked(query, ask, trail, end, excluded)
+            partial(self.features_of, ask, record), ask.k, excluded, trace_headers(trail),
+            ask.allow, ask.filters, ask.explain,
+        )  # fmt: skip
+        known = self._known(ask, record)
+        return await self._asked(query, ask, trail, end, known, excluded)
 
     async def similar(self, item: Any, ask: Ask, trail: Trail) -> dict[str, Any]:
         """Return the items nearest to one, as `recommend` does."""
         end = time.monotonic() + ask.timeout_ms / 1000
         query = Query(
-            {"item": item}, ask.k, ask.exclude, trace_headers(trail), ask.allow, ask.filters,
-            ask.explain, SIMILAR,
+            lambda _: {"item": item}, ask.k, ask.exclude, trace_headers(trail), ask.allow,
+            ask.filters, ask.explain, SIMILAR,
         )  # fmt: skip
-        return await self._asked(query, ask, trail, end, [*ask.exclude, item])
+        return await self._asked(query, ask, trail, end, {}, [*ask.exclude, item])
 
     async def embed(self, ask: Ask, trail: Trail) -> dict[str, Any]:
         """Return a query's vector as JSON-like values.
@@ -101,7 +108,7 @@ class Recommender:
         if ask.user is not None:
             with span("store"):
                 record = await self.look_up(ask.user, end - time.monotonic())
-        query = Query(self.features_of(ask, record), None, [], trace_headers(trail),
+        query = Query(partial(self.features_of, ask, record), None, [], trace_headers(trail),
                       model=EMBED_QUERY)  # fmt: skip
         with span("model"):
             answer = await self.replicas.ask(query, end - time.monotonic())
@@ -109,13 +116,14 @@ class Recommender:
         return {"vector": answer.vector, "version": answer.version}
 
     async def _asked(
-        self, query: Query, ask: Ask, trail: Trail, end: float, excluded: list[Any]
-    ) -> dict[str, Any]:
+        self, query: Query, ask: Ask, trail: Trail, end: float, known: dict[str, Any],
+        excluded: list[Any],
+    ) -> dict[str, Any]:  # fmt: skip
         try:
             with span("model"):
                 answer = await self.replicas.ask(query, end - time.monotonic())
         except ServerUnavailable:
-            return self._popular(ask, trail, "model", query.features, excluded)
+            return self._popular(ask, trail, "model", known, excluded)
         trail.version = answer.version
         items = zip(answer.item_ids, answer.scores, strict=True)
         return {
@@ -137,7 +145,8 @@ class Recommender:
         if record is None:
             return None
         # What another job or a mistake has left there is no fault of the caller's.
-        known = {n: v for n, v in record.features.items() if n in self.defaults.features}
+        names = {spec.name for spec in self.schema.features}
+        known = {n: v for n, v in record.features.items() if n in names}
         record = Record(known, record.items, record.times)
         try:
             self._record.model_validate(vars(record))
@@ -161,7 +170,8 @@ class Recommender:
         ask = Ask(
             features={}, k=1, exclude=[], filter_seen=False, timeout_ms=self._config.deadline_ms
         )
-        query, timeout_s = Query(self.features_of(ask, None), 1, [], {}), ask.timeout_ms / 1000
+        query = Query(partial(self.features_of, ask, None), 1, [], {})
+        timeout_s = ask.timeout_ms / 1000
         try:
             answer = await self.replicas.ask(query, timeout_s)
             model = bool(answer.item_ids)
@@ -196,23 +206,33 @@ class Recommender:
         self._metrics.circuit_open.labels("store").set(0)
         return result
 
-    def features_of(self, ask: Ask, record: Record | None) -> dict[str, Any]:
-        """Return every feature of the model: the caller's, else the store's, else the default."""
+    def features_of(self, ask: Ask, record: Record | None, schema: Schema) -> dict[str, Any]:
+        """Return every feature of a model: the caller's, else the store's, else the default.
+
+        Raises:
+            ServerUnavailable: for a server of an older model, whose features are no longer known.
+        """
+        features = self._known(ask, record)
+        items, times = _history(ask, record)
+        windows = {s.name: s.length for s in schema.features if s.kind == "history"}
+        for spec in schema.features:
+            if spec.kind == "history":
+                features[spec.name] = items[-spec.length :]
+            elif spec.kind == "times":
+                features[spec.name] = times[-windows[spec.of] :]
+        names = [spec.name for spec in schema.features]
+        if missing := [name for name in names if name not in features]:
+            raise ServerUnavailable(f"version {schema.version} asks for {', '.join(missing)}")
+        return {name: features[name] for name in names}
+
+    def _known(self, ask: Ask, record: Record | None) -> dict[str, Any]:
+        """Return all that is known of who asks, but for the history."""
         features = dict(self.defaults.features)
         if ask.user is not None:
             features |= dict.fromkeys(self.defaults.user_features, ask.user)
         if record is not None:
             features |= record.features
-        features |= ask.features
-        items, times = _history(ask, record)
-        windows = {s.name: s.length for s in self.schema.features if s.kind == "history"}
-        for spec in self.schema.features:
-            if spec.kind == "history":
-                features[spec.name] = items[-spec.length :]
-            elif spec.kind == "times":
-                features[spec.name] = times[-windows[spec.of] :]
-        names = [spec.name for spec in self.schema.features]
-        return {name: features[name] for name in names}
+        return features | ask.features
 
     @staticmethod
     def _excluded(ask: Ask, record: Record | None) -> list[Any]:

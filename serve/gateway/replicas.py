@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -19,22 +19,33 @@ from twotower.serve.request import Schema
 from twotower.serve.tls import ClientTls
 
 EMBED_QUERY = "embed_query"
+Follow = Callable[[Schema], Awaitable[None]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Replica:
     """One server of the model; `similar` asks its model of that name."""
 
     client: AsyncRecommendClient
     similar: AsyncRecommendClient
     breaker: Breaker
+    schema: Schema | None = None
+    """What it serves, as far as is known."""
+
+    def forget(self, schema: Schema) -> None:
+        """Have it asked anew what it serves, unless it has been since."""
+        if self.schema is schema:
+            self.schema = None
+            self.client.forget()
+            self.similar.forget()
 
 
 @dataclass(frozen=True)
 class Query:
     """What `AsyncRecommendClient.recommend` is asked."""
 
-    features: dict[str, Any]
+    features: Callable[[Schema], dict[str, Any]]
+    """Makes them for what a server serves; may raise `ServerUnavailable`."""
     k: int | None
     exclude: Sequence[Any]
     headers: Mapping[str, str]
@@ -48,6 +59,11 @@ class Query:
 class Replicas:
     """The servers of the model, asked in turn.
 
+    A server may take another bundle at any time. It is asked anew what it serves when an answer is
+    of another version, or when it refuses a request, which is then made and sent once more if it
+    serves something else. `follow` is told whatever is heard, and may refuse it with
+    `ServerUnavailable`.
+
     Args:
         addresses: of their gRPC endpoints.
         config: of the gateway.
@@ -60,6 +76,7 @@ class Replicas:
         tls: ClientTls | None,
     ) -> None:  # fmt: skip
         self._config, self._metrics, self._turn = config, metrics, 0
+        self.follow: Follow | None = None
         # Asking again is done here, where circuits and other servers are known.
         options: dict[str, Any] = {
             "timeout_s": config.deadline_ms / 1000, "retries": 0, "tls": tls,
@@ -163,15 +180,8 @@ class Replicas:
         return {}
 
     async def _ask(self, replica: Replica, query: Query) -> Any:
-        client = replica.similar if query.model == SIMILAR else replica.client
         try:
-            if query.model == EMBED_QUERY:
-                answer: Any = await client.embed(query.model, query.features, query.headers)
-            else:
-                answer = await client.recommend(
-                    query.features, k=query.k, exclude=query.exclude, allow=query.allow,
-                    filters=query.filters, explain=query.explain, headers=query.headers,
-                )  # fmt: skip
+            answer = await self._answer(replica, query)
         except ServerUnavailable:
             self._failed(replica)
             raise
@@ -180,6 +190,50 @@ class Replicas:
             raise
         self._answers(replica)
         return answer
+
+    async def _answer(self, replica: Replica, query: Query) -> Any:
+        """Return a server's answer to a query made for what it serves."""
+        schema = await self._schema(replica)
+        try:
+            answer = await self._send(replica, query, schema)
+        except ServerUnavailable:
+            raise
+        except UserError:
+            replica.forget(schema)
+            now = await self._schema(replica)
+            if now == schema:
+                raise
+            return await self._send(replica, query, now)
+        if answer.version != schema.version:
+            replica.forget(schema)
+        return answer
+
+    async def _schema(self, replica: Replica) -> Schema:
+        if replica.schema is not None:
+            return replica.schema
+        schema = await replica.client.schema()
+        if self.follow is not None:
+            try:
+                await self.follow(schema)
+            except ServerUnavailable:
+                replica.client.forget()
+                raise
+        replica.schema = schema
+        return schema
+
+    async def _send(self, replica: Replica, query: Query, schema: Schema) -> Any:
+        try:
+            features = query.features(schema)
+        except ServerUnavailable:
+            replica.forget(schema)
+            raise
+        if query.model == EMBED_QUERY:
+            return await replica.client.embed(query.model, features, query.headers)
+        client = replica.similar if query.model == SIMILAR else replica.client
+        return await client.recommend(
+            features, k=query.k, exclude=query.exclude, allow=query.allow,
+            filters=query.filters, explain=query.explain, headers=query.headers,
+        )  # fmt: skip
 
     def _blame(self, pending: Mapping[Any, Replica], left_s: float) -> None:
         """Count servers that let the deadline pass, unless a caller gave them hardly any time."""

@@ -17,7 +17,9 @@ from twotower.files import write_json
 from twotower.serve.config import MODELS
 from twotower.serve.gateway.app import build_app
 from twotower.serve.gateway.config import GatewayConfig
-from twotower.serve.gateway.defaults import read_defaults
+from twotower.serve.gateway.defaults import Defaults, read_defaults
+from twotower.serve.gateway.following import Following
+from twotower.serve.gateway.front import Front
 from twotower.serve.gateway.keys import read_keys
 from twotower.serve.gateway.observe import Metrics, log_to_stderr
 from twotower.serve.gateway.recommender import Recommender
@@ -77,7 +79,15 @@ async def _answer(
                 schema, bodies.record, defaults, store, replicas, config, metrics
             )
             models = [name for name in MODELS[1:] if await replicas.has(name)]
-            app = build_app(recommender, bodies, models, keys, config, metrics)
+            app = build_app(recommender, bodies, models, keys, metrics)
+            front = Front(app, config, keys, metrics)
+
+            def remake(schema: Schema, defaults: Defaults) -> None:
+                bodies = make_bodies(schema, defaults.user_id_dtype, config)
+                recommender.take(schema, bodies.record, defaults)
+                front.take(build_app(recommender, bodies, models, keys, metrics))
+
+            replicas.follow = Following(schema, defaults_file, remake).follow
             await recommender.health()  # connects, so that the first request need not
             # What the libraries have made stays: a collection need not go through it, which would
             # hold up every request for tens of milliseconds.
@@ -85,7 +95,7 @@ async def _answer(
             gc.freeze()
             with _bind(config) as bound:
                 server = uvicorn.Server(uvicorn.Config(
-                    app, log_config=None, access_log=False, lifespan="off", server_header=False,
+                    front, log_config=None, access_log=False, lifespan="off", server_header=False,
                     proxy_headers=False, timeout_graceful_shutdown=DRAIN_S,
                 ))  # fmt: skip
                 host = f"[{config.host}]" if ":" in config.host else config.host

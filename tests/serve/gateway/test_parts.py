@@ -59,7 +59,7 @@ def test_every_window_holds_the_newest_with_their_times(
     times = data.draw(st.lists(seconds, min_size=len(stored), max_size=len(stored)))
     record = Record({"age": 30.0}, stored, times) if known else None
     ask = Ask(user=7, features={}, history=sent, k=5, exclude=[], filter_seen=True, timeout_ms=9)
-    query = recommender(schema, {"who": None, "age": 40.0}).features_of(ask, record)
+    query = recommender(schema, {"who": None, "age": 40.0}).features_of(ask, record, schema)
     items = stored if known else []
     items, when = (items, times if known else []) if sent is None else (sent, [None] * len(sent))
     assert query == {
@@ -168,6 +168,8 @@ def test_defaults_of_another_model_are_refused(tmp_path) -> None:
     assert read_defaults(tmp_path / "new" / "defaults.json") == defaults
     with pytest.raises(UserError, match="knows no feature 'country'"):
         defaults.check([spec("age", "number", "float32"), spec("country", "id")], tmp_path)
+    with pytest.raises(UserError, match=r"of another model .*'age' must be a list, got 1"):
+        defaults.check([spec("age", "vector", "float32", 3)], tmp_path)
 
 
 @given(st.lists(st.integers(0, 9), unique=True), st.lists(st.integers(0, 9), unique=True),
