@@ -79,13 +79,6 @@ def read_rendered(repository: Path, config: ServeConfig) -> Bundle:
     except UserError as error:
         raise UserError(f"{folder / MANIFEST}: {error}") from None
     bundle = Bundle(folder, manifest)
-    for model in config.models:
-        version = version_directory(repository, model)
-        if version.name != str(manifest.version):
-            raise UserError(f"{version}: must be version {manifest.version}: {REMEDY}")
-        for name in (*READS[model, TARGET], *(PROOF if model == MODEL else ())):
-            if name in manifest.files:
-                _check(version / name, manifest.files[name])
     rendered = serve_config(bundle.job().get("serve", {}))
     for name in FIXED:
         fixed, wanted = getattr(rendered, name), getattr(config, name)
@@ -94,6 +87,13 @@ def read_rendered(repository: Path, config: ServeConfig) -> Bundle:
                 f"serve.{name}: {repository} is rendered with {fixed}, got {wanted}: leave it out, "
                 "or serve the bundle itself with it"
             )
+    for model in config.models:
+        version = version_directory(repository, model)
+        if version.name != str(manifest.version):
+            raise UserError(f"{version}: must be version {manifest.version}: {REMEDY}")
+        for name in (*READS[model, TARGET], *(PROOF if model == MODEL else ())):
+            if name in manifest.files:
+                _check(version / name, manifest.files[name])
     return bundle
 
 

@@ -61,6 +61,7 @@ class TritonServer(TritonProcess):
         self.changing = threading.Lock()
         self.changes = 0
         self._probes = 0
+        self._copied = False
         self._answering: tuple[int, set[int]] = (0, set())
 
     @property
@@ -89,11 +90,14 @@ class TritonServer(TritonProcess):
         """
         self.config = choose_ports(self.wanted)
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.repository, ignore_errors=True)
+        if not self._copied:
+            shutil.rmtree(self.repository, ignore_errors=True)
         if self.rendered is None:
             self.render(self.served)
-        else:
+        elif not self._copied:
             copy_rendered(self.rendered, self.repository, self.config.models, self.runtime.path)
+            # Something else may lie there when the process is replaced.
+            self._copied = True
         self._answering = (0, set())
         self._launch()
         try:

@@ -281,11 +281,9 @@ def explain(message: str) -> str:
     text = re.sub(r"\s*\n\s*", " ", text)
     keys = keys_of(Job) + [f.name for f in fields(DemoLogConfig)]
     found = re.search(r"(?:unrecognized arguments: --|not accept option ')([\w.-]+)", text)
-    if found and found[1] in keys and serving_path.names_path(sys.argv[1:]):
-        return (
-            f"'{found[1]}' is a key of a job, but PATH says what is served: give one of them; "
-            "beside PATH, --config holds the section serve alone"
-        )
+    if found and found[1] in [*keys, "config"] and serving_path.names_path(sys.argv[1:]):
+        of_serve = "; beside PATH, --config of serve holds the section serve alone"
+        return f"'{found[1]}' is of a job, but PATH says what is served: give one of them{of_serve}"
     if found := re.search(r"unrecognized arguments: --([\w.-]+)", text):
         return f"unknown option --{found[1]}{did_you_mean(found[1], keys)}"
     if found := re.search(
@@ -299,7 +297,8 @@ def explain(message: str) -> str:
     if found := re.match(r"([\w.]+): .* the following arguments are required: ([\w, ]+) - ", text):
         return f"{found[1]} also needs {found[2]}"
     if "interactions" in text and "are required" in text and "--config" not in sys.argv:
-        text += ": give a job with --config JOB.yaml (see configs/quickstart.yaml)"
+        or_path = " or, to serve without one, PATH" if sys.argv[1] in serving_path.COMMANDS else ""
+        text += f": give a job with --config JOB.yaml (see configs/quickstart.yaml){or_path}"
     return text
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -123,14 +124,17 @@ def test_a_rendered_repository_is_served_as_it_is(
     wait_until(lambda: served.metric("twotower_reloads_total") >= 1)
     wait_until(lambda: served.get("/healthz")[0] == 200)
     assert served.version() == 2
+    shutil.rmtree(tmp_path / "repository")  # what is served stays as it was at the start
+    os.kill(served.state["pid"], signal.SIGKILL)
+    wait_until(lambda: served.metric("twotower_restarts_total") >= 1)
+    wait_until(lambda: served.get("/healthz")[0] == 200)
+    assert served.version() == 2
     with pytest.raises(UserError, match="repository: a repository has no other version"):
         served.rollout()
     served.stop()
 
 
 def test_the_servers_folder_is_beside_what_it_serves(bundles, twotower, tmp_path) -> None:
-    done = twotower("rollout", "run/bundles", cwd=tmp_path)
-    assert f"no server of this job is running ({bundles}.server)" in done.stderr
     done = twotower("rollout", ".", cwd=bundles / "2")
     assert f"no server of this job is running ({bundles / '2.server'})" in done.stderr
 
@@ -171,6 +175,7 @@ def test_a_repository_that_cannot_be_served_is_refused_in_a_line(
     assert done.returncode == 0, done.stderr
     key = "--serve.require_signature=key.pem"
     assert "a repository's code and configurations are not signed" in refusal(repository, key)
+    assert "serve.models: " in refusal(repository, "--serve.models=[recommend,similar]")
     said = refusal(repository, "--serve.instances=3")
     assert re.search(r"serve\.instances: .* is rendered with 1, got 3: leave it out", said)
     config, whole = model / "configs" / "cpu.pbtxt", (model / "configs/cpu.pbtxt").read_text()
@@ -198,9 +203,7 @@ def test_a_path_and_a_job_contradict_each_other(bundles, twotower, tmp_path) -> 
     for options in (["--config=job.yaml"], ["--run_dir=run"]):
         done = twotower("serve", "run/bundles", *options, cwd=tmp_path)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert "is a key of a job, but PATH says what is served" in done.stderr
-    done = twotower("serve", "run/bundles", "--serve.instancez=2", cwd=tmp_path)
-    assert "did you mean 'serve.instances'" in done.stderr
+        assert "is of a job, but PATH says what is served: give one of them" in done.stderr
 
 
 @pytest.mark.parametrize(
