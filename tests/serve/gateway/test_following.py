@@ -62,8 +62,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @contextmanager
-def running_gateway(served: Served, *options: str) -> Iterator[Gateway]:
-    folder = served.job.run_dir / "gateway"
+def running_gateway(served: Served, run_dir: Path, *servers: str) -> Iterator[Gateway]:
+    folder = run_dir / "gateway"
     (folder / "users.jsonl").write_text(
         json.dumps({"user": 1, "features": {"age": 20.0}, "items": [100], "times": [None]}) + "\n"
     )
@@ -71,20 +71,23 @@ def running_gateway(served: Served, *options: str) -> Iterator[Gateway]:
     with log.open("w") as handle:
         process = subprocess.Popen(
             [sys.executable, "-m", "twotower", "gateway", *served.job.arguments,
-             "--gateway.port=0", "--gateway.deadline_ms=2000", "--gateway.retry_s=0.2", *options],
+             f"--run_dir={run_dir}", f"--gateway.triton=[{','.join(servers)}]",
+             "--gateway.port=0", "--gateway.deadline_ms=2000", "--gateway.retry_s=0.2"],
             cwd=served.job.cwd, stdout=handle, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
     wait_until(lambda: state.exists() or process.poll() is not None, "no gateway", 60)
     assert process.poll() is None, log.read_text()
     running = Gateway(process, json.loads(state.read_text())["url"], log)
-    yield running
-    assert running.stop() == 0
+    try:
+        yield running
+    finally:
+        assert running.stop() == 0
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def gateway(served) -> Iterator[Gateway]:
     write_defaults(served.job.run_dir)
-    with running_gateway(served) as running:
+    with running_gateway(served, served.job.run_dir, served.url("grpc")) as running:
         yield running
 
 
@@ -143,6 +146,7 @@ def test_a_rollout_to_other_features_and_back_is_followed(served, gateway) -> No
 
 
 def test_what_it_knows_nothing_of_is_followed_once_it_does(served, gateway) -> None:
+    write_defaults(served.job.run_dir)
     served.rollout(to=2, new_schema=True)
     try:
         for _ in range(3):
@@ -162,9 +166,10 @@ def test_what_it_knows_nothing_of_is_followed_once_it_does(served, gateway) -> N
 
 
 def test_servers_of_different_bundles_are_each_asked_in_their_way(served, tmp_path) -> None:
-    write_defaults(served.job.run_dir, age=30.0)
-    with running_server(served.bundle(2), FREE, tmp_path / "server") as other:
-        servers = f"--gateway.triton=[{served.url('grpc')},{other.grpc_url}]"
-        with running_gateway(served, servers) as gateway:
-            answers = [gateway.recommend(user=1, k=4) for _ in range(8)]
+    write_defaults(tmp_path, age=30.0)
+    with (
+        running_server(served.bundle(2), FREE, tmp_path / "server") as other,
+        running_gateway(served, tmp_path, served.url("grpc"), other.grpc_url) as gateway,
+    ):
+        answers = [gateway.recommend(user=1, k=4) for _ in range(8)]
     assert [a["version"] for a in answers] in ([1, 2] * 4, [2, 1] * 4)
