@@ -9,7 +9,10 @@ items most likely for a query's user and moment, without those taken before:
 
 - best possible knows all that the generator knows;
 - best told the same, but items without a training event share their mean weight, since no log tells
-  which of them will be taken more.
+  which of them will be taken more;
+- best inferred the same, but nobody's tastes are told: they follow, by Bayes' rule, from how tastes
+  are drawn, the user's country and age, and the events before the query. No model of the log can
+  expect to do better.
 
 Judged are all test queries, and with the columns `known` those for items that training has seen,
 answered from such items alone by every row. `cold` and `warm` are the recall of items without and
@@ -26,11 +29,13 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 import torch
 import yaml
 from measure import ROOT, write_result
@@ -38,7 +43,7 @@ from quality import changed, run
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.demo_log import DemoLogConfig, demo_truth, event_time, write_demo_log
-from twotower.data.demo_truth import DemoTruth
+from twotower.data.demo_truth import STRAY_SHARE, TASTE_SHARES, DemoTruth, told
 from twotower.data.prepared import PreparedDataset
 from twotower.data.queries import Queries
 from twotower.towers.catalogue import catalogue_vectors
@@ -91,6 +96,91 @@ def best_answers(
         p[np.repeat(np.arange(len(p)), np.diff(offset)), queries.seen[offset[0] : offset[-1]]] = -1
         answers.append(np.argsort(-p, axis=1, kind="stable")[:, :K])
     return np.concatenate(answers)
+
+
+def best_inferred(
+    truth: DemoTruth, log: DemoLogConfig, data: PreparedDataset, queries: Queries, known_N: Any
+) -> I64:
+    """Return the rows most likely for each query where tastes are known by events alone, (Q, K)."""
+    place_N = np.array([int(name.removeprefix("item-")) for name in data.items["id"].to_pylist()])
+    known_N = known_N[np.argsort(place_N)]
+    users = pq.read_table(f"{log.output}/users.parquet", columns=["country", "age"]).to_pydict()
+    events = data.event_columns
+    everything, subs = np.arange(len(truth.sub_N)), int(truth.sub_N.max()) + 1
+    stray_N = told(truth.stray_weights(), known_N)
+    stray_N = stray_N / stray_N.sum()
+
+    @cache
+    def share_N(moment: int) -> Any:
+        """How likely each item is, given its sub-genre, at a moment of the log's 400."""
+        weight_N = told(truth.weights(everything, moment / 400), known_N)
+        return weight_N / np.maximum(np.bincount(truth.sub_N, weight_N, subs), 1e-30)[truth.sub_N]
+
+    # A user's events in the order of time, whichever split they are of.
+    order = np.lexsort((events["time"], events["user"]))
+    owner, time_E = events["user"][order], event_time(events["time"][order] / 1e6)
+    item_E = place_N[events["item"][order]]
+    answers = []
+    for number, event in enumerate(queries.event):
+        row, now = int(events["user"][event]), float(event_time(events["time"][event] / 1e6))
+        own = slice(*np.searchsorted(owner, [row, row + 1]))
+        before = np.flatnonzero(time_E[own] < now) + own.start
+        user = int(data.users["id"][row].as_py()) - 1
+        prior = log_priors(users["country"][user], users["age"][user], subs)
+        likely = [
+            (truth.sub_N[i], share_N(int(t * 400))[i], stray_N[i], t > 0.5)
+            for i, t in zip(item_E[before], time_E[before], strict=True)
+        ]
+        taste_S = inferred_taste(prior, likely, now > 0.5)
+        p_N = STRAY_SHARE * stray_N + (1 - STRAY_SHARE) * taste_S[truth.sub_N] * share_N(
+            int(now * 400)
+        )
+        p_N = p_N[place_N]
+        p_N[queries.seen[queries.seen_offset[number] : queries.seen_offset[number + 1]]] = -1
+        answers.append(np.argsort(-p_N, kind="stable")[:K])
+    return np.stack(answers)
+
+
+def log_priors(country: str, age: float, subs: int) -> Any:
+    """Return the log of how likely a user's three first tastes are, (S, S, S)."""
+    near = (int(country.removeprefix("c")) * 7 + np.arange(8)) % subs
+    liked_S = np.full(subs, 0.6 / subs)
+    liked_S[near] += 0.4 / 8
+    age_S = np.exp(-0.5 * ((age - 30 - (np.arange(subs) % 5) * 6) / 6) ** 2)
+    first, second, third = np.ix_(np.log(liked_S * age_S), np.log(liked_S), np.log(liked_S))
+    return first + second + third
+
+
+def inferred_taste(
+    prior_SSS: Any, events: list[tuple[int, float, float, bool]], later: bool
+) -> Any:
+    """Return how likely the next event that follows a taste is of each sub-genre (S,).
+
+    Args:
+        prior_SSS: log of how likely the first tastes are.
+        events: sub-genre, share within it, share of the strays, and whether in the second half.
+        later: whether the query is of the second half.
+    """
+    subs = len(prior_SSS)
+    log_first, log_later = prior_SSS.copy(), np.zeros_like(prior_SSS)
+    for sub, share, stray, second_half in events:
+        liked = np.zeros_like(prior_SSS)
+        liked[sub] += TASTE_SHARES[0]
+        liked[:, sub] += TASTE_SHARES[1]
+        liked[:, :, sub] += TASTE_SHARES[2]
+        part = np.log(STRAY_SHARE * stray + (1 - STRAY_SHARE) * share * liked + 1e-30)
+        if second_half:
+            log_later += part
+        else:
+            log_first += part
+    first = np.exp(log_first - log_first.max())
+    if later:
+        # Half of the users stay; the others' most liked is drawn again, from all.
+        after = np.exp(log_later - log_later.max())
+        first = 0.5 * first * after + 0.5 / subs * first.sum(0)[None] * after
+    first /= first.sum()
+    tastes = [first.sum(axes) for axes in ((1, 2), (0, 2), (0, 1))]
+    return sum(share * taste for share, taste in zip(TASTE_SHARES, tastes, strict=True))
 
 
 def known_queries(data: PreparedDataset, queries: Queries) -> Queries:
@@ -179,6 +269,7 @@ def main() -> None:
             size = EvaluateConfig().batch_size
             add("best possible", lambda q: best_answers(truth, data, q))
             add("best told", lambda q: best_answers(truth, data, q, data.train_count > 0))
+            add("best inferred", lambda q: best_inferred(truth, log, data, q, data.train_count > 0))
             add("popularity", lambda q: answer_by_popularity(data, q, K, size))
             add("co-occurrence", lambda q: answer_by_cooccurrence(data, q, K, size))
         for seed in map(int, arguments.seeds.split(",")):

@@ -72,12 +72,12 @@ class DemoTruth:
         """
         everything = np.arange(len(self.sub_N))
         member_SN = np.arange(self.sub_N.max() + 1)[:, None] == self.sub_N
-        stray_N = _told(self.stray_weights(), known_N)
+        stray_N = told(self.stray_weights(), known_N)
         out_QN = np.tile(STRAY_SHARE * stray_N / stray_N.sum(), (len(user_Q), 1))
         for row, (taste_3, time) in enumerate(
             zip(self.tastes(user_Q, time_Q), time_Q, strict=True)
         ):
-            weight_N = _told(self.weights(everything, float(time)), known_N)
+            weight_N = told(self.weights(everything, float(time)), known_N)
             for share, sub in zip(TASTE_SHARES, taste_3, strict=True):
                 of_sub_N = weight_N * member_SN[sub]
                 if of_sub_N.any():
@@ -85,7 +85,8 @@ class DemoTruth:
         return out_QN
 
 
-def _told(weight_N: Array, known_N: Array | None) -> Array:
+def told(weight_N: Array, known_N: Array | None) -> Array:
+    """Return weights (N,) of which some are not told: theirs is the mean of all such."""
     if known_N is None or known_N.all():
         return weight_N
     return np.where(known_N, weight_N, weight_N[~known_N].mean())
