@@ -58,6 +58,19 @@ class Entries:
 
 
 @dataclass
+class Seen:
+    """What users had taken before their queries, in pairs (S,).
+
+    Attributes:
+        query_S: place of the query.
+        item_S: catalogue row of an item that its user had taken.
+    """
+
+    query_S: Tensor
+    item_S: Tensor
+
+
+@dataclass
 class EntryItems:
     """Items whose features the entries of histories bring, each once.
 
@@ -90,6 +103,7 @@ class Batch(Pipelineable):
             that the builder was given; None without any.
         listed: how often the lists of the step's queries are expected to bring each item, the same
             on all ranks, where items are drawn from any.
+        seen: what the queries' users had taken before, where the builder was asked for it.
     """
 
     ids: KeyedJaggedTensor
@@ -101,6 +115,7 @@ class Batch(Pipelineable):
     entry_items: EntryItems | None = None
     outcome_BH: Tensor | None = None
     listed: Listed | None = None
+    seen: Seen | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Return the batch on another device."""
@@ -125,6 +140,7 @@ class Batch(Pipelineable):
             items,
             change(self.outcome_BH) if self.outcome_BH is not None else None,
             self.listed.each(change) if self.listed else None,
+            Seen(change(self.seen.query_S), change(self.seen.item_S)) if self.seen else None,
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -137,6 +153,8 @@ class Batch(Pipelineable):
             more.append(self.outcome_BH)
         if self.listed is not None:
             more += [self.listed.id_K, self.listed.expected_K]
+        if self.seen is not None:
+            more += [self.seen.query_S, self.seen.item_S]
         for value in (*self.dense.values(), self.item_N, self.positive_B, self.weight_B, *more):
             value.record_stream(stream)
 
@@ -152,10 +170,13 @@ class BatchBuilder:
     Args:
         data: the prepared dataset.
         outcomes: columns of `data.columns.outcomes` that batches of events hold.
+        seen: whether batches of events and of histories hold what users had taken before.
     """
 
-    def __init__(self, data: PreparedDataset, outcomes: Sequence[str] = ()) -> None:
-        self.data = data
+    def __init__(
+        self, data: PreparedDataset, outcomes: Sequence[str] = (), seen: bool = False
+    ) -> None:
+        self.data, self.seen = data, seen
         self.outcomes = [data.outcome(name) for name in outcomes]
         self.config = data.config
         self._ids: dict[str, Column] = {}
@@ -216,6 +237,8 @@ class BatchBuilder:
         if self.outcomes:
             known = torch.from_numpy(np.stack([of[rows] for of in self.outcomes], axis=1))
             batch.outcome_BH = F.pad(known, (0, 0, 0, fillers), value=torch.nan)
+        if self.seen:
+            batch.seen = self._seen(user, end)
         return batch
 
     def histories(
@@ -235,7 +258,19 @@ class BatchBuilder:
         columns = {key: _behind(value, more) for key, value in columns.items()}
         weight = np.ones(len(positive), np.float32)
         batch = self._batch(bags, columns, items, positive, weight, entries.histories, taken)
+        if self.seen:
+            # An entry is taken before what it predicts, and so are those before it.
+            lengths = part[1] - part[0]
+            before = np.cumsum(lengths) - lengths
+            entry = np.arange(lengths.sum()) + np.repeat(part[0] - before, lengths)
+            batch.seen = self._seen(np.repeat(user, lengths), entry + 1)
         return replace(batch, entries=entries)
+
+    def _seen(self, user: I64, end: I64) -> Seen:
+        """Return what users had taken before places of the timeline."""
+        items, lengths = gather(self.data.timeline, self.data.history_from[user], end)
+        query = np.repeat(np.arange(len(user)), lengths)
+        return Seen(torch.from_numpy(query), torch.from_numpy(items.astype(np.int64)))
 
     def queries(self, rows: I64) -> Batch:
         """Return the query tower's features of the events at `rows` (B,)."""

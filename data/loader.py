@@ -162,6 +162,7 @@ class TrainLoader:
         every_position: whether examples are windows of histories, of which every entry is a query
             (`twotower.data.sequences`), and whose items are shared by the ranks.
         outcomes: columns of the log that batches of events hold, see `BatchBuilder`.
+        seen: whether batches hold what users had taken before.
 
     Raises:
         UserError: when there are fewer examples than ranks, or no windows can be had.
@@ -172,9 +173,10 @@ class TrainLoader:
         workers: int = 0, pin_memory: bool = False, id_dropout: float = 0.0,
         half_life_days: float | None = None, every_position: bool = False,
         extra: Callable[[float], ExtraItems] | None = None, outcomes: Sequence[str] = (),
+        seen: bool = False,
     ) -> None:  # fmt: skip
         kind = _Windows if every_position else _Events
-        self.batches = kind(BatchBuilder(data, outcomes), seed, rank, ranks)
+        self.batches = kind(BatchBuilder(data, outcomes, seen), seed, rank, ranks)
         self.length = self.batches.length
         if self.length < ranks:
             what = "histories" if every_position else "events"

@@ -14,6 +14,9 @@ must be the log of how often they are expected among the candidates, not up to a
 (Khrylchenko et al. 2025, "Correcting the LogQ correction"). `outside`, it has no part in the sum
 that it is compared with, as in bilateral softmax (Wu et al. 2024, "BSL").
 
+A query may exclude candidates, for instance what its user has taken before: they count as hits do.
+A bit says so of each, 32 in a word, so that the words are 1/32 of what the logits would be.
+
 Blocks of the logits are computed, used and forgotten, as flash attention does (Dao et al. 2022).
 
 On a GPU: forward 2 B N D operations, backward 8 B N D: the logits are computed again for the
@@ -30,11 +33,13 @@ fp32 products run on tensor cores as three TF32 ones, which leaves their error n
 On a CPU a block holds whole rows, so its softmax is known at once: the gradients are computed in
 the forward pass, 6 B N D operations in all, and backward only scales them.
 
-Shape legend: `B` queries, `N` candidates, `D` width, `S` splits of the candidates.
+Shape legend: `B` queries, `N` candidates, `D` width, `S` splits of the candidates, `W` words of
+exclusions, at least N / 32.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,6 +81,7 @@ def sampled_softmax_reference(
     positive_B: Tensor | None = None,
     positive: str = "corrected",
     label_smoothing: float = 0.0,
+    exclude_BW: Tensor | None = None,
 ) -> Tensor:
     """Return the loss by its formula, in the inputs' precision; it holds the B x N logits."""
     rows = torch.arange(query_BD.shape[0], device=query_BD.device)
@@ -89,7 +95,9 @@ def sampled_softmax_reference(
     hit_BN = torch.zeros_like(logits_BN, dtype=torch.bool)
     if candidate_id_N is not None:
         hit_BN = candidate_id_N[positive_B, None] == candidate_id_N[None, :]
-        hit_BN[rows, positive_B] = hit_BN.new_zeros(())
+    if exclude_BW is not None:
+        hit_BN = hit_BN | unpacked(exclude_BW, candidate_ND.shape[0])
+    hit_BN[rows, positive_B] = hit_BN.new_zeros(())
     if positive == "outside":
         hit_BN[rows, positive_B] = hit_BN.new_ones(())
         lse_B = logits_BN.masked_fill(hit_BN, float("-inf")).logsumexp(1)
@@ -102,6 +110,22 @@ def sampled_softmax_reference(
         mean_B = log_p_BN.masked_fill(hit_BN, 0).sum(1) / (~hit_BN).sum(1)
         loss_B = (1 - label_smoothing) * loss_B - label_smoothing * mean_B
     return _weighted_mean(loss_B, weight_B)
+
+
+def packed(bits_BN: Tensor) -> Tensor:
+    """Return bits as words (B, N / 32 rounded up), int32: bit j of word w is column 32 w + j."""
+    b, n = bits_BN.shape
+    bits_BW32 = F.pad(bits_BN, (0, -n % 32)).view(b, -1, 32)
+    words_BW = bits_BW32.new_zeros(bits_BW32.shape[:2], dtype=torch.int32)
+    for place in range(32):
+        words_BW |= bits_BW32[:, :, place].int() << place
+    return words_BW
+
+
+def unpacked(words_BW: Tensor, n: int) -> Tensor:
+    """Return the first `n` bits of words, bool (B, N)."""
+    place = torch.arange(32, device=words_BW.device, dtype=torch.int32)
+    return (words_BW[:, :, None] >> place & 1).bool().flatten(1)[:, :n]
 
 
 def _weighted_mean(loss_B: Tensor, weight_B: Tensor | None) -> Tensor:
@@ -148,11 +172,20 @@ def _positives(at, candidate_id, row, B, DIAGONAL: tl.constexpr, HAS_ID: tl.cons
 
 
 @triton.jit
+def _counts(exclude, query_row, candidate_row, B, N, WORDS):
+    """Return which candidates queries do not exclude; rows and columns are given by their axes."""
+    place = query_row.to(tl.int64) * WORDS + candidate_row // 32
+    inside = (query_row < B) & (candidate_row < N)
+    words = tl.load(exclude + place, mask=inside, other=0)
+    return ((words >> (candidate_row % 32)) & 1) == 0
+
+
+@triton.jit
 def _forward_kernel(
-    query, candidate, scale_pointer, lowered, candidate_id, at, lse, total, count,
-    B, N, D, split_size,
+    query, candidate, scale_pointer, lowered, candidate_id, at, exclude, lse, total, count,
+    B, N, D, WORDS, split_size,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_ID: tl.constexpr,
-    DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
+    DIAGONAL: tl.constexpr, EXCLUDE: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of a block of queries' negatives in one split of the candidates, in base 2."""
@@ -172,6 +205,8 @@ def _forward_kernel(
         lower, ids = _candidates(lowered, candidate_id, column, N, HAS_ID)
         x = tl.dot(q, tl.trans(c), input_precision="tf32x3") * scale - lower[None, :]
         negative = own_id[:, None] != ids[None, :]
+        if EXCLUDE:
+            negative &= _counts(exclude, row[:, None], column[None, :], B, N, WORDS)
         if SMOOTH:
             counts = negative & (column < N)[None, :]
             summed += tl.sum(tl.where(counts, x, 0.0), 1)
@@ -246,11 +281,11 @@ def _finish_kernel(
 
 @triton.jit
 def _query_gradient_kernel(
-    query, candidate, scale_pointer, grad_pointer, lowered, candidate_id, at, weight, lse, slope,
-    uniform, out, dot,
-    B, N, D, split_size,
+    query, candidate, scale_pointer, grad_pointer, lowered, candidate_id, at, exclude, weight,
+    lse, slope, uniform, out, dot,
+    B, N, D, WORDS, split_size,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_ID: tl.constexpr,
-    DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
+    DIAGONAL: tl.constexpr, EXCLUDE: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sum slope x candidate over one split of the candidates, for a block of queries."""
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -273,7 +308,10 @@ def _query_gradient_kernel(
         c = _load(candidate, column, N, D, BLOCK_D, UPCAST)
         lower, ids = _candidates(lowered, candidate_id, column, N, HAS_ID)
         x = tl.dot(q, tl.trans(c), input_precision="tf32x3") * scale - lower[None, :]
-        x = tl.where(own_id[:, None] != ids[None, :], x, -float("inf"))
+        negative = own_id[:, None] != ids[None, :]
+        if EXCLUDE:
+            negative &= _counts(exclude, row[:, None], column[None, :], B, N, WORDS)
+        x = tl.where(negative, x, -float("inf"))
         p = tl.exp2(x - lse_row[:, None])
         if SMOOTH:
             p = tl.where(x == -float("inf"), 0.0, p - uniform_row[:, None])
@@ -291,11 +329,11 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _candidate_gradient_kernel(
-    query, candidate, scale_pointer, grad_pointer, lowered, candidate_id, at, weight, lse, slope,
-    uniform, out,
-    B, N, D, split_size,
+    query, candidate, scale_pointer, grad_pointer, lowered, candidate_id, at, exclude, weight,
+    lse, slope, uniform, out,
+    B, N, D, WORDS, split_size,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_ID: tl.constexpr,
-    DIAGONAL: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
+    DIAGONAL: tl.constexpr, EXCLUDE: tl.constexpr, SMOOTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sum weight x slope x query over one split of the queries, for a block of candidates.
 
@@ -322,7 +360,10 @@ def _candidate_gradient_kernel(
         _, ids = _positives(at, candidate_id, column, B, DIAGONAL, HAS_ID)
         lse_row = tl.load(lse + column)
         x = tl.dot(c, tl.trans(q), input_precision="tf32x3") * scale - lower[:, None]
-        x = tl.where(own_id[:, None] != ids[None, :], x, -float("inf"))
+        negative = own_id[:, None] != ids[None, :]
+        if EXCLUDE:
+            negative &= _counts(exclude, column[None, :], row[:, None], B, N, WORDS)
+        x = tl.where(negative, x, -float("inf"))
         p = tl.exp2(x - lse_row[None, :])
         if SMOOTH:
             w = tl.load(weight + column, mask=column < B, other=0.0)
@@ -365,10 +406,15 @@ def backward_blocks(width: int, dtype: torch.dtype) -> Blocks:
     return Blocks(64, 64, 8, 2) if width <= 256 else Blocks(64, 32, 8, 2)
 
 
+def with_exclusions(tiles: Blocks) -> Blocks:
+    """Return tiles whose threads have room for the words of exclusions beside the logits."""
+    return replace(tiles, warps=max(8, tiles.warps))
+
+
 def triton_forward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, positive: int,
-    smoothing: float,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, exclude: Tensor | None,
+    positive: int, smoothing: float,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Return the loss and what the backward pass needs beside the inputs.
 
@@ -377,6 +423,8 @@ def triton_forward(
     """
     (b, d), n = query.shape, candidate.shape[0]
     tiles = forward_blocks(d, query.dtype)
+    if exclude is not None:
+        tiles = with_exclusions(tiles)
     lowered = query.new_full((_whole_tiles(n),), float("inf"), dtype=torch.float32)
     lowered[:n] = 0 if log_q is None else log_q * LOG2_E.value
     programs = triton.cdiv(b, tiles.rows)
@@ -385,10 +433,11 @@ def triton_forward(
     options = {"BLOCK_D": power_of_two(d), "DIAGONAL": at is None, "SMOOTH": smoothing > 0}
     _forward_kernel[(programs, splits)](
         query, candidate, scale, lowered, pointer(candidate_id, scale), pointer(at, scale),
-        of_split, total, count, b, n, d, _split_size(n, splits, tiles.columns),
+        pointer(exclude, scale), of_split, total, count, b, n, d, _words(exclude),
+        _split_size(n, splits, tiles.columns),
         BLOCK_B=tiles.rows, BLOCK_N=tiles.columns, HAS_ID=candidate_id is not None,
-        UPCAST=upcast(query.dtype), STAGES=tiles.stages, num_warps=tiles.warps,
-        num_stages=tiles.stages, **options,
+        EXCLUDE=exclude is not None, UPCAST=upcast(query.dtype), STAGES=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, **options,
     )  # fmt: skip
     loss, slope, uniform = (query.new_empty(b, dtype=torch.float32) for _ in range(3))
     lse, weighted_lse = (query.new_empty(_whole_tiles(b), dtype=torch.float32) for _ in range(2))
@@ -403,7 +452,8 @@ def triton_forward(
 
 def triton_backward(
     query: Tensor, candidate: Tensor, scale: Tensor, grad: Tensor, candidate_id: Tensor | None,
-    weight: Tensor, at: Tensor | None, kept: list[Tensor], smoothing: float,
+    weight: Tensor, at: Tensor | None, exclude: Tensor | None, kept: list[Tensor],
+    smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of queries (B, D), candidates (N, D) and the scale.
 
@@ -412,19 +462,21 @@ def triton_backward(
     (b, d), n = query.shape, candidate.shape[0]
     lowered, lse, weighted_lse, slope, uniform = kept
     tiles = backward_blocks(d, query.dtype)
+    if exclude is not None:
+        tiles = with_exclusions(tiles)
     shared = (query, candidate, scale, grad, lowered, pointer(candidate_id, scale),
-              pointer(at, scale), weight)  # fmt: skip
+              pointer(at, scale), pointer(exclude, scale), weight)  # fmt: skip
     options = {
         "BLOCK_D": power_of_two(d), "HAS_ID": candidate_id is not None, "DIAGONAL": at is None,
-        "SMOOTH": smoothing > 0, "UPCAST": upcast(query.dtype), "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
+        "EXCLUDE": exclude is not None, "SMOOTH": smoothing > 0,
+        "UPCAST": upcast(query.dtype), "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
     programs = triton.cdiv(b, tiles.rows)
     splits = splits_for(programs, n, tiles.columns)
     of_query = query.new_empty(splits, b, d, dtype=torch.float32)
     dot = query.new_empty(splits, b, dtype=torch.float32)
     _query_gradient_kernel[(programs, splits)](
-        *shared, lse, slope, uniform, of_query, dot, b, n, d,
+        *shared, lse, slope, uniform, of_query, dot, b, n, d, _words(exclude),
         _split_size(n, splits, tiles.columns),
         BLOCK_B=tiles.rows, BLOCK_N=tiles.columns, **options,
     )  # fmt: skip
@@ -432,7 +484,7 @@ def triton_backward(
     splits = splits_for(programs, b, tiles.columns)
     of_candidate = candidate.new_empty(splits, n, d, dtype=torch.float32)
     _candidate_gradient_kernel[(programs, splits)](
-        *shared, weighted_lse, slope, uniform, of_candidate, b, n, d,
+        *shared, weighted_lse, slope, uniform, of_candidate, b, n, d, _words(exclude),
         _split_size(b, splits, tiles.columns),
         BLOCK_B=tiles.columns, BLOCK_N=tiles.rows, **options,
     )  # fmt: skip
@@ -454,14 +506,19 @@ def _split_size(length: int, splits: int, block: int) -> int:
     return int(triton.cdiv(triton.cdiv(length, splits), block)) * block
 
 
+def _words(exclude: Tensor | None) -> int:
+    """Return the number of words a query."""
+    return 0 if exclude is None else exclude.shape[1]
+
+
 def _summed(parts: Tensor) -> Tensor:
     return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 def cpu_forward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, positive: int,
-    smoothing: float, with_gradients: bool,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, exclude: Tensor | None,
+    positive: int, smoothing: float, with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the loss and, if asked for, the gradients of queries, candidates and the scale."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -490,6 +547,10 @@ def cpu_forward(
         uniform = x.new_full((len(x),), smoothing / n)
         if candidate_id is not None:
             hit = candidate_id[own, None] == candidate_id[None, :]
+        if exclude is not None:
+            excluded = unpacked(exclude[rows], n)
+            hit = excluded if hit is None else hit.logical_or_(excluded)
+        if hit is not None:
             hit[place, own] = positive == OUTSIDE
             x.masked_fill_(hit, float("-inf"))
         elif positive == OUTSIDE:
@@ -535,11 +596,13 @@ Forward = tuple[Tensor, list[Tensor], list[Tensor]]
 @torch.library.custom_op("twotower::sampled_softmax", mutates_args=())
 def _forward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, positive: int,
-    smoothing: float, with_gradients: bool,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, exclude: Tensor | None,
+    positive: int, smoothing: float, with_gradients: bool,
 ) -> Forward:  # fmt: skip
     """Return the loss and, on a GPU, what is kept; on a CPU, the gradients."""
-    inputs = (query, candidate, scale, log_q, candidate_id, weight, at, positive, smoothing)
+    inputs = (
+        query, candidate, scale, log_q, candidate_id, weight, at, exclude, positive, smoothing
+    )  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
         if runs_triton(query.device):
             return *triton_forward(*inputs), []
@@ -550,8 +613,8 @@ def _forward(
 @_forward.register_fake
 def _forward_fake(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
-    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, positive: int,
-    smoothing: float, with_gradients: bool,
+    candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, exclude: Tensor | None,
+    positive: int, smoothing: float, with_gradients: bool,
 ) -> Forward:  # fmt: skip
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     b, n = query.shape[0], candidate.shape[0]
@@ -567,31 +630,33 @@ def _forward_fake(
 @torch.library.custom_op("twotower::sampled_softmax_backward", mutates_args=())
 def _backward(
     query: Tensor, candidate: Tensor, scale: Tensor, grad: Tensor, candidate_id: Tensor | None,
-    weight: Tensor, at: Tensor | None, kept: list[Tensor], smoothing: float,
+    weight: Tensor, at: Tensor | None, exclude: Tensor | None, kept: list[Tensor],
+    smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the logits again and return the three gradients."""
     with torch.autocast(query.device.type, enabled=False):
         return triton_backward(
-            query, candidate, scale, grad, candidate_id, weight, at, kept, smoothing
+            query, candidate, scale, grad, candidate_id, weight, at, exclude, kept, smoothing
         )
 
 
 @_backward.register_fake
 def _backward_fake(
     query: Tensor, candidate: Tensor, scale: Tensor, grad: Tensor, candidate_id: Tensor | None,
-    weight: Tensor, at: Tensor | None, kept: list[Tensor], smoothing: float,
+    weight: Tensor, at: Tensor | None, exclude: Tensor | None, kept: list[Tensor],
+    smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(query), torch.empty_like(candidate), kept[0].new_empty(())
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
-    query, candidate, scale, _, candidate_id, weight, at, _, smoothing, _ = inputs
+    query, candidate, scale, _, candidate_id, weight, at, exclude, _, smoothing, _ = inputs
     _, kept, gradients = output
     ctx.smoothing, ctx.ready = smoothing, not runs_triton(query.device)
     if ctx.ready:
         ctx.save_for_backward(scale, *gradients)
     else:
-        ctx.save_for_backward(scale, query, candidate, candidate_id, weight, at, *kept)
+        ctx.save_for_backward(scale, query, candidate, candidate_id, weight, at, exclude, *kept)
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -599,11 +664,12 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     if ctx.ready:
         of_query, of_candidate, of_scale = (g * grad.to(g.dtype) for g in saved)
     else:
-        query, candidate, candidate_id, weight, at, *kept = saved
+        query, candidate, candidate_id, weight, at, exclude, *kept = saved
         of_query, of_candidate, of_scale = _backward(
-            query, candidate, scale, grad.float(), candidate_id, weight, at, kept, ctx.smoothing
-        )
-    return of_query, of_candidate, of_scale.to(scale.dtype), *[None] * 7
+            query, candidate, scale, grad.float(), candidate_id, weight, at, exclude, kept,
+            ctx.smoothing,
+        )  # fmt: skip
+    return of_query, of_candidate, of_scale.to(scale.dtype), *[None] * 8
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -620,6 +686,7 @@ def sampled_softmax(
     positive_B: Tensor | None = None,
     positive: str = "corrected",
     label_smoothing: float = 0.0,
+    exclude_BW: Tensor | None = None,
 ) -> Tensor:
     """Return the weighted mean loss, a scalar.
 
@@ -638,13 +705,15 @@ def sampled_softmax(
         positive_B: int64 candidate row of each query's positive; 0 to B - 1 by default.
         positive: corrected, uncorrected or outside: its own term in the sum, see above.
         label_smoothing: share of the target that is spread over all candidates that count.
+        exclude_BW: int32 words whose bits (`packed`) say which candidates do not count for a query;
+            its positive does.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
     _validate(
         query_BD, candidate_ND, temperature, log_q_N, candidate_id_N, weight_B, positive_B,
-        positive, label_smoothing,
+        positive, label_smoothing, exclude_BW,
     )  # fmt: skip
     b = query_BD.shape[0]
     if weight_B is None:
@@ -664,6 +733,7 @@ def sampled_softmax(
         candidate_id_N.contiguous() if candidate_id_N is not None else None,
         weight_B,
         positive_B.contiguous() if positive_B is not None else None,
+        exclude_BW.contiguous() if exclude_BW is not None else None,
         POSITIVES.index(positive),
         label_smoothing,
         with_gradients,
@@ -681,6 +751,7 @@ def _validate(
     positive_B: Tensor | None,
     positive: str,
     label_smoothing: float,
+    exclude_BW: Tensor | None,
 ) -> None:
     check_matrices("query", query_BD, "candidate", candidate_ND)
     b, n = query_BD.shape[0], candidate_ND.shape[0]
@@ -712,9 +783,18 @@ def _validate(
         raise ValueError(f"positive_B must be int64, got {positive_B.dtype}")
     if candidate_id_N is not None and candidate_id_N.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"candidate_id must be int64 or int32, got {candidate_id_N.dtype}")
+    if exclude_BW is not None:
+        least = (n + 31) // 32
+        if exclude_BW.dim() != 2 or len(exclude_BW) != b or exclude_BW.shape[1] < least:
+            raise ValueError(
+                f"exclude_BW must have shape ({b}, {least} or more), got {tuple(exclude_BW.shape)}"
+            )
+        if exclude_BW.dtype != torch.int32:
+            raise ValueError(f"exclude_BW must be int32, got {exclude_BW.dtype}")
     others = {
         "candidate": candidate_ND, "temperature": temperature, "log_q": log_q_N,
         "candidate_id": candidate_id_N, "weight": weight_B, "positive_B": positive_B,
+        "exclude_BW": exclude_BW,
     }  # fmt: skip
     for name, value in others.items():
         if value is not None and value.device != query_BD.device:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from twotower.kernels.sampled_softmax import sampled_softmax
+from twotower.kernels.sampled_softmax import sampled_softmax, unpacked
 from twotower.train.config import TrainConfig
 from twotower.train.negatives import Candidates
 
@@ -28,7 +28,7 @@ BLOCK = 1024
 
 def retrieval_loss(
     config: TrainConfig, query_BD: Tensor, candidates: Candidates, temperature: Tensor,
-    positive_B: Tensor, weight_B: Tensor, items: int,
+    positive_B: Tensor, weight_B: Tensor, items: int, exclude_BW: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the weighted mean loss.
 
@@ -40,12 +40,14 @@ def retrieval_loss(
         positive_B: the candidate that is each query's positive.
         weight_B: sample weights.
         items: size of the catalogue.
+        exclude_BW: candidates that do not count for a query, see `sampled_softmax`.
     """
     loss = config.loss
     if loss.kind == "bce":
         return _calibrated_bce(
-            query_BD, candidates, temperature, positive_B, weight_B, items, loss.calibration
-        )
+            query_BD, candidates, temperature, positive_B, weight_B, items, loss.calibration,
+            exclude_BW,
+        )  # fmt: skip
     uncorrected = "corrected" if config.correct_positive else "uncorrected"
     value = sampled_softmax(
         query_BD,
@@ -57,6 +59,7 @@ def retrieval_loss(
         positive_B=positive_B,
         positive="outside" if loss.kind == "bilateral" else uncorrected,
         label_smoothing=loss.label_smoothing,
+        exclude_BW=exclude_BW,
     )
     if loss.kind == "bilateral" and loss.positive_temperature is not None:
         own_B = (query_BD.float() * candidates.vector_ND[positive_B].float()).sum(1)
@@ -68,6 +71,7 @@ def retrieval_loss(
 def _calibrated_bce(
     query_BD: Tensor, candidates: Candidates, temperature: Tensor, positive_B: Tensor,
     weight_B: Tensor, items: int, calibration: float,
+    exclude_BW: Tensor | None,
 ) -> Tensor:  # fmt: skip
     value_N = (-candidates.log_q_N).exp()  # 0 of fillers
     number = (value_N > 0).sum()
@@ -75,9 +79,13 @@ def _calibrated_bce(
     share = (number / max(1, items - 1)).clamp_max(1)
     power = 1 - calibration * (1 - share)
 
-    def block(query: Tensor, vector_ND: Tensor, scale: Tensor, own: Tensor) -> Tensor:
+    def block(
+        query: Tensor, vector_ND: Tensor, scale: Tensor, own: Tensor, exclude: Tensor | None
+    ) -> Tensor:
         score = (query @ vector_ND.T).float() * scale
         hit = candidates.id_N[own, None] == candidates.id_N[None, :]
+        if exclude is not None:
+            hit |= unpacked(exclude, len(vector_ND))
         negative = (F.softplus(score) * value_N).masked_fill(hit, 0).sum(1)
         at_own = score[torch.arange(len(own), device=own.device), own]
         return (power * F.softplus(-at_own) + negative) / (number + 1)
@@ -86,7 +94,8 @@ def _calibrated_bce(
     loss_B = torch.cat([
         checkpoint(
             block, query_BD[start : start + BLOCK], candidates.vector_ND, scale,
-            positive_B[start : start + BLOCK], use_reentrant=False,
+            positive_B[start : start + BLOCK],
+            None if exclude_BW is None else exclude_BW[start : start + BLOCK], use_reentrant=False,
         )
         for start in range(0, len(query_BD), BLOCK)
     ])  # fmt: skip

@@ -27,6 +27,7 @@ from twotower.train.negatives import (
     Candidates,
     PositiveRates,
     all_rows,
+    excluded,
     log_q,
     log_q_of,
     share_of_weight,
@@ -129,6 +130,9 @@ class RetrievalModule(L.LightningModule):
         positive_B: Tensor,
     ) -> Tensor:  # fmt: skip
         """Return the loss, the mean over the widths that vectors may be cut to."""
+        exclude_BW = None
+        if batch.seen is not None:
+            exclude_BW = excluded(batch.seen, candidates.id_N, len(query_BD))
         losses = []
         for width in (*self.widths, query_BD.shape[1]):
             shorter = replace(
@@ -137,7 +141,7 @@ class RetrievalModule(L.LightningModule):
             losses.append(
                 retrieval_loss(
                     self.config, cut(query_BD, width, self.item_bias), shorter, temperature,
-                    positive_B, batch.weight_B, len(self.log_q_N) - 1,
+                    positive_B, batch.weight_B, len(self.log_q_N) - 1, exclude_BW,
                 )
             )  # fmt: skip
         return torch.stack(losses).mean()

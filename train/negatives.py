@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from twotower.data.batches import Seen
+from twotower.kernels.sampled_softmax import packed
 from twotower.train.config import TrainConfig
 
 
@@ -158,6 +160,27 @@ class Candidates:
         """Return those of all ranks, rank by rank; vectors get the sum of all ranks' gradients."""
         vector_ND: Tensor = _Gather.apply(self.vector_ND)
         return Candidates(vector_ND, all_rows(self.id_N), all_rows(self.log_q_N))
+
+
+def excluded(seen: Seen, id_N: Tensor, queries: int) -> Tensor:
+    """Return which candidates queries' users had taken before, as words of bits (B, W).
+
+    `twotower.kernels.sampled_softmax.packed` says which bit is whose. Nothing waits for a GPU.
+
+    Args:
+        seen: by the queries of this rank.
+        id_N: catalogue rows of the candidates, -1 for fillers.
+        queries: B.
+    """
+    sorted_N = id_N.sort().values
+    last = len(id_N) - 1
+    place_S = torch.searchsorted(sorted_N, seen.item_S)
+    found_S = sorted_N[place_S.clamp_max(last)] == seen.item_S
+    # A column more takes what is no candidate.
+    bits_BN = torch.zeros(queries, len(id_N) + 1, dtype=torch.bool, device=id_N.device)
+    bits_BN[seen.query_S, torch.where(found_S, place_S, last + 1)] = True
+    # Candidates of one item share the column of the first.
+    return packed(bits_BN[:, torch.searchsorted(sorted_N, id_N)])
 
 
 class CandidateMemory(nn.Module):

@@ -61,6 +61,10 @@ class NegativesConfig:
     catalogue: bool = False
     """Compare with the whole catalogue instead, exactly: for some 100,000 items at most."""
 
+    exclude_seen: bool = False
+    """Leave out of each query's candidates what its user had taken before: where nobody takes an
+    item twice, it is no negative."""
+
     def validate(self) -> None:
         """Refuse what is no mixture.
 

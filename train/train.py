@@ -137,6 +137,7 @@ def train(
         id_dropout=config.id_dropout, half_life_days=config.half_life_days,
         every_position=config.every_position,
         outcomes=[head.column for head in config.heads.values()],
+        seen=config.negatives.exclude_seen,
     )  # fmt: skip
     queries = loader.queries_a_step
     steps = config.max_epochs * -(-len(loader) // config.accumulate)

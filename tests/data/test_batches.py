@@ -17,7 +17,7 @@ def data(finished_run) -> PreparedDataset:
 
 def test_a_batch_holds_the_lists_of_its_events(data) -> None:
     rows = np.array([5, 900, 17, 2000])
-    batch = BatchBuilder(data).events(rows)
+    batch = BatchBuilder(data, seen=True).events(rows)
     c = data.event_columns
     items = data.items
     history_rows = items["history.history"].to_pylist()
@@ -36,6 +36,9 @@ def test_a_batch_holds_the_lists_of_its_events(data) -> None:
         for key, value in expected.items():
             assert lists[key][place].tolist() == value
         assert batch.item_N[place] == item
+        taken = data.timeline[data.history_from[user] : c["history_to"][row]]
+        own = batch.seen.query_S == place
+        assert batch.seen.item_S[own].tolist() == taken.tolist()
         np.testing.assert_array_equal(
             batch.dense["item.text"][place].numpy(), items["feature.text"][item].as_py()
         )

@@ -49,6 +49,19 @@ def expected_pairs(log: dict[str, list]) -> list[tuple[int, tuple[int, ...], int
     return sorted(pairs)
 
 
+def expected_taken(log: dict[str, list]) -> list[tuple]:
+    """Return the pairs with all that the user had taken before, the window's and older items."""
+    pairs = []
+    for user in set(log["user_id"]):
+        items = [i for u, i in zip(log["user_id"], log["item_id"], strict=True) if u == user][:-2]
+        for target in range(1, len(items)):
+            # Windows are counted from the end, of LENGTH targets each.
+            start = len(items) - (-(-(len(items) - target) // LENGTH)) * LENGTH
+            seen = tuple(items[max(0, start - 1) : target])
+            pairs.append((user, seen, items[target], sorted(items[:target])))
+    return sorted(pairs)
+
+
 @given(log=logs(), batch_size=st.integers(2, 9), ranks=st.integers(1, 2), uniform=st.integers(0, 3))
 @settings(
     deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -62,7 +75,7 @@ def test_every_entry_predicts_the_next_one_and_sees_no_later(
     loaders = [
         TrainLoader(
             data, batch_size, seed=1, rank=rank, ranks=ranks, every_position=True,
-            extra=lambda _: ExtraItems(uniform=uniform),
+            extra=lambda _: ExtraItems(uniform=uniform), seen=True,
         )
         for rank in range(ranks)
     ]  # fmt: skip
@@ -73,7 +86,7 @@ def test_every_entry_predicts_the_next_one_and_sees_no_later(
     row_to_user = dict(
         zip(data.users["feature.user_id"].to_pylist(), data.users["id"].to_pylist(), strict=True)
     )
-    found = []
+    found, taken = [], []
     for batches in zip(*loaders, strict=True):
         assert len({(b.ids.stride(), len(b.item_N)) for b in batches}) == 1
         items = np.concatenate([b.item_N.numpy() for b in batches])
@@ -82,13 +95,16 @@ def test_every_entry_predicts_the_next_one_and_sees_no_later(
         for b in batches:
             entries = b.ids["query.history"].to_dense()
             users = b.ids["query.user_id"].to_dense()
-            for place, positive in zip(
-                b.entries.place_B.tolist(), b.positive_B.tolist(), strict=True
+            for query, (place, positive) in enumerate(
+                zip(b.entries.place_B.tolist(), b.positive_B.tolist(), strict=True)
             ):
                 row, entry = divmod(place, b.entries.longest)
                 seen = tuple(row_to_item[r] for r in entries[row].tolist()[: entry + 1])
                 found.append((row_to_user[int(users[row])], seen, item_of[int(items[positive])]))
+                before = b.seen.item_S[b.seen.query_S == query].tolist()
+                taken.append((*found[-1], sorted(item_of[i] for i in before)))
     assert sorted(found) == expected_pairs(log)
+    assert sorted(taken) == expected_taken(log)
     counts = np.zeros(len(item_of), int)
     for _, _, item in found:
         counts[list(item_of.values()).index(item)] += 1

@@ -28,6 +28,11 @@ SPILLS = {
     ("_forward_kernel", 128): 48, ("_query_gradient_kernel", 64): 8,
     ("_query_gradient_kernel", 128): 124, ("_candidate_gradient_kernel", 128): 40,
 }  # fmt: skip
+# The same with exclusions, whose words take registers; not measured yet.
+EXCLUDING_SPILLS = {
+    ("_query_gradient_kernel", 64): 164, ("_query_gradient_kernel", 128): 64,
+    ("_query_gradient_kernel", 256): 108, ("_candidate_gradient_kernel", 256): 36,
+}  # fmt: skip
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")
 
 SCALARS = {
@@ -36,6 +41,7 @@ SCALARS = {
     "D",
     "R",
     "L",
+    "WORDS",
     "CHOSEN",
     "split_size",
     "groups_a_program",
@@ -80,29 +86,33 @@ def compiled(kernel, types: dict[str, str], constants: dict, tiles: Blocks, alig
     return ptx, built.metadata.shared, spilled
 
 
-@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize(("diagonal", "excludes"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize(
     ("kernel", "blocks"),
     [("_forward_kernel", "forward_blocks"), ("_query_gradient_kernel", "backward_blocks"),
      ("_candidate_gradient_kernel", "backward_blocks")],
 )  # fmt: skip
-def test_sampled_softmax_in_bf16_fits_hopper(kernel, blocks, width, diagonal) -> None:
+def test_sampled_softmax_in_bf16_fits_hopper(kernel, blocks, width, diagonal, excludes) -> None:
     tiles = getattr(sampled_softmax, blocks)(width, torch.bfloat16)
+    if excludes:
+        tiles = sampled_softmax.with_exclusions(tiles)
     rows, columns = tiles.rows, tiles.columns
     if kernel == "_candidate_gradient_kernel":
         rows, columns = columns, rows
     constants = {"BLOCK_B": rows, "BLOCK_N": columns, "BLOCK_D": width, "HAS_ID": True,
-                 "DIAGONAL": diagonal, "SMOOTH": False, "UPCAST": False}  # fmt: skip
+                 "DIAGONAL": diagonal, "EXCLUDE": excludes, "SMOOTH": False,
+                 "UPCAST": False}  # fmt: skip
     if kernel == "_forward_kernel":
         constants["STAGES"] = tiles.stages
-    types = {"query": "*bf16", "candidate": "*bf16"}
+    types = {"query": "*bf16", "candidate": "*bf16", "exclude": "*i32"}
     ptx, shared, spilled = compiled(
         getattr(sampled_softmax, kernel), types, constants, tiles
     )  # fmt: skip
     assert "wgmma" in ptx, "tensor cores"
     assert shared <= SHARED_BYTES
-    assert spilled <= SPILLS.get((kernel, width), 0), spilled
+    allowed = EXCLUDING_SPILLS if excludes else SPILLS
+    assert spilled <= allowed.get((kernel, width), 0), spilled
 
 
 @pytest.mark.parametrize(("query", "item"), [("bf16", "bf16"), ("bf16", "i8"), ("fp32", "fp32")])

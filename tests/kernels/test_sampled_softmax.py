@@ -7,14 +7,16 @@ import torch
 
 from twotower.kernels.sampled_softmax import (
     POSITIVES,
+    packed,
     sampled_softmax,
     sampled_softmax_reference,
+    unpacked,
 )
 
 from .conftest import error, not_interpreted, within
 
 
-def truth(query, candidate, temperature, log_q, ids, weight, positive, kind) -> float:
+def truth(query, candidate, temperature, log_q, ids, weight, positive, kind, left_out) -> float:
     """The docstring's formula, pair by pair, in fp64."""
     total, mass = 0.0, 0.0
     for i, own in enumerate(positive.tolist()):
@@ -23,7 +25,9 @@ def truth(query, candidate, temperature, log_q, ids, weight, positive, kind) -> 
             corrected = j != own or kind == "corrected"
             return float(query[i] @ candidate[j]) / temperature - corrected * float(log_q[j])
 
-        kept = [logit(j) for j in range(len(candidate)) if ids[j] != ids[own]]
+        kept = [
+            logit(j) for j in range(len(candidate)) if ids[j] != ids[own] and not left_out[i, j]
+        ]
         if kind != "outside":
             kept.append(logit(own))
         highest = max(kept, default=0)
@@ -44,6 +48,12 @@ def case(queries: int, extra: int, width: int, offset: int, seed: int = 0):
     return query, candidate, log_q, ids, weight
 
 
+def exclusions(queries: int, extra: int, width: int, offset: int) -> torch.Tensor:
+    """Which candidates a query excludes: a third of them, its positive perhaps too."""
+    generator = torch.Generator().manual_seed(queries + 1)
+    return torch.rand(queries, offset + queries + extra, generator=generator) < 1 / 3
+
+
 def positives(queries: int, extra: int, width: int, offset: int) -> torch.Tensor:
     """Any candidates, some of them of several queries."""
     generator = torch.Generator().manual_seed(queries)
@@ -55,13 +65,13 @@ def positives(queries: int, extra: int, width: int, offset: int) -> torch.Tensor
 @pytest.mark.parametrize("shape", [(1, 0, 8, 0), (7, 0, 5, 0), (16, 9, 64, 0), (5, 4, 33, 6)])
 def test_the_loss_is_the_formula(shape, temperature, kind) -> None:
     query, candidate, log_q, ids, weight = case(*shape)
-    at = positives(*shape)
+    at, left_out = positives(*shape), exclusions(*shape)
     loss = sampled_softmax(
         query, candidate, torch.tensor(temperature), log_q_N=log_q, candidate_id_N=ids,
-        weight_B=weight, positive_B=at, positive=kind,
+        weight_B=weight, positive_B=at, positive=kind, exclude_BW=packed(left_out),
     )  # fmt: skip
     expected = truth(query.double(), candidate.double(), temperature, log_q.double(), ids,
-                     weight.double(), at, kind)  # fmt: skip
+                     weight.double(), at, kind, left_out)  # fmt: skip
     # fp32 dot products err by about D eps, and the temperature multiplies them.
     tolerance = 4 * shape[2] ** 0.5 * 1.2e-7 / temperature + 1e-6 * abs(expected)
     assert float(loss) == pytest.approx(expected, abs=tolerance)
@@ -72,6 +82,28 @@ def test_a_query_whose_only_negatives_are_hits_has_no_loss() -> None:
     same = torch.full((4,), 7)
     loss = sampled_softmax(query, candidate, torch.tensor(0.1), log_q_N=log_q, candidate_id_N=same)
     assert float(loss) == 0.0
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 100])
+def test_bits_are_packed_and_unpacked(columns) -> None:
+    bits = exclusions(5, 0, 0, columns - 5) if columns > 5 else torch.ones(5, columns) > 0
+    words = packed(bits)
+    assert words.dtype == torch.int32
+    assert words.shape == (5, -(-columns // 32))
+    assert torch.equal(unpacked(words, columns), bits)
+
+
+def test_what_a_query_excludes_counts_for_it_alone(device) -> None:
+    query = torch.eye(2, 8, device=device)
+    candidate = torch.eye(3, 8, device=device)
+    exclude = packed(torch.tensor([[True, False, True], [False, False, False]])).to(device)
+    scale = torch.tensor(1.0, device=device)
+    losses = [
+        float(sampled_softmax(query, candidate, scale, weight_B=torch.eye(2, device=device)[i],
+                              exclude_BW=exclude)) for i in range(2)
+    ]  # fmt: skip
+    assert losses[0] == pytest.approx(math.log(math.e + 1) - 1, rel=1e-6)  # its positive, and one
+    assert losses[1] == pytest.approx(math.log(math.e + 2) - 1, rel=1e-6)
 
 
 SHAPES = [  # queries, candidates behind the positives, width, candidates before them
@@ -90,21 +122,21 @@ def with_gradients(function, dtype, device, tensors, temperature, at=None, **opt
     loss = function(
         *leaves, log_q_N=within(log_q.to(wide), (1, 5)), candidate_id_N=within(ids, (2, 2)),
         weight_B=within(weight, (1, 1)), positive_B=None if at is None else at.to(device),
-        **options,
+        **{k: v.to(device) if torch.is_tensor(v) else v for k, v in options.items()},
     )  # fmt: skip
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "smoothing", "diagonal"),
-    [("corrected", 0.0, False), ("corrected", 0.1, True), ("uncorrected", 0.0, True),
-     ("outside", 0.0, False)],
+    ("kind", "smoothing", "diagonal", "excludes"),
+    [("corrected", 0.0, False, False), ("corrected", 0.1, True, True),
+     ("uncorrected", 0.0, True, False), ("outside", 0.0, False, True)],
 )  # fmt: skip
 @pytest.mark.parametrize("temperature", [1.0, 0.05, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_worse_than_eager_against_fp64(
-    device, shape, dtype, temperature, kind, smoothing, diagonal
+    device, shape, dtype, temperature, kind, smoothing, diagonal, excludes
 ) -> None:
     tensors = list(case(*shape))
     # What bf16 cannot say is no error of the kernel.
@@ -113,6 +145,8 @@ def test_no_worse_than_eager_against_fp64(
         tensors[3] = tensors[3].int()
     arguments = (tensors, temperature, None if diagonal else positives(*shape))
     options = {"label_smoothing": smoothing, "positive": kind}
+    if excludes:
+        options["exclude_BW"] = within(packed(exclusions(*shape)), (1, 3))
     got = with_gradients(sampled_softmax, dtype, device, *arguments, **options)
     eager = with_gradients(sampled_softmax_reference, dtype, device, *arguments, **options)
     truth = with_gradients(
@@ -151,6 +185,7 @@ def test_every_gradient_of_the_cpu_implementation(kind, smoothing, monkeypatch) 
         return sampled_softmax(
             *inputs, log_q_N=log_q, candidate_id_N=ids, weight_B=weight,
             positive_B=positives(21, 3, 6, 2), positive=kind, label_smoothing=smoothing,
+            exclude_BW=packed(exclusions(21, 3, 6, 2)),
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in leaves])
@@ -178,7 +213,8 @@ def test_the_operator_obeys_its_contract(device) -> None:
         torch.library.opcheck(
             torch.ops.twotower.sampled_softmax.default,
             (*leaves, log_q if with_log_q else None, ids if with_ids else None, weight,
-             positives(9, 4, 8, 1).to(device), 1, 0.1, gradients),
+             positives(9, 4, 8, 1).to(device),
+             packed(exclusions(9, 4, 8, 1)).to(device) if with_ids else None, 1, 0.1, gradients),
         )  # fmt: skip
 
 
@@ -254,6 +290,11 @@ BAD = {
         {"candidate_id_N": torch.zeros(4)},
         "candidate_id must be int64 or int32, got torch.float32",
     ),
+    "words": (
+        {"exclude_BW": torch.zeros(4, 0, dtype=torch.int32)},
+        r"exclude_BW must have shape \(4, 1 or more\), got \(4, 0\)",
+    ),
+    "bits": ({"exclude_BW": torch.zeros(4, 1)}, "exclude_BW must be int32, got torch.float32"),
     "device": ({"log_q_N": torch.zeros(4, device="meta")}, "log_q must be on the queries' device"),
     "smoothing": ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
     "width": ({"candidate_ND": torch.zeros(4, 9)}, "one width"),

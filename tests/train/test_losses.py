@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from twotower.errors import UserError
+from twotower.kernels.sampled_softmax import packed
 from twotower.towers.config import ModelConfig
 from twotower.towers.tower import cut
 from twotower.train.config import TrainConfig
@@ -30,12 +31,17 @@ def case() -> tuple[Tensor, Candidates, Tensor, Tensor]:
     return unit(query), Candidates(unit(vector), id_N, log_q), positive, weight
 
 
+def left_out() -> Tensor:
+    """Which candidates do not count for a query."""
+    return torch.rand(len(case()[0]), 12, generator=torch.manual_seed(1)) < 0.3
+
+
 def by_formula(kind: str, **options: float) -> float:
     query, found, positive, weight = case()
     losses = []
-    for q, p in zip(query, positive.tolist(), strict=True):
+    for q, p, out in zip(query, positive.tolist(), left_out(), strict=True):
         own = float(q @ found.vector_ND[p])
-        others = [j for j in range(len(found.id_N)) if found.id_N[j] != found.id_N[p]]
+        others = [j for j in range(12) if found.id_N[j] != found.id_N[p] and not out[j]]
         score = {j: float(q @ found.vector_ND[j]) / TEMPERATURE for j in others}
         if kind == "bilateral":
             mass = sum(math.exp(score[j] - float(found.log_q_N[j])) for j in others)
@@ -69,8 +75,9 @@ def test_losses_are_their_formulas_and_their_gradients_too(options, monkeypatch)
     def loss(query: Tensor, vector: Tensor, temperature: Tensor) -> Tensor:
         candidates = Candidates(vector, found.id_N, found.log_q_N)
         return retrieval_loss(
-            config, query, candidates, temperature, positive, weight.double(), ITEMS
-        )
+            config, query, candidates, temperature, positive, weight.double(), ITEMS,
+            packed(left_out()),
+        )  # fmt: skip
 
     leaves = [query, found.vector_ND, torch.tensor(TEMPERATURE, dtype=torch.float64)]
     got = float(loss(*leaves))

@@ -3,13 +3,23 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from twotower.data.batches import Seen
 from twotower.data.listed import Listed, Lists, listed
 from twotower.errors import UserError
-from twotower.kernels.sampled_softmax import sampled_softmax
+from twotower.kernels.sampled_softmax import sampled_softmax, unpacked
 from twotower.train.config import TrainConfig
-from twotower.train.negatives import FILLER_LOG_Q, CandidateMemory, PositiveRates, log_q, log_q_of
+from twotower.train.negatives import (
+    FILLER_LOG_Q,
+    CandidateMemory,
+    PositiveRates,
+    excluded,
+    log_q,
+    log_q_of,
+)
 from twotower.train.negatives_config import LISTED, MiningConfig, NegativesConfig
 
 ITEMS, WIDTH, BATCH, TEMPERATURE = 30, 8, 256, torch.tensor(0.5)
@@ -170,6 +180,19 @@ def test_a_corrected_positive_of_a_rare_item_pushes_its_negatives_less() -> None
         drawn = [gradient(query, item, rare, config, draw) for _ in range(300)]
         slopes[correct] = torch.stack(drawn).mean(0)[rare].norm()
     assert slopes[True] < slopes[False]
+
+
+@given(
+    st.lists(st.integers(-1, 9), min_size=1, max_size=70),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12)), max_size=40),
+)
+@settings(deadline=None)
+def test_what_users_had_taken_is_left_out_of_their_candidates(candidates, pairs) -> None:
+    query, item = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    seen = Seen(torch.from_numpy(query.copy()), torch.from_numpy(item.copy()))
+    words = excluded(seen, torch.tensor(candidates), 5)
+    expected = [[(q, c) in pairs for c in candidates] for q in range(5)]
+    assert unpacked(words, len(candidates)).tolist() == expected
 
 
 def test_expectations_add_up_over_the_sources() -> None:
