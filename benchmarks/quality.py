@@ -67,7 +67,7 @@ LINES: dict[str, dict[str, Any]] = {
     "without item bias": {"model.item_bias": False},
     "without logQ": {"train.log_q": 0},
     "bilateral": {"train.loss": {"kind": "bilateral"}},
-    "seen excluded": {"train.negatives.exclude_seen": True},
+    "without seen": {"train.negatives.exclude_seen": True},
 }
 # What any recipe may be given.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -81,8 +81,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "half mined": {"train.negatives": {"in_batch": 0.5, "mined": 0.5}},
     "a tenth mined": {"train.negatives": {"in_batch": 0.9, "mined": 0.1}},
     "whole catalogue": {"train.negatives": {"catalogue": True}},
-    "seen excluded": {"train.negatives.exclude_seen": True},
-    "seen excluded, whole catalogue": {
+    "without seen": {"train.negatives.exclude_seen": True},
+    "whole catalogue without seen": {
         "train.negatives": {"catalogue": True, "exclude_seen": True}
     },
     "bilateral": {"train.loss": {"kind": "bilateral"}},
@@ -98,7 +98,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "data.query.history.pooling": "transformer", "train.every_position": True,
         "train.batch_size": 64,
     },
-    "every position, seen excluded": {
+    "every position without seen": {
         "data.query.history.pooling": "transformer", "train.every_position": True,
         "train.batch_size": 64, "train.negatives.exclude_seen": True,
     },
