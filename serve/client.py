@@ -341,11 +341,23 @@ class AsyncRecommendClient:
     ) -> Embedding:
         """Return a tower's vector; see `RecommendClient.embed`."""
         deadline = time.monotonic() + self.timeout_s
+        specs = await self._read_specs(model, deadline)
+        inputs = _inputs(self.protocol, encode_features(specs, features))
+        return decode_vector(await self._infer(model, inputs, deadline, headers=headers or None))
+
+    async def specs(self, model: str) -> list[TensorSpec]:
+        """Return the features that `embed_query` or `embed_items` takes, asked for once.
+
+        Raises:
+            ServerUnavailable: when no server answers, or it has no such model.
+        """
+        return await self._read_specs(model, time.monotonic() + self.timeout_s)
+
+    async def _read_specs(self, model: str, deadline: float) -> list[TensorSpec]:
         async with self._schema_lock:
             if model not in self._specs:
                 self._specs[model] = parse_specs(await self._model_config(model, deadline))
-        inputs = _inputs(self.protocol, encode_features(self._specs[model], features))
-        return decode_vector(await self._infer(model, inputs, deadline, headers=headers or None))
+        return self._specs[model]
 
     async def has(self, model: str) -> bool:
         """Return whether the server has a model ready, as far as it says so in time."""

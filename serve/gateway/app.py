@@ -2,10 +2,11 @@
 
 POST /v1/recommend   items for a user          GET /healthz        whether answers come
 POST /v1/similar     items near another        GET /metrics        for Prometheus
-POST /v1/embed       a query's vector          GET /openapi.json, /docs
+POST /v1/embed       a query's or item's vector GET /openapi.json, /docs
 POST /v1/events      what a user has taken
 
-/v1/similar and /v1/embed are there where the server has the models `similar` and `embed_query`.
+/v1/similar and /v1/embed are there where the server has the models `similar`, and `embed_query` or
+`embed_items`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from starlette.types import ASGIApp
 
 from twotower.errors import UserError, did_you_mean
 from twotower.serve.client import ServerUnavailable
+from twotower.serve.config import EMBED as EMBED_MODELS
 from twotower.serve.config import SIMILAR as SIMILAR_MODEL
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.errors import ErrorAnswer, Refusal, json_response, refusal_response
@@ -32,10 +34,10 @@ from twotower.serve.gateway.front import HEALTH, Front
 from twotower.serve.gateway.keys import Keys
 from twotower.serve.gateway.observe import Metrics, Trail
 from twotower.serve.gateway.recommender import Ask, Recommender
-from twotower.serve.gateway.replicas import EMBED_QUERY
 from twotower.serve.gateway.schemas import (
     EMBED,
     EVENTS,
+    ITEM_FEATURES,
     RECOMMEND,
     SIMILAR,
     Bodies,
@@ -87,10 +89,10 @@ class Endpoints:
                 response_model=self._bodies.answer, responses=REFUSALS,
                 summary="Find items near another",
             )  # fmt: skip
-        if EMBED_QUERY in self._models:
+        if EMBED_MODELS.keys() & set(self._models):
             app.add_api_route(
                 EMBED, self.embed_endpoint(), methods=["POST"], response_model=EmbedAnswer,
-                responses=REFUSALS, summary="Embed a query",
+                responses=REFUSALS, summary="Embed a query, or an item",
             )  # fmt: skip
         app.add_api_route(
             EVENTS, events, methods=["POST"], response_model=EventsAnswer,
@@ -131,11 +133,8 @@ class Endpoints:
         """Return the handler of `POST /v1/embed`."""
 
         async def embed(request: Request, body: Any) -> Response:
-            ask = Ask(
-                **_asker(body), k=1, exclude=[], filter_seen=False, timeout_ms=body.timeout_ms
-            )  # fmt: skip
             try:
-                return json_response(await self._recommender.embed(ask, _trail(request)))
+                return json_response(await self._embedded(body, _trail(request)))
             except (ServerUnavailable, StoreUnavailable) as error:
                 late = "the store" if isinstance(error, StoreUnavailable) else "the model"
                 raise Refusal(
@@ -145,6 +144,21 @@ class Endpoints:
 
         embed.__annotations__["body"] = self._bodies.embed
         return embed
+
+    async def _embedded(self, body: Any, trail: Trail) -> dict[str, Any]:
+        item = getattr(body, ITEM_FEATURES, None)
+        if item is None:
+            ask = Ask(
+                **_asker(body), k=1, exclude=[], filter_seen=False, timeout_ms=body.timeout_ms
+            )  # fmt: skip
+            return await self._recommender.embed(ask, trail)
+        if others := body.model_fields_set - {ITEM_FEATURES, "timeout_ms"}:
+            raise Refusal(
+                422, f"{ITEM_FEATURES} stands beside {', '.join(sorted(others))}", "body",
+                "an item, or a query", "leave one of them out: a request has one vector",
+            )  # fmt: skip
+        features = item.model_dump(by_alias=True)
+        return await self._recommender.embed_item(features, body.timeout_ms, trail)
 
     def events_endpoint(self) -> Any:
         """Return the handler of `POST /v1/events`."""

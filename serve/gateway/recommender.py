@@ -17,7 +17,7 @@ from twotower.serve.gateway.breaker import Breaker
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.defaults import Defaults
 from twotower.serve.gateway.observe import Metrics, Trail, span, trace_headers
-from twotower.serve.gateway.replicas import EMBED_QUERY, Query, Replicas
+from twotower.serve.gateway.replicas import EMBED_ITEMS, EMBED_QUERY, Query, Replicas
 from twotower.serve.gateway.store import DamagedRecord, HistoryStore, Record, StoreUnavailable
 from twotower.serve.request import Schema
 
@@ -101,8 +101,19 @@ class Recommender:
         if ask.user is not None:
             with span("store"):
                 record = await self.look_up(ask.user, end - time.monotonic())
-        query = Query(self.features_of(ask, record), None, [], trace_headers(trail),
-                      model=EMBED_QUERY)  # fmt: skip
+        return await self._embedded(EMBED_QUERY, self.features_of(ask, record), trail, end)
+
+    async def embed_item(
+        self, features: dict[str, Any], timeout_ms: float, trail: Trail
+    ) -> dict[str, Any]:
+        """Return an item's vector, by all its features; raises as `embed`."""
+        end = time.monotonic() + timeout_ms / 1000
+        return await self._embedded(EMBED_ITEMS, features, trail, end)
+
+    async def _embedded(
+        self, model: str, features: dict[str, Any], trail: Trail, end: float
+    ) -> dict[str, Any]:
+        query = Query(features, None, [], trace_headers(trail), model=model)
         with span("model"):
             answer = await self.replicas.ask(query, end - time.monotonic())
         trail.version = answer.version

@@ -9,16 +9,17 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
 from twotower.serve.client import AsyncRecommendClient, ServerUnavailable
-from twotower.serve.config import MODEL, SIMILAR
+from twotower.serve.config import EMBED, MODEL, SIMILAR
 from twotower.serve.gateway.breaker import Breaker
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.observe import Metrics
 from twotower.serve.request import Schema
 from twotower.serve.tls import ClientTls
 
-EMBED_QUERY = "embed_query"
+EMBED_QUERY, EMBED_ITEMS = EMBED
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Query:
     filters: Mapping[str, Any] | None = None
     explain: bool = False
     model: str = MODEL
-    """recommend or similar; or embed_query, of which the features alone count."""
+    """recommend or similar; or embed_query or embed_items, of which the features alone count."""
 
 
 class Replicas:
@@ -103,8 +104,15 @@ class Replicas:
         """Return whether a server has a model ready."""
         return any([await replica.client.has(model) for replica in self._replicas])
 
+    async def item_features(self) -> list[TensorSpec]:
+        """Return what embed_items takes; empty where no server has it."""
+        for replica in self._replicas:
+            if await replica.client.has(EMBED_ITEMS):
+                return await replica.client.specs(EMBED_ITEMS)
+        return []
+
     async def ask(self, query: Query, left_s: float) -> Any:
-        """Return the first answer: a `Recommendation`, or the `Embedding` of embed_query.
+        """Return the first answer: a `Recommendation`, or the `Embedding` of a tower.
 
         Args:
             query: the request.
@@ -165,7 +173,7 @@ class Replicas:
     async def _ask(self, replica: Replica, query: Query) -> Any:
         client = replica.similar if query.model == SIMILAR else replica.client
         try:
-            if query.model == EMBED_QUERY:
+            if query.model in EMBED:
                 answer: Any = await client.embed(query.model, query.features, query.headers)
             else:
                 answer = await client.recommend(

@@ -70,13 +70,15 @@ async def _answer(
     try:
         schema = await replicas.schema(start_s)
         defaults.check(schema.features, defaults_file)
-        bodies = make_bodies(schema, defaults.user_id_dtype, config)
+        models = [name for name in MODELS[1:] if await replicas.has(name)]
+        bodies = make_bodies(
+            schema, defaults.user_id_dtype, config, models, await replicas.item_features()
+        )
         store = open_store(config, name, folder, schema.item_id_dtype)
         try:
             recommender = Recommender(
                 schema, bodies.record, defaults, store, replicas, config, metrics
             )
-            models = [name for name in MODELS[1:] if await replicas.has(name)]
             app = build_app(recommender, bodies, models, keys, config, metrics)
             await recommender.health()  # connects, so that the first request need not
             # What the libraries have made stays: a collection need not go through it, which would
