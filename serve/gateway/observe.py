@@ -67,10 +67,10 @@ class Metrics:
             "fallbacks", "Answers from popularity, by what had failed.", ["reason"], **shared
         )
         self.store_seconds = Histogram(
-            "store_seconds", "Time of the store's answers.", buckets=BUCKETS, **shared
+            "store_seconds", "Time of look-ups.", ["of"], buckets=BUCKETS, **shared
         )
         self.store_failures = Counter(
-            "store_failures", "Look-ups without an answer.", ["kind"], **shared
+            "store_failures", "Look-ups without an answer.", ["of", "kind"], **shared
         )
         self.model_seconds = Histogram(
             "model_seconds", "Time of the model's answers.", buckets=BUCKETS, **shared

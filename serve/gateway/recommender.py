@@ -1,11 +1,11 @@
-"""From a request to an answer: the store, then the model; popularity where one is silent."""
+"""From a request to an answer: the stores, then the model; popularity where one is silent."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -13,9 +13,10 @@ from pydantic import BaseModel, ValidationError
 from twotower.errors import UserError
 from twotower.serve.client import ServerUnavailable
 from twotower.serve.config import SIMILAR
-from twotower.serve.gateway.breaker import Breaker
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.defaults import Defaults
+from twotower.serve.gateway.feast import FeastFeatures
+from twotower.serve.gateway.guard import Guard
 from twotower.serve.gateway.observe import Metrics, Trail, span, trace_headers
 from twotower.serve.gateway.replicas import EMBED_ITEMS, EMBED_QUERY, Query, Replicas
 from twotower.serve.gateway.store import DamagedRecord, HistoryStore, Record, StoreUnavailable
@@ -47,6 +48,7 @@ class Recommender:
         record: type by which what the store holds is checked.
         defaults: what is known without the store.
         store: what knows the users.
+        feast: what knows features of theirs that go before the store's; None for no such.
         replicas: the servers of the model.
         config: of the gateway.
         metrics: to count in.
@@ -54,11 +56,13 @@ class Recommender:
 
     def __init__(
         self, schema: Schema, record: type[BaseModel], defaults: Defaults, store: HistoryStore,
-        replicas: Replicas, config: GatewayConfig, metrics: Metrics,
+        feast: FeastFeatures | None, replicas: Replicas, config: GatewayConfig, metrics: Metrics,
     ) -> None:  # fmt: skip
         self.schema, self.defaults, self.store, self.replicas = schema, defaults, store, replicas
+        self.feast = feast
         self._config, self._record, self._metrics = config, record, metrics
-        self._breaker = Breaker(config.failures, config.retry_s)
+        self._to_store = Guard("store", config, metrics)
+        self._to_feast = Guard("features", config, metrics)
 
     async def recommend(self, ask: Ask, trail: Trail) -> dict[str, Any]:
         """Return the answer as JSON-like values.
@@ -67,14 +71,10 @@ class Recommender:
             UserError: for a request that the model refuses.
         """
         end = time.monotonic() + ask.timeout_ms / 1000
-        record: Record | None = None
-        if ask.user is not None:
-            try:
-                with span("store"):
-                    record = await self.look_up(ask.user, end - time.monotonic())
-            except StoreUnavailable:
-                return self._popular(ask, trail, "store", ask.features, self._excluded(ask, None))
+        record, silent = await self.look_up(ask.user, end - time.monotonic())
         features, excluded = self.features_of(ask, record), self._excluded(ask, record)
+        if silent:
+            return self._popular(ask, trail, silent, features, excluded)
         query = Query(
             features, ask.k, excluded, trace_headers(trail), ask.allow, ask.filters, ask.explain
         )
@@ -94,13 +94,12 @@ class Recommender:
 
         Raises:
             ServerUnavailable: when none came in time; nothing stands in for a vector.
-            StoreUnavailable: when the store does not tell what the query needs.
+            StoreUnavailable: when a store does not tell what the query needs.
         """
         end = time.monotonic() + ask.timeout_ms / 1000
-        record = None
-        if ask.user is not None:
-            with span("store"):
-                record = await self.look_up(ask.user, end - time.monotonic())
+        record, silent = await self.look_up(ask.user, end - time.monotonic())
+        if silent:
+            raise StoreUnavailable(silent)
         return await self._embedded(EMBED_QUERY, self.features_of(ask, record), trail, end)
 
     async def embed_item(
@@ -135,25 +134,49 @@ class Recommender:
             "explanation": answer.explanation,
         }  # fmt: skip
 
-    async def look_up(self, user: Any, left_s: float) -> Record | None:
-        """Return what the store knows of a user, None for one that it does not know.
+    async def look_up(self, user: Any, left_s: float) -> tuple[Record | None, str | None]:
+        """Return what is known of a user, and the store that was silent: store, features.
 
-        Raises:
-            StoreUnavailable: when it has not told it in time, or its circuit is open.
+        The first is None for a user whom nobody knows, the second where all have answered.
         """
+        if user is None:
+            return None, None
+        timeout_ms = self._config.store_timeout_ms
+        asked = self._known(self._to_store, self.store, user, timeout_ms, left_s)
+        if self.feast is None:
+            return await asked
+        timeout_ms = self._config.feast.timeout_ms
+        (record, silent), (own, no_features) = await asyncio.gather(
+            asked, self._known(self._to_feast, self.feast, user, timeout_ms, left_s)
+        )
+        if own is not None:
+            record = record or Record()
+            record = replace(record, features=record.features | own.features)
+        return record, silent or no_features
+
+    async def _known(
+        self, guard: Guard, store: HistoryStore | FeastFeatures, user: Any, timeout_ms: float,
+        left_s: float,
+    ) -> tuple[Record | None, str | None]:  # fmt: skip
+        """Return what one store knows of a user, or its name where it does not say."""
         started = time.monotonic()
-        timeout_s = self._config.store_timeout_ms / 1000
-        record = await self._from_store(self.store.get(user), timeout_s, left_s)
-        self._metrics.store_seconds.observe(time.monotonic() - started)
+        try:
+            record = await guard.ask(self._checked(store, user), timeout_ms / 1000, left_s)
+        except StoreUnavailable:
+            return None, guard.name
+        self._metrics.store_seconds.labels(guard.name).observe(time.monotonic() - started)
+        return record, None
+
+    async def _checked(self, store: HistoryStore | FeastFeatures, user: Any) -> Record | None:
+        record = await store.get(user)
         if record is None:
             return None
         # What another job or a mistake has left there is no fault of the caller's.
         known = {n: v for n, v in record.features.items() if n in self.defaults.features}
-        record = Record(known, record.items, record.times)
+        record = replace(record, features=known)
         try:
             self._record.model_validate(vars(record))
         except ValidationError as error:
-            self._metrics.store_failures.labels("damaged").inc()
             raise DamagedRecord(f"user {user!r}: {error.errors()[0]['msg']}") from None
         return record
 
@@ -165,10 +188,10 @@ class Recommender:
         """
         # Nobody waits for an answer that the model must still give.
         timeout_s = self._config.deadline_ms / 1000
-        await self._from_store(self.store.append(user, items, times), timeout_s, timeout_s)
+        await self._to_store.ask(self.store.append(user, items, times), timeout_s)
 
     async def health(self) -> tuple[bool, bool]:
-        """Return whether the model answers a real request in time, and the store a ping."""
+        """Return whether the model answers a real request in time, and the stores a ping."""
         ask = Ask(
             features={}, k=1, exclude=[], filter_seen=False, timeout_ms=self._config.deadline_ms
         )
@@ -179,33 +202,12 @@ class Recommender:
         except UserError:
             model = False
         try:
-            await self._from_store(self.store.ping(), timeout_s, timeout_s)
+            await self._to_store.ask(self.store.ping(), timeout_s)
+            if self.feast is not None:
+                await self._to_feast.ask(self.feast.ping(), timeout_s)
         except StoreUnavailable:
             return model, False
         return model, True
-
-    async def _from_store(self, asked: Any, timeout_s: float, left_s: float) -> Any:
-        """Return the store's answer, within its time-out and what is left to the caller."""
-        if not self._breaker.allows():
-            asked.close()
-            self._metrics.store_failures.labels("circuit open").inc()
-            raise StoreUnavailable("the circuit to it is open")
-        try:
-            result = await _within(asked, max(0.0, min(timeout_s, left_s)))
-        except DamagedRecord:
-            self._breaker.succeeded()
-            self._metrics.store_failures.labels("damaged").inc()
-            raise
-        except (StoreUnavailable, asyncio.TimeoutError) as error:
-            late = isinstance(error, asyncio.TimeoutError)
-            if not late or left_s >= timeout_s:  # else the caller gave it hardly any time
-                self._breaker.failed()
-            self._metrics.store_failures.labels("time-out" if late else "error").inc()
-            self._metrics.circuit_open.labels("store").set(self._breaker.is_open)
-            raise StoreUnavailable(str(error) or "no answer in time") from None
-        self._breaker.succeeded()
-        self._metrics.circuit_open.labels("store").set(0)
-        return result
 
     def features_of(self, ask: Ask, record: Record | None) -> dict[str, Any]:
         """Return every feature of the model: the caller's, else the store's, else the default."""
@@ -247,24 +249,6 @@ class Recommender:
             "items": [{"id": item, "score": None} for item in items],
             "version": None, "fallback": "popularity", "reason": reason, "explanation": None,
         }  # fmt: skip
-
-
-async def _within(asked: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
-    """Return an outcome, or raise `asyncio.TimeoutError`.
-
-    Time in which this process did not get to run is given to the store again: the answer may lie in
-    the socket, and `asyncio.wait_for` would throw it away.
-    """
-    task, end = asyncio.ensure_future(asked), time.monotonic() + timeout_s
-    done, _ = await asyncio.wait({task}, timeout=timeout_s)
-    if not done:
-        done, _ = await asyncio.wait({task}, timeout=max(0.0, time.monotonic() - end))
-    if done:
-        return task.result()
-    task.cancel()
-    # Asyncio would complain of a failure that nobody has looked at.
-    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-    raise asyncio.TimeoutError
 
 
 def _history(ask: Ask, record: Record | None) -> tuple[list[Any], list[int | None]]:

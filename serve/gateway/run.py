@@ -18,6 +18,7 @@ from twotower.serve.config import MODELS
 from twotower.serve.gateway.app import build_app
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.defaults import read_defaults
+from twotower.serve.gateway.feast import FeastFeatures
 from twotower.serve.gateway.keys import read_keys
 from twotower.serve.gateway.observe import Metrics, log_to_stderr
 from twotower.serve.gateway.recommender import Recommender
@@ -75,9 +76,15 @@ async def _answer(
             schema, defaults.user_id_dtype, config, models, await replicas.item_features()
         )
         store = open_store(config, name, folder, schema.item_id_dtype)
+        feast = None
         try:
+            if config.feast.url is not None:
+                feast = FeastFeatures(
+                    config.feast, defaults.user_id_dtype, config.deadline_ms / 1000
+                )
+                await feast.check(list(defaults.features))
             recommender = Recommender(
-                schema, bodies.record, defaults, store, replicas, config, metrics
+                schema, bodies.record, defaults, store, feast, replicas, config, metrics
             )
             app = build_app(recommender, bodies, models, keys, config, metrics)
             await recommender.health()  # connects, so that the first request need not
@@ -100,6 +107,8 @@ async def _answer(
                 await server.serve(sockets=[bound])
         finally:
             await store.close()
+            if feast is not None:
+                await feast.close()
     finally:
         (folder / STATE).unlink(missing_ok=True)
         await replicas.close()

@@ -104,7 +104,7 @@ class Health(BaseModel):
     model: bool
     """Whether a server of the model answered a real request within the deadline."""
     store: bool
-    """Whether the store answered."""
+    """Whether the store answered, and the feature store where there is one."""
 
 
 def make_bodies(
@@ -250,7 +250,9 @@ def _answer(item: Any) -> type[BaseModel]:
         "fallback": (Literal["popularity"] | None, Field(
             description="popularity: of the user's segment, as the store or the model was silent."
         )),
-        "reason": (Literal["store", "model"] | None, Field(description="Which of them was.")),
+        "reason": (Literal["store", "features", "model"] | None, Field(
+            description="Which of them was; features: the feature store."
+        )),
         "explanation": (dict[str, Any] | None, Field(
             description="How it came about, where `explain` asked for it."
         )),

@@ -32,6 +32,13 @@ def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 30) -> N
         time.sleep(0.05)
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
 @dataclass
 class Gateway:
     """`twotower gateway` as a process."""
@@ -141,9 +148,7 @@ class Redis:
     """A redis-server process that keeps its data when it is stopped and started again."""
 
     def __init__(self, binary: str, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.command = [
             binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder),

@@ -39,7 +39,7 @@ def recommender(schema: Schema, features: dict, store=None) -> Recommender:
     bodies, metrics = make_bodies(schema, "int64", CONFIG), Metrics()
     defaults = Defaults(user_id_dtype="int64", user_features=["who"], features=features,
                         segment_by=None, popular=[], segments={})  # fmt: skip
-    return Recommender(schema, bodies.record, defaults, store or MemoryStore({}, 500),
+    return Recommender(schema, bodies.record, defaults, store or MemoryStore({}, 500), None,
                        Replicas([], CONFIG, metrics, None), CONFIG, metrics)  # fmt: skip
 
 
@@ -194,7 +194,9 @@ def test_an_answer_that_a_late_loop_has_not_read_yet_counts(redis, run) -> None:
         for _ in range(10):
             # Longer than the store's time-out.
             asyncio.get_running_loop().call_later(0.001, time.sleep, 0.1)
-            found.append(await asked.look_up(7, 5.0))
+            record, silent = await asked.look_up(7, 5.0)
+            assert silent is None
+            found.append(record)
         await store.close()
         return found
 
