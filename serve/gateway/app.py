@@ -225,7 +225,11 @@ def build_app(
     config: GatewayConfig, metrics: Metrics,
 ) -> ASGIApp:  # fmt: skip
     """Return the whole application."""
-    app = FastAPI(title="twotower gateway", description=DESCRIPTION, redoc_url=None)
+    app = FastAPI(
+        title="twotower gateway", description=DESCRIPTION, redoc_url=None,
+        # Newer ones would make spans of their own beside `Front`'s; older ones know no such key.
+        telemetry={"tracing": False},
+    )  # fmt: skip
     Endpoints(recommender, bodies, models).add_to(app)
 
     async def show_metrics() -> Response:

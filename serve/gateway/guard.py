@@ -9,8 +9,9 @@ from typing import Any
 
 from twotower.serve.gateway.breaker import Breaker
 from twotower.serve.gateway.config import GatewayConfig
-from twotower.serve.gateway.observe import LOG, Metrics, span
+from twotower.serve.gateway.observe import LOG, Metrics
 from twotower.serve.gateway.store import DamagedRecord, StoreUnavailable
+from twotower.serve.gateway.tracing import span
 
 
 class Guard:

@@ -17,9 +17,10 @@ from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.defaults import Defaults
 from twotower.serve.gateway.feast import FeastFeatures
 from twotower.serve.gateway.guard import Guard
-from twotower.serve.gateway.observe import Metrics, Trail, span, trace_headers
+from twotower.serve.gateway.observe import Metrics, Trail
 from twotower.serve.gateway.replicas import EMBED_ITEMS, EMBED_QUERY, Query, Replicas
 from twotower.serve.gateway.store import DamagedRecord, HistoryStore, Record, StoreUnavailable
+from twotower.serve.gateway.tracing import span
 from twotower.serve.request import Schema
 
 
@@ -75,17 +76,14 @@ class Recommender:
         features, excluded = self.features_of(ask, record), self._excluded(ask, record)
         if silent:
             return self._popular(ask, trail, silent, features, excluded)
-        query = Query(
-            features, ask.k, excluded, trace_headers(trail), ask.allow, ask.filters, ask.explain
-        )
+        query = Query(features, ask.k, excluded, ask.allow, ask.filters, ask.explain)
         return await self._asked(query, ask, trail, end, excluded)
 
     async def similar(self, item: Any, ask: Ask, trail: Trail) -> dict[str, Any]:
         """Return the items nearest to one, as `recommend` does."""
         end = time.monotonic() + ask.timeout_ms / 1000
         query = Query(
-            {"item": item}, ask.k, ask.exclude, trace_headers(trail), ask.allow, ask.filters,
-            ask.explain, SIMILAR,
+            {"item": item}, ask.k, ask.exclude, ask.allow, ask.filters, ask.explain, SIMILAR
         )  # fmt: skip
         return await self._asked(query, ask, trail, end, [*ask.exclude, item])
 
@@ -112,27 +110,28 @@ class Recommender:
     async def _embedded(
         self, model: str, features: dict[str, Any], trail: Trail, end: float
     ) -> dict[str, Any]:
-        query = Query(features, None, [], trace_headers(trail), model=model)
-        with span("model"):
-            answer = await self.replicas.ask(query, end - time.monotonic())
-        trail.version = answer.version
+        answer = await self._from_model(Query(features, None, [], model=model), trail, end)
         return {"vector": answer.vector, "version": answer.version}
 
     async def _asked(
         self, query: Query, ask: Ask, trail: Trail, end: float, excluded: list[Any]
     ) -> dict[str, Any]:
         try:
-            with span("model"):
-                answer = await self.replicas.ask(query, end - time.monotonic())
+            answer = await self._from_model(query, trail, end)
         except ServerUnavailable:
             return self._popular(ask, trail, "model", query.features, excluded)
-        trail.version = answer.version
         items = zip(answer.item_ids, answer.scores, strict=True)
         return {
             "items": [{"id": item, "score": score} for item, score in items],
             "version": answer.version, "fallback": None, "reason": None,
             "explanation": answer.explanation,
         }  # fmt: skip
+
+    async def _from_model(self, query: Query, trail: Trail, end: float) -> Any:
+        with span("model"):
+            answer = await self.replicas.ask(query, end - time.monotonic(), trail.traceparent)
+        trail.version = answer.version
+        return answer
 
     async def look_up(self, user: Any, left_s: float) -> tuple[Record | None, str | None]:
         """Return what is known of a user, and the store that was silent: store, features.
@@ -195,7 +194,7 @@ class Recommender:
         ask = Ask(
             features={}, k=1, exclude=[], filter_seen=False, timeout_ms=self._config.deadline_ms
         )
-        query, timeout_s = Query(self.features_of(ask, None), 1, [], {}), ask.timeout_ms / 1000
+        query, timeout_s = Query(self.features_of(ask, None), 1, []), ask.timeout_ms / 1000
         try:
             answer = await self.replicas.ask(query, timeout_s)
             model = bool(answer.item_ids)

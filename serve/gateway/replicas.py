@@ -16,6 +16,7 @@ from twotower.serve.config import EMBED, MODEL, SIMILAR
 from twotower.serve.gateway.breaker import Breaker
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.observe import Metrics
+from twotower.serve.gateway.tracing import span, trace_headers
 from twotower.serve.request import Schema
 from twotower.serve.tls import ClientTls
 
@@ -38,7 +39,6 @@ class Query:
     features: dict[str, Any]
     k: int | None
     exclude: Sequence[Any]
-    headers: Mapping[str, str]
     allow: Sequence[Any] | None = None
     filters: Mapping[str, Any] | None = None
     explain: bool = False
@@ -111,12 +111,13 @@ class Replicas:
                 return await replica.client.specs(EMBED_ITEMS)
         return []
 
-    async def ask(self, query: Query, left_s: float) -> Any:
+    async def ask(self, query: Query, left_s: float, traceparent: str | None = None) -> Any:
         """Return the first answer: a `Recommendation`, or the `Embedding` of a tower.
 
         Args:
             query: the request.
             left_s: seconds after which no answer is of use.
+            traceparent: the caller's, for what is not traced here.
 
         Raises:
             ServerUnavailable: when none came in time, or every circuit is open.
@@ -127,7 +128,7 @@ class Replicas:
         # A second request goes out once: to another server when one has failed, and in any case
         # where the first is slow and that is wanted.
         may_again = len(self._replicas) > 1 or self._patience_s is not None
-        pending = self._start(query)
+        pending = self._start(query, traceparent)
         error: BaseException = ServerUnavailable("every circuit is open")
         try:
             while pending:
@@ -152,7 +153,7 @@ class Replicas:
                     break
                 if may_again and (not done or not pending):
                     may_again = False
-                    if again := self._start(query):
+                    if again := self._start(query, traceparent):
                         self._metrics.hedges.inc()
                         pending |= again
         finally:
@@ -161,25 +162,27 @@ class Replicas:
                 task.add_done_callback(_forget)
         raise error
 
-    def _start(self, query: Query) -> dict[asyncio.Task[Any], Replica]:
+    def _start(self, query: Query, traceparent: str | None) -> dict[asyncio.Task[Any], Replica]:
         """Send a request to the next server whose circuit lets it; empty where none does."""
         for _ in self._replicas:
             replica = self._replicas[self._turn % len(self._replicas)]
             self._turn += 1
             if replica.breaker.allows():
-                return {asyncio.create_task(self._ask(replica, query)): replica}
+                return {asyncio.create_task(self._ask(replica, query, traceparent)): replica}
         return {}
 
-    async def _ask(self, replica: Replica, query: Query) -> Any:
+    async def _ask(self, replica: Replica, query: Query, traceparent: str | None) -> Any:
         client = replica.similar if query.model == SIMILAR else replica.client
         try:
-            if query.model in EMBED:
-                answer: Any = await client.embed(query.model, query.features, query.headers)
-            else:
-                answer = await client.recommend(
-                    query.features, k=query.k, exclude=query.exclude, allow=query.allow,
-                    filters=query.filters, explain=query.explain, headers=query.headers,
-                )  # fmt: skip
+            with span("triton", {"server.address": client.url}):
+                headers = trace_headers(traceparent)
+                if query.model in EMBED:
+                    answer: Any = await client.embed(query.model, query.features, headers)
+                else:
+                    answer = await client.recommend(
+                        query.features, k=query.k, exclude=query.exclude, allow=query.allow,
+                        filters=query.filters, explain=query.explain, headers=headers,
+                    )  # fmt: skip
         except ServerUnavailable:
             self._failed(replica)
             raise

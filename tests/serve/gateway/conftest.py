@@ -121,14 +121,16 @@ def start(loaded_run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Star
     """Start gateways of the run, which end with the module."""
     started: list[Gateway] = []
 
-    def started_with(server: TritonServer | str, *arguments: str, **options: Any) -> Gateway:
+    def started_with(
+        server: TritonServer | str, *arguments: str, under: tuple[str, ...] = (), **options: Any
+    ) -> Gateway:
         folder = tmp_path_factory.mktemp("gateway")
         address = server if isinstance(server, str) else server.grpc_url
         shutil.copytree(loaded_run.run_dir / "gateway", folder / "run" / "gateway")
         log, state = folder / "log", folder / "run" / "gateway" / "gateway.json"
         with log.open("w") as handle:
             process = subprocess.Popen(
-                [sys.executable, "-m", "twotower", "gateway", *loaded_run.arguments,
+                [*under, sys.executable, "-m", "twotower", "gateway", *loaded_run.arguments,
                  "--run_dir", str(folder / "run"), f"--gateway.triton=[{address}]",
                  "--gateway.port=0", "--gateway.deadline_ms=2000", *arguments],
                 cwd=loaded_run.cwd, stdout=handle, stderr=subprocess.STDOUT, text=True, **options,
