@@ -2,7 +2,7 @@
 
 POST /v1/recommend   items for a user          GET /healthz        whether answers come
 POST /v1/similar     items near another        GET /metrics        for Prometheus
-POST /v1/embed       a query's or item's vector GET /openapi.json, /docs
+POST /v1/embed       a tower's vector          GET /openapi.json, /docs
 POST /v1/events      what a user has taken
 
 /v1/similar and /v1/embed are there where the server has the models `similar`, and `embed_query` or
@@ -17,19 +17,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from twotower.errors import UserError, did_you_mean
 from twotower.serve.client import ServerUnavailable
 from twotower.serve.config import EMBED as EMBED_MODELS
 from twotower.serve.config import SIMILAR as SIMILAR_MODEL
 from twotower.serve.gateway.config import GatewayConfig
-from twotower.serve.gateway.errors import ErrorAnswer, Refusal, json_response, refusal_response
+from twotower.serve.gateway.errors import ErrorAnswer, Refusal, explain_errors, json_response
 from twotower.serve.gateway.front import HEALTH, Front
 from twotower.serve.gateway.keys import Keys
 from twotower.serve.gateway.observe import Metrics, Trail
@@ -59,7 +56,6 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 # A probe of every second costs one query a second, whoever asks and however often.
 HEALTH_S = 1.0
-SHOWN = 80
 
 
 class Endpoints:
@@ -236,7 +232,7 @@ def build_app(
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     app.add_api_route("/metrics", show_metrics, methods=["GET"], include_in_schema=False)
-    _explain_errors(app, bodies)
+    explain_errors(app, bodies)
     if keys is not None:
         _document_keys(app)
     paths = {str(getattr(route, "path", "")) for route in app.routes}
@@ -246,60 +242,6 @@ def build_app(
 def _trail(request: Request) -> Trail:
     trail: Trail = request.state.trail
     return trail
-
-
-def _explain_errors(app: FastAPI, bodies: Bodies) -> None:
-    async def refused(_: Request, error: Exception) -> Response:
-        assert isinstance(error, Refusal)
-        return refusal_response(error)
-
-    async def unfit(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        # A misspelt field is the cause of one that is missing.
-        found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        return refusal_response(_unfit(found[0], request.url.path, bodies))
-
-    async def unanswerable(_: Request, error: Exception) -> Response:
-        # What Triton refuses begins with its address, which is none of the caller's business.
-        text = str(error).rpartition(" refused the request: ")[2]
-        return refusal_response(
-            Refusal(422, text, "body", "a request that the model can answer",
-                    "change what is named; /openapi.json describes the body")
-        )  # fmt: skip
-
-    async def http_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        response = refusal_response(
-            Refusal(error.status_code, str(error.detail), "request", "a path and method of "
-                    "/openapi.json, with a JSON body", "change the request")
-        )  # fmt: skip
-        response.headers.update(error.headers or {})
-        return response
-
-    app.add_exception_handler(Refusal, refused)
-    app.add_exception_handler(RequestValidationError, unfit)
-    app.add_exception_handler(UserError, unanswerable)
-    app.add_exception_handler(HTTPException, http_error)
-
-
-def _unfit(error: Any, path: str, bodies: Bodies) -> Refusal:
-    """Return the refusal of what pydantic found wrong, without the value itself."""
-    if error["type"] == "json_invalid":
-        return Refusal(
-            400, "the body is no JSON", "body", "a JSON object", "check its quotes and brackets"
-        )  # fmt: skip
-    *parents, last = (str(part)[:SHOWN] for part in error["loc"])
-    where = ".".join([*parents, last])
-    if error["type"] == "extra_forbidden":
-        known = bodies.names(path, parents)
-        return Refusal(
-            422, f"there is no '{last}' here", where, f"one of {', '.join(known)}",
-            f"remove it{did_you_mean(last, known)}",
-        )  # fmt: skip
-    return Refusal(
-        422, f"{where} does not fit", where, str(error["msg"]),
-        "change it; /openapi.json describes the body",
-    )  # fmt: skip
 
 
 def _document_keys(app: FastAPI) -> None:

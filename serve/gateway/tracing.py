@@ -92,7 +92,10 @@ def span(name: str, attributes: dict[str, str] | None = None) -> Iterator[None]:
 
 
 def trace_headers(traceparent: str | None) -> dict[str, str]:
-    """Return what carries the trace on: the span under way, or the caller's own traceparent."""
+    """Return what carries the trace on: the span under way, or the caller's own traceparent.
+
+    Nothing does where the caller does not sample: tritonserver 2.51 would trace it all the same.
+    """
     headers: dict[str, str] = {}
     if _tracer() is not None:
         from opentelemetry import propagate
@@ -100,4 +103,5 @@ def trace_headers(traceparent: str | None) -> dict[str, str]:
         propagate.inject(headers)
     if not headers and traceparent:
         headers["traceparent"] = traceparent
-    return headers
+    sampled = int(headers.get("traceparent", "00")[-2:], 16) & 1
+    return headers if sampled else {}
