@@ -30,6 +30,8 @@ TOKEN = "TWOTOWER_FEAST_TOKEN"
 SHOWN = 200
 # At the start nobody waits for an answer, and a first one takes longer.
 CHECK_S = 5.0
+# Of the answers 4xx, those that may be others a moment later.
+BUSY = (408, 429)
 
 
 class FeastFeatures:
@@ -63,7 +65,7 @@ class FeastFeatures:
         status, text = await self._ask(user, self._timeout_s)
         if status != 200:
             raise StoreUnavailable(_error(status, text))
-        features = present(parse_features(text))
+        features = {n: v for n, v in parse_features(text).items() if v is not None}
         features.pop(self._config.entity, None)  # comes back as it was sent
         return Record(features) if features else None
 
@@ -85,7 +87,7 @@ class FeastFeatures:
             status, text = await self._ask(self._anybody, CHECK_S)
         except StoreUnavailable as error:
             status, text = 503, str(error).encode()
-        if 400 <= status < 500:
+        if 400 <= status < 500 and status not in BUSY:
             raise UserError(
                 f"{service} is refused ({_error(status, text)}): name a service that `feast "
                 f"feature-services list` shows; {TOKEN} holds the token where Feast wants one"
@@ -141,10 +143,6 @@ def parse_features(text: bytes) -> dict[str, Any]:
     return found
 
 
-def present(features: dict[str, Any]) -> dict[str, Any]:
-    """Return the features that have a value."""
-    return {name: value for name, value in features.items() if value is not None}
-
-
 def _error(status: int, text: bytes) -> str:
-    return f"HTTP {status}: {text[:SHOWN].decode(errors='replace')}"
+    shown = " ".join(text[:SHOWN].decode(errors="replace").split())
+    return f"HTTP {status}: {shown}"

@@ -194,7 +194,7 @@ def odd() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("status", "text", "words"),
     [
-        (404, '"no such service"', "gateway.feast.service: 'recommend' at"),
+        (404, "<html>\nno such\n  page", "(HTTP 404: <html> no such page): name a service"),
         (401, "", "TWOTOWER_FEAST_TOKEN holds the token"),
         (200, "[]", "answers, but not as a feature server of Feast"),
         (200, '{"metadata": {"feature_names": ["user_id", "tall"]}, "results": '
