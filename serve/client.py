@@ -23,7 +23,6 @@ import tritonclient.grpc.aio as grpc_aio
 import tritonclient.http as http
 import tritonclient.http.aio as http_aio
 
-from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
 from twotower.serve.config import MODEL
 from twotower.serve.failure import ServerUnavailable, explain
@@ -33,12 +32,13 @@ from twotower.serve.request import (
     Recommendation,
     Schema,
     Tensors,
+    TowerSchema,
     decode,
     decode_vector,
     encode,
     encode_features,
     parse_schema,
-    parse_specs,
+    parse_tower,
 )
 from twotower.serve.retry import Retries
 from twotower.serve.tls import ClientTls
@@ -137,7 +137,7 @@ class RecommendClient:
             options = {"network_timeout": timeout_s, "connection_timeout": timeout_s}
         self._client = module.InferenceServerClient(url, **options)
         self._schema: Schema | None = None
-        self._specs: dict[str, list[TensorSpec]] = {}
+        self._towers: dict[str, TowerSchema] = {}
 
     def __enter__(self) -> RecommendClient:
         return self
@@ -227,9 +227,9 @@ class RecommendClient:
                 model.
         """
         deadline = time.monotonic() + self.timeout_s
-        if model not in self._specs:
-            self._specs[model] = parse_specs(self._model_config(model, deadline))
-        inputs = _inputs(self.protocol, encode_features(self._specs[model], features))
+        if model not in self._towers:
+            self._towers[model] = parse_tower(self._model_config(model, deadline))
+        inputs = _inputs(self.protocol, encode_features(self._towers[model].features, features))
         return decode_vector(self._try(lambda t: self._client.infer(model, inputs, **t), deadline))
 
     def _try(self, ask: Callable[[dict[str, float]], Any], deadline: float) -> Any:
@@ -279,7 +279,7 @@ class AsyncRecommendClient:
         options = channel_options(url, protocol, proxy, tls)
         self._client = module.InferenceServerClient(url, **options)
         self._schema: Schema | None = None
-        self._specs: dict[str, list[TensorSpec]] = {}
+        self._towers: dict[str, TowerSchema] = {}
         self._schema_lock = asyncio.Lock()
 
     async def __aenter__(self) -> AsyncRecommendClient:
@@ -341,16 +341,28 @@ class AsyncRecommendClient:
     ) -> Embedding:
         """Return a tower's vector; see `RecommendClient.embed`."""
         deadline = time.monotonic() + self.timeout_s
-        async with self._schema_lock:
-            if model not in self._specs:
-                self._specs[model] = parse_specs(await self._model_config(model, deadline))
-        inputs = _inputs(self.protocol, encode_features(self._specs[model], features))
+        tower = await self._read_tower(model, deadline)
+        inputs = _inputs(self.protocol, encode_features(tower.features, features))
         return decode_vector(await self._infer(model, inputs, deadline, headers=headers or None))
+
+    async def tower(self, model: str) -> TowerSchema:
+        """Return what `embed_query` or `embed_items` takes, asked for once.
+
+        Raises:
+            ServerUnavailable: when no server answers, or it has no such model.
+        """
+        return await self._read_tower(model, time.monotonic() + self.timeout_s)
+
+    async def _read_tower(self, model: str, deadline: float) -> TowerSchema:
+        async with self._schema_lock:
+            if model not in self._towers:
+                self._towers[model] = parse_tower(await self._model_config(model, deadline))
+            return self._towers[model]
 
     def forget(self) -> None:
         """Ask for the schema anew before the next request: the server may have another bundle."""
         self._schema = None
-        self._specs.clear()
+        self._towers.clear()
 
     async def has(self, model: str) -> bool:
         """Return whether the server has a model ready, as far as it says so in time."""

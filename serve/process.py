@@ -99,6 +99,7 @@ class TritonProcess:
             "--model-control-mode=explicit",
             *(f"--load-model={name}" for name in c.models),
             *_limits(c),
+            *_tracing(c),
             f"--exit-timeout-secs={max(1, round(c.drain_s / 2))}",
             "--allow-gpu-metrics=false",
             f"--http-restricted-api={ADMIN}:{ADMIN_HEADER}={self._admin_key}",
@@ -264,6 +265,15 @@ def _limits(config: ServeConfig) -> list[str]:
             f"--rate-limit-resource=batch:{config.concurrent_batches}",
         ]
     return options
+
+
+def _tracing(config: ServeConfig) -> list[str]:
+    if config.trace_url is None:
+        return []
+    settings = ("mode=opentelemetry", f"opentelemetry,url={config.trace_url}", "level=TIMESTAMPS",
+                # A request with a traceparent is always traced, and of others 1 in so many.
+                f"rate={2**31 - 1}")  # fmt: skip
+    return [f"--trace-config={setting}" for setting in settings]
 
 
 def choose_ports(config: ServeConfig) -> ServeConfig:

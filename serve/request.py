@@ -76,16 +76,24 @@ class Schema:
     features: list[TensorSpec]
 
 
+@dataclass(frozen=True)
+class TowerSchema:
+    """What `embed_query` or `embed_items` says of itself: the bundle, and its raw features."""
+
+    version: int
+    features: list[TensorSpec]
+
+
 def parse_schema(config: dict[str, Any]) -> Schema:
     """Read the schema from a model's configuration as JSON."""
     raw = json.loads(config["parameters"]["schema"]["string_value"])
     return Schema(**(raw | {"features": [TensorSpec(**f) for f in raw["features"]]}))
 
 
-def parse_specs(config: dict[str, Any]) -> list[TensorSpec]:
-    """Read the raw features of `embed_query` or `embed_items` from its configuration as JSON."""
+def parse_tower(config: dict[str, Any]) -> TowerSchema:
+    """Read what `embed_query` or `embed_items` says of itself from its configuration as JSON."""
     raw = json.loads(config["parameters"]["schema"]["string_value"])
-    return [TensorSpec(**f) for f in raw["features"]]
+    return TowerSchema(raw["version"], [TensorSpec(**f) for f in raw["features"]])
 
 
 def encode(
