@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from features import Features, Refused, cancelled, refusal
+from features import Features, Refused, cancelled, refusal, tensors_of
 from tower import open_tower
+from wire import use_fast_strings
 
 
 class TritonPythonModel:
@@ -21,6 +22,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the tower of this version's directory."""
+        use_fast_strings()
         folder = Path(args["model_repository"]) / args["model_version"]
         parameters = json.loads(args["model_config"])["parameters"]
         self.schema = json.loads(parameters["schema"]["string_value"])
@@ -32,15 +34,14 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request, or say by itself why not."""
-        responses: list[Any] = []
+        responses: list[Any] = cancelled(requests)
         parsed: list[tuple[int, Any, int]] = []
-        for number, request in enumerate(requests):
-            responses.append(cancelled(request))
-            if responses[-1] is None:
-                try:
-                    parsed.append((number, *self.features.parse(request)))
-                except Refused as error:
-                    responses[-1] = refusal(str(error))
+        for number, request in enumerate(requests[len(responses) :], len(responses)):
+            responses.append(None)
+            try:
+                parsed.append((number, *self.features.parse(tensors_of(request))))
+            except Refused as error:
+                responses[number] = refusal(str(error))
         if parsed:
             feed = self.features.join([columns for _, columns, _ in parsed])
             vectors, start = self.tower.vectors(feed), 0
