@@ -22,10 +22,10 @@ from features import (
     cancelled,
     refusal,
     tensors_of,
+    use_fast_strings,
 )
 from filters import Filters
 from search import open_search
-from wire import use_fast_strings
 
 # Of fewer rows than this, or than this part of the catalogue, each score is computed.
 FEW_ROWS = 4096

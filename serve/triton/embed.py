@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from features import Features, Refused, cancelled, refusal, tensors_of
+from features import Features, Refused, cancelled, refusal, tensors_of, use_fast_strings
 from tower import open_tower
-from wire import use_fast_strings
 
 
 class TritonPythonModel:

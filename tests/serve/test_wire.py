@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import twotower.serve.triton as triton
 from twotower.serve.runtime import find_runtime
+from twotower.serve.triton import wire
 
 BYTES = st.lists(st.binary(max_size=20) | st.sampled_from([b"", b"\0", b"a\0", b"item-000001"]))
 SAME_LENGTH = st.lists(st.binary(min_size=7, max_size=7))
@@ -29,7 +30,8 @@ def with_fast_strings(utils: types.ModuleType) -> types.ModuleType:
     """Return the stub's module after ours has been at it, as in the stub's process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "triton_python_backend_utils", utils)
-        load(Path(triton.__file__).parent / "wire.py").use_fast_strings()
+        patch.setitem(sys.modules, "wire", wire)
+        load(Path(triton.__file__).parent / "features.py").use_fast_strings()
     return utils
 
 
