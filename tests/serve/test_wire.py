@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twotower.serve.triton as triton
@@ -55,6 +55,7 @@ def test_both_functions_of_this_triton_are_replaced(own, ours) -> None:
         assert getattr(ours, name).__code__ is not getattr(own, name).__code__
 
 
+@settings(deadline=None)
 @given(BYTES | SAME_LENGTH)
 def test_strings_are_written_and_read_byte_for_byte_as_tritons_own(own, ours, strings) -> None:
     array = np.array(strings, dtype=object)
@@ -68,6 +69,7 @@ def test_strings_are_written_and_read_byte_for_byte_as_tritons_own(own, ours, st
     assert (read.dtype, read.shape) == (object, (len(strings),))
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=5) | st.binary(max_size=5) | st.integers(), min_size=1))
 def test_what_is_no_bytes_is_written_as_tritons_own(own, ours, values) -> None:
     array = np.empty(len(values), object)
