@@ -7,8 +7,8 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -24,7 +24,6 @@ from prometheus_client import (
 
 LOG = logging.getLogger("twotower.gateway")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-HAS_TRACES = find_spec("opentelemetry") is not None
 # Of seconds: around the deadlines that are usual, from a fast store to a slow model.
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
@@ -111,35 +110,40 @@ def log_to_stderr() -> None:
         logger.setLevel(logging.INFO if name == "twotower.gateway" else logging.WARNING)
 
 
-@contextmanager
-def span(name: str, parent: str | None = None) -> Iterator[None]:
-    """Trace the block, where OpenTelemetry is installed.
+def span(name: str, parent: str | None = None) -> AbstractContextManager[Any]:
+    """Return a trace of a block, nothing where no traces are taken.
 
     Args:
         name: of the span.
         parent: the caller's traceparent; without one, the span under way is the parent.
     """
-    if not HAS_TRACES:
-        yield
-        return
+    tracer = _tracer()
+    if tracer is None:
+        return nullcontext()
     from opentelemetry import propagate
 
     context = propagate.extract({"traceparent": parent}) if parent else None
-    with _tracer().start_as_current_span(name, context):
-        yield
+    started: AbstractContextManager[Any] = tracer.start_as_current_span(name, context)
+    return started
 
 
 @cache
 def _tracer() -> Any:
+    """Return what makes spans, None where nobody has set it up."""
+    if find_spec("opentelemetry") is None:
+        return None
     from opentelemetry import trace
 
+    # Its stand-in costs 20 us a span to do nothing.
+    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        return None
     return trace.get_tracer("twotower.gateway")
 
 
 def trace_headers(trail: Trail) -> Mapping[str, str]:
     """Return what carries the trace on to Triton; the caller's own where nothing is traced here."""
     headers: dict[str, str] = {}
-    if HAS_TRACES:
+    if _tracer() is not None:
         from opentelemetry import propagate
 
         propagate.inject(headers)
