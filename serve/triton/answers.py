@@ -30,6 +30,8 @@ from search import open_search
 # Of fewer rows than this, or than this part of the catalogue, each score is computed.
 FEW_ROWS = 4096
 FEW_SHARE = 1 / 8
+# Of 100,000 x 64 on one thread, 16 vectors take 6.7 ms for 10 results and 7.8 for 128.
+SHARED = 128
 NONE = np.empty(0, np.int64)
 
 
@@ -179,9 +181,10 @@ class Answers:
                 left = np.setdiff1d(asked, exclude[number], assume_unique=True)
                 results[number] = self.among(vectors[number], left, int(wanted[number]))
         # The best k + |excluded| hold the best k that are left. Rows with like needs share a run
-        # of the index, so that one long list of exclusions does not slow all others.
+        # of the index, so that one long list of exclusions does not slow all others; what is below
+        # SHARED costs less than a further run.
         need = np.minimum(wanted + [len(e) for e in exclude], len(self.ids))
-        group = np.ceil(np.log2(need)).astype(int)
+        group = np.ceil(np.log2(np.maximum(need, SHARED))).astype(int)
         group[[rows is not None for rows in only]] = -1
         for g in np.unique(group[group >= 0]).tolist():
             members = np.flatnonzero(group == g)
