@@ -20,7 +20,7 @@ import gevent
 
 from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
-from twotower.serve.config import MODEL
+from twotower.serve.config import EMBED, MODEL
 from twotower.serve.failure import ServerUnavailable, explain
 from twotower.serve.request import (
     OUTPUTS,
@@ -278,12 +278,16 @@ class AsyncRecommendClient:
     ) -> Embedding:
         """Return a tower's vector; see `RecommendClient.embed`."""
         deadline = time.monotonic() + self.timeout_s
+        specs = await self._read_specs(model, deadline)
+        request = self._calls.prepare(model, encode_features(specs, features))
+        answer = await self._infer(model, request, deadline, headers)
+        return decode_vector(self._calls.read(answer))
+
+    async def _read_specs(self, model: str, deadline: float) -> list[TensorSpec]:
         async with self._schema_lock:
             if model not in self._specs:
                 self._specs[model] = parse_specs(await self._model_config(model, deadline))
-        request = self._calls.prepare(model, encode_features(self._specs[model], features))
-        answer = await self._infer(model, request, deadline, headers)
-        return decode_vector(self._calls.read(answer))
+        return self._specs[model]
 
     async def has(self, model: str) -> bool:
         """Return whether the server has a model ready, as far as it says so in time."""
@@ -298,7 +302,13 @@ class AsyncRecommendClient:
     async def prepare(
         self, features: dict[str, Any], *, k: int | None = None, exclude: Sequence[Any] = ()
     ) -> Any:
-        """Return a request made ahead of time for `ask`, as load tests do."""
+        """Return a request made ahead of time for `ask`, as load tests do.
+
+        A client whose `model` is `embed_query` asks by the features alone.
+        """
+        if self.model in EMBED:
+            specs = await self._read_specs(self.model, time.monotonic() + self.timeout_s)
+            return self._calls.prepare(self.model, encode_features(specs, features))
         tensors = encode(await self.schema(), features, k, exclude)
         return self._calls.prepare(self.model, tensors, _wanted(False))
 
