@@ -20,6 +20,7 @@ from features import (
     Columns,
     Refused,
     cancelled,
+    keep_what_is_loaded,
     refusal,
     tensors_of,
     use_fast_strings,
@@ -80,6 +81,7 @@ class Answers:
         self.text_ids = self.ids.dtype.kind == "S"
         self.excluded = np.zeros(len(self.ids), bool)
         self.filters = Filters(folder, self.schema["filters"], len(self.ids))
+        keep_what_is_loaded()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request, or say by itself why not."""

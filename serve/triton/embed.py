@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from features import Features, Refused, cancelled, refusal, tensors_of, use_fast_strings
+from features import (
+    Features,
+    Refused,
+    cancelled,
+    keep_what_is_loaded,
+    refusal,
+    tensors_of,
+    use_fast_strings,
+)
 from tower import open_tower
 
 
@@ -30,6 +38,7 @@ class TritonPythonModel:
             folder, self.schema["side"], parameters["target"]["string_value"],
             int(parameters["threads"]["string_value"]),
         )  # fmt: skip
+        keep_what_is_loaded()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request, or say by itself why not."""

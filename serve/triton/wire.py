@@ -12,11 +12,11 @@ LENGTH = struct.Struct("<I")
 
 def serialize(strings: list[bytes]) -> bytes:
     """Return strings, each after its length in 4 bytes."""
-    lengths = set(map(len, strings))
-    if len(lengths) == 1:
-        prefix = LENGTH.pack(lengths.pop())
+    prefixes = {length: LENGTH.pack(length) for length in set(map(len, strings))}
+    if len(prefixes) == 1:
+        (prefix,) = prefixes.values()
         return prefix + prefix.join(strings)
-    return b"".join([LENGTH.pack(len(string)) + string for string in strings])
+    return b"".join([prefixes[len(string)] + string for string in strings])
 
 
 def deserialize(raw: bytes) -> list[bytes]:
