@@ -1,7 +1,7 @@
 """Triton's calls as the clients make them, over gRPC and HTTP, sync and asyncio.
 
 Every call returns an answer or, of asyncio, what is to be awaited for it. Over gRPC the messages
-are made and read here: those of tritonclient go through each string by itself, which was most of a
+are made and read here: those of tritonclient go through each string by itself, which was half of a
 request's CPU time.
 """
 
