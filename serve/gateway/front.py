@@ -9,6 +9,7 @@ import asyncio
 import re
 import time
 import uuid
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from starlette.applications import Starlette
@@ -74,9 +75,7 @@ class Front:
             await send(message)
 
         error = None
-
-        async def answer_whatever_happens() -> None:
-            nonlocal error
+        with self._span(scope, trail) as current:
             try:
                 await self._admit(scope, headers, trail, receive, answer)
             except Refusal as refusal:
@@ -89,20 +88,19 @@ class Front:
                 LOG.exception("unexpected", extra={"fields": {"request_id": trail.request_id}})
                 if status == 499:
                     await refusal_response(_unexpected(trail))(scope, receive, answer)
-
-        if scope["path"] == HEALTH:  # one a second would hide the requests
-            await answer_whatever_happens()
-        else:
-            with request_span(
-                f"{scope['method']} {self._endpoint(scope)}", trail.traceparent,
-                {"http.request.method": scope["method"], "url.path": scope["path"][:SHOWN]},
-            ) as current:  # fmt: skip
-                await answer_whatever_happens()
-                end_request(current, status, error, {
-                    "twotower.fallback": trail.fallback, "twotower.version": trail.version,
-                    "twotower.request_id": trail.request_id,
-                })  # fmt: skip
+            end_request(current, status, error, {
+                "twotower.fallback": trail.fallback, "twotower.version": trail.version,
+                "twotower.request_id": trail.request_id,
+            })  # fmt: skip
         self._note(scope, trail, status, time.perf_counter() - started)
+
+    def _span(self, scope: Scope, trail: Trail) -> AbstractContextManager[Any]:
+        if scope["path"] == HEALTH:  # one a second would hide the requests
+            return nullcontext()
+        return request_span(
+            f"{scope['method']} {self._endpoint(scope)}", trail.traceparent,
+            {"http.request.method": scope["method"], "url.path": scope["path"][:SHOWN]},
+        )  # fmt: skip
 
     def _endpoint(self, scope: Scope) -> str:
         """Return the path if it is one of ours: any number of others is one."""

@@ -6,8 +6,7 @@ and attributes follow OpenTelemetry's conventions for HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -26,9 +25,10 @@ def _tracer() -> Any:
     return trace.get_tracer("twotower.gateway")
 
 
-@contextmanager
-def request_span(name: str, parent: str | None, attributes: dict[str, str]) -> Iterator[Any]:
-    """Trace a request; yields its span for `end_request`, None where nobody gets it.
+def request_span(
+    name: str, parent: str | None, attributes: dict[str, str]
+) -> AbstractContextManager[Any]:
+    """Return the trace of a request, which opens as a span for `end_request`, or as None.
 
     Args:
         name: of the span.
@@ -36,15 +36,11 @@ def request_span(name: str, parent: str | None, attributes: dict[str, str]) -> I
         attributes: of the span.
     """
     if (tracer := _tracer()) is None:
-        yield None
-        return
+        return nullcontext()
     from opentelemetry import propagate, trace
 
     context = propagate.extract({"traceparent": parent} if parent else {})
-    with tracer.start_as_current_span(
-        name, context, trace.SpanKind.SERVER, attributes
-    ) as current:  # fmt: skip
-        yield current
+    return _started(tracer, name, context, trace.SpanKind.SERVER, attributes)
 
 
 def end_request(
@@ -70,25 +66,25 @@ def end_request(
         current.set_status(trace.StatusCode.ERROR, str(error or ""))
 
 
-@contextmanager
-def span(name: str, attributes: dict[str, str] | None = None) -> Iterator[None]:
-    """Trace a part of a request, and the exception that it ends with; probes have no request.
+def span(name: str, attributes: dict[str, str] | None = None) -> AbstractContextManager[Any]:
+    """Return the trace of a part of a request, and of its exception; probes have no request.
 
     Args:
         name: of the span.
         attributes: of the span.
     """
     if (tracer := _tracer()) is None:
-        yield
-        return
+        return nullcontext()
     from opentelemetry import trace
 
     if not trace.get_current_span().get_span_context().is_valid:
-        yield
-        return
-    kind = trace.SpanKind.CLIENT
-    with tracer.start_as_current_span(name, kind=kind, attributes=attributes):
-        yield
+        return nullcontext()
+    return _started(tracer, name, None, trace.SpanKind.CLIENT, attributes)
+
+
+def _started(tracer: Any, *options: Any) -> AbstractContextManager[Any]:
+    started: AbstractContextManager[Any] = tracer.start_as_current_span(*options)
+    return started
 
 
 def trace_headers(traceparent: str | None) -> dict[str, str]:
