@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twotower.errors import UserError
@@ -48,6 +48,7 @@ def target(server: TritonServer, **changes: object) -> Target:
     )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(["poisson", "constant"]), rate=st.floats(0.5, 500),
     seconds=st.floats(0.1, 20), seed=st.integers(0, 9),
