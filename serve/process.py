@@ -25,12 +25,12 @@ import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
 from twotower.errors import UserError
-from twotower.serve.client import channel_options
 from twotower.serve.config import ServeConfig
 from twotower.serve.hold import REPOSITORY
 from twotower.serve.procfs import command_of, descendants
 from twotower.serve.repository import TARGET
 from twotower.serve.runtime import Runtime, find_runtime
+from twotower.serve.transport import channel_options
 
 PORTS = ("http_port", "grpc_port", "metrics_port")
 ADMIN_HEADER = "admin-key"
@@ -99,6 +99,7 @@ class TritonProcess:
             "--model-control-mode=explicit",
             *(f"--load-model={name}" for name in c.models),
             *_limits(c),
+            *_tracing(c),
             f"--exit-timeout-secs={max(1, round(c.drain_s / 2))}",
             "--allow-gpu-metrics=false",
             f"--http-restricted-api={ADMIN}:{ADMIN_HEADER}={self._admin_key}",
@@ -156,7 +157,7 @@ class TritonProcess:
         It is gRPC's, since Triton loads in a thread of its own there. Over HTTP a load holds one of
         the few threads that requests are answered by, and every connection that shares it waits.
         """
-        options = channel_options(self.grpc_url, "grpc", False, self.config.tls.client())
+        options = channel_options(self.grpc_url, False, self.config.tls.client())
         client = grpc.InferenceServerClient(self.grpc_url, **options)
         try:
             yield client, {f"triton-grpc-protocol-{ADMIN_HEADER}": self._admin_key}
@@ -264,6 +265,15 @@ def _limits(config: ServeConfig) -> list[str]:
             f"--rate-limit-resource=batch:{config.concurrent_batches}",
         ]
     return options
+
+
+def _tracing(config: ServeConfig) -> list[str]:
+    if config.trace_url is None:
+        return []
+    settings = ("mode=opentelemetry", f"opentelemetry,url={config.trace_url}", "level=TIMESTAMPS",
+                # A request with a traceparent is always traced, and of others 1 in so many.
+                f"rate={2**31 - 1}")  # fmt: skip
+    return [f"--trace-config={setting}" for setting in settings]
 
 
 def choose_ports(config: ServeConfig) -> ServeConfig:
