@@ -6,13 +6,13 @@ anew for every process and that this module alone holds.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -42,7 +42,15 @@ STOP_S = 10.0
 QUIET_S = 0.5
 # Our own server is on this machine, so no request to it may go to a proxy of the environment.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-PR_SET_PDEATHSIG = 1
+# Run in the child, before Triton in the same process: told to end when its parent does (prctl 1 is
+# PR_SET_PDEATHSIG, 15 SIGTERM), however that comes. A `preexec_fn` would do, but makes Python fork
+# with the handlers of gRPC, which may abort the child of a process that has gRPC's threads.
+ENDS_WITH_ITS_PARENT = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class TritonProcess:
@@ -109,14 +117,12 @@ class TritonProcess:
         for name, host in hosts.items():
             command += [f"--{name}-port={getattr(c, f'{name}_port')}", f"--{name}-address={host}"]
         command += c.tls.flags()
-        # Loaded before the fork, since a child of a threaded process may not take locks.
-        prctl = ctypes.CDLL(None).prctl
         # Appended, so that a restart keeps the reason of the crash.
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, env=self.runtime.environment(), cwd=self.work_dir, stdout=log,
+                [sys.executable, "-ISc", ENDS_WITH_ITS_PARENT, str(os.getpid()), *command],
+                env=self.runtime.environment(), cwd=self.work_dir, stdout=log,
                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
             )  # fmt: skip
 
     def _wait_ready(self) -> None:
