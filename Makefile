@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FEAST := $(VENV)/feast/.installed
 TORCH ?= torch==2.13.0
 PARALLEL := -n 2 --dist loadfile
 
@@ -28,9 +29,16 @@ quickstart: install
 	$(BIN)/twotower demo-log
 	$(BIN)/twotower run --config configs/quickstart.yaml
 
+# A feature server for the gateway's tests, in an environment of its own: Feast holds other libraries
+# back (prometheus_client, pandas).
+$(FEAST): | $(STAMP)
+	$(PYTHON) -m venv $(VENV)/feast
+	$(VENV)/feast/bin/python -m pip install --quiet "feast>=0.60,<1"
+	@touch $(FEAST)
+
 # Two processes of one thread each: most tests wait for processes of their own. The second run sends
 # the kernels' tests through Triton's interpreter.
-test: install
+test: install $(FEAST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -W ignore tests/kernels
 

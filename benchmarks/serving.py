@@ -18,7 +18,6 @@ benchmarks/results/serving.json.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import statistics
 import sys
@@ -40,9 +39,7 @@ from tritonclient.utils import serialize_byte_tensor, shared_memory
 from twotower.export.bundle import Bundle, read_bundle
 from twotower.export.golden import raw_tensors
 from twotower.export.search import open_search
-from twotower.serve.client import AsyncRecommendClient
 from twotower.serve.config import ServeConfig
-from twotower.serve.load.arrivals import arrival_times
 from twotower.serve.load.asker import Target
 from twotower.serve.load.generator import LoadGenerator
 from twotower.serve.load.measurement import Measurement
@@ -202,34 +199,21 @@ def compare_shared_memory(bundle: Bundle) -> dict[str, Any]:
     return {"median_ms": medians, "gain": gain, "requests_each": REQUESTS}
 
 
-async def vectors_alone(url: str, bundle: Bundle, seconds: float) -> dict[str, float]:
+def vectors_alone(url: str, bundle: Bundle, seconds: float) -> dict[str, float]:
     """Return the rate of `embed_query` and, at half of it, the latencies in ms."""
-    spent: list[float] = []
-    async with AsyncRecommendClient(url, timeout_s=30.0, proxy=False, retries=0) as client:
-        features = [g.features for g in bundle.golden()]
-
-        async def ask(number: int, due: float) -> None:
-            await client.embed("embed_query", features[number % len(features)])
-            spent.append(1000 * (time.perf_counter() - due))
-
-        async def hurry(first: int, end: float) -> int:
-            count = 0
-            while time.perf_counter() < end:
-                await ask(first + count, 0.0)
-                count += 1
-            return count
-
-        end = time.perf_counter() + seconds
-        counts = await asyncio.gather(*(hurry(8 * i, end) for i in range(8)))
-        rate = sum(counts) / seconds
-        spent.clear()
-        start, asked = time.perf_counter(), []
-        for number, at in enumerate(arrival_times("poisson", rate / 2, seconds, 0)):
-            await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
-            asked.append(asyncio.create_task(ask(number, start + at)))
-        await asyncio.gather(*asked)
-    p50, p99 = np.percentile(spent, [50, 99])
-    return {"rate": rate, "p50_ms": float(p50), "p99_ms": float(p99), "ratio": float(p99 / p50)}
+    target = Target(
+        url=url, proxy=False, deadline_s=30.0, k=None, model="embed_query",
+        requests=[(g.features, []) for g in bundle.golden()],
+    )  # fmt: skip
+    with LoadGenerator(target, 1, 0) as generator:
+        full = generator.closed_loop(8, seconds, warmup_seconds=1.0)
+        half = generator.open_loop(
+            full.answered_rate / 2, seconds, warmup_seconds=1.0, arrivals="poisson"
+        )
+    p50, p99 = half.latency_ms["p50"], half.latency_ms["p99"]
+    if p50 is None or p99 is None:
+        raise SystemExit(f"embed_query did not answer: {half.errors}")
+    return {"rate": full.answered_rate, "p50_ms": p50, "p99_ms": p99, "ratio": p99 / p50}
 
 
 def main() -> None:
@@ -248,7 +232,7 @@ def main() -> None:
         config = replace(SERVE, models=["recommend", "embed_query"])
         with passing_server(bundle, config) as server:
             vectors = [
-                asyncio.run(vectors_alone(server.grpc_url, bundle, options.seconds))
+                vectors_alone(server.grpc_url, bundle, options.seconds)
                 for _ in range(options.repeats)
             ]
 

@@ -22,6 +22,10 @@ FAISS_KINDS = ("pq", "ivf", "hnsw")
 # Of the catalogue as candidates: beyond, reading all of it is as fast, and misses nothing.
 EXACT_SHARE = 0.25
 ROWS_A_BLOCK = 1 << 16
+# ONNX Runtime's product of two matrices copies all item vectors into an order of its own first;
+# that of one vector does not. Of 100,000 x 64 on one thread, 1, 2, 3 and 4 vectors take 1.0, 3.8,
+# 4.2 and 4.3 ms together, and 1.0 ms each by themselves.
+FEW_VECTORS = 3
 F32 = npt.NDArray[np.float32]
 Found = tuple[F32, npt.NDArray[np.int64]]
 
@@ -74,9 +78,15 @@ def best_among(item_ND: F32, vector_D: F32, row_R: npt.NDArray[np.int64], k: int
 
 
 class GraphSearch:
-    """Searches with `index.onnx`."""
+    """Searches with `index.onnx`.
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    Args:
+        folder: with the bundle's files.
+        threads: of a search.
+        few: so many vectors are faster searched one by one.
+    """
+
+    def __init__(self, folder: Path, threads: int, few: int = 1) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -87,9 +97,14 @@ class GraphSearch:
             str(folder / "index.onnx"), options, providers=["CPUExecutionProvider"]
         )
         self.item_ND = np.load(folder / "item_vectors.npy", mmap_mode="r", allow_pickle=False)
+        self.few = few
 
     def search(self, vector_BD: F32, k: int) -> Found:
         """Return the best scores and their rows (B, K), best first; k is at most N."""
+        if 1 < len(vector_BD) <= self.few:
+            found = [self.search(vector_D[None], k) for vector_D in vector_BD]
+            scores, rows = (np.concatenate(parts) for parts in zip(*found, strict=True))
+            return scores, rows
         feed = {"vector": vector_BD, "k": np.array([k], np.int64)}
         scores, rows = self.session.run(None, feed)
         return scores, rows
@@ -162,4 +177,4 @@ def open_search(folder: Path, spec: dict[str, Any], threads: int = 1) -> GraphSe
     """
     if spec["kind"] in FAISS_KINDS:
         return FaissSearch(folder, spec, threads)
-    return GraphSearch(folder, threads)
+    return GraphSearch(folder, threads, FEW_VECTORS if spec["kind"] == "exact" else 1)

@@ -11,100 +11,42 @@ there, since a request changes nothing; one deadline holds for all tries.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import gevent
-import tritonclient.grpc as grpc
-import tritonclient.grpc.aio as grpc_aio
-import tritonclient.http as http
-import tritonclient.http.aio as http_aio
 
-from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
-from twotower.serve.config import MODEL
+from twotower.serve.config import EMBED, MODEL
 from twotower.serve.failure import ServerUnavailable, explain
 from twotower.serve.request import (
     OUTPUTS,
     Embedding,
+    Outputs,
     Recommendation,
     Schema,
-    Tensors,
+    TowerSchema,
     decode,
     decode_vector,
     encode,
     encode_features,
     parse_schema,
-    parse_specs,
+    parse_tower,
 )
 from twotower.serve.retry import Retries
 from twotower.serve.tls import ClientTls
+from twotower.serve.transport import GrpcTransport, open_transport
 
 __all__ = ["AsyncRecommendClient", "RecommendClient", "ServerUnavailable"]
 
 RETRIES = 3
-# gRPC waits a second before it connects anew, and a retry should find the server that is back.
-RECONNECT_MS = 50
-MOST_RECONNECT_MS = 2000
 
 
-def _module(protocol: str, *, asynchronous: bool) -> Any:
-    modules = {
-        ("grpc", False): grpc, ("http", False): http,
-        ("grpc", True): grpc_aio, ("http", True): http_aio,
-    }  # fmt: skip
-    if (protocol, asynchronous) not in modules:
-        raise UserError(f"protocol must be grpc or http, got '{protocol}'")
-    return modules[protocol, asynchronous]
-
-
-def _inputs(protocol: str, tensors: Tensors) -> list[Any]:
-    module = _module(protocol, asynchronous=False)
-    out = []
-    for name, (kind, value) in tensors.items():
-        tensor = module.InferInput(name, list(value.shape), kind)
-        tensor.set_data_from_numpy(value)
-        out.append(tensor)
-    return out
-
-
-def _outputs(protocol: str, explain: bool) -> list[Any]:
+def _wanted(explain: bool) -> Sequence[str]:
     # What is not asked for is not made.
-    names = (*OUTPUTS, "explanation") if explain else OUTPUTS
-    return [_module(protocol, asynchronous=False).InferRequestedOutput(name) for name in names]
-
-
-def channel_options(url: str, protocol: str, proxy: bool, tls: ClientTls | None) -> dict[str, Any]:
-    """Return the options of a connection.
-
-    Only gRPC's would use the environment's proxy, and only gRPC's can be encrypted.
-    """
-    if protocol != "grpc":
-        if tls is not None:
-            raise UserError(f"{url}: Triton encrypts gRPC alone: give its gRPC address")
-        return {}
-    # These replace tritonclient's own, of which the sizes matter: gRPC receives 4 MB by default.
-    options = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
-    options += [
-        ("grpc.initial_reconnect_backoff_ms", RECONNECT_MS),
-        ("grpc.max_reconnect_backoff_ms", MOST_RECONNECT_MS),
-    ]
-    if not proxy or is_local(url):
-        options.append(("grpc.enable_http_proxy", 0))
-    return {"channel_args": options} if tls is None else tls.options(options)
-
-
-def is_local(url: str) -> bool:
-    """Whether an address is of this machine itself, where no proxy could reach it."""
-    host = url.rsplit("/", 1)[-1].rsplit(":", 1)[0].strip("[]")
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-    return address.is_loopback or address.is_unspecified
+    return (*OUTPUTS, "explanation") if explain else OUTPUTS
 
 
 class RecommendClient:
@@ -131,13 +73,11 @@ class RecommendClient:
         self.url, self.protocol, self.timeout_s = url, protocol, timeout_s
         self.model = model
         self._retries = Retries(retries)
-        module = _module(protocol, asynchronous=False)
-        options = channel_options(url, protocol, proxy, tls)
-        if protocol == "http":
-            options = {"network_timeout": timeout_s, "connection_timeout": timeout_s}
-        self._client = module.InferenceServerClient(url, **options)
+        self._calls = open_transport(
+            url, protocol, asynchronous=False, timeout_s=timeout_s, proxy=proxy, tls=tls
+        )
         self._schema: Schema | None = None
-        self._specs: dict[str, list[TensorSpec]] = {}
+        self._towers: dict[str, TowerSchema] = {}
 
     def __enter__(self) -> RecommendClient:
         return self
@@ -147,7 +87,7 @@ class RecommendClient:
 
     def close(self) -> None:
         """Close the connection."""
-        self._client.close()
+        self._calls.close()
 
     def schema(self) -> Schema:
         """Return the served model's schema, asked for once.
@@ -163,11 +103,9 @@ class RecommendClient:
         return self._schema
 
     def _model_config(self, model: str, deadline: float) -> dict[str, Any]:
-        ask = self._client.get_model_config
         try:
-            if self.protocol == "grpc":
-                return dict(self._try(lambda t: ask(model, as_json=True, **t), deadline)["config"])
-            return dict(self._try(lambda _: ask(model), deadline))
+            answer = self._try(lambda left_s: self._calls.model_config(model, left_s), deadline)
+            return self._calls.read_config(answer)
         except ServerUnavailable:
             raise
         except UserError as error:  # a server that has no such model
@@ -179,9 +117,10 @@ class RecommendClient:
         Raises:
             ServerUnavailable: when no server answers.
         """
-        ask = self._client.get_inference_statistics
-        deadline = time.monotonic() + self.timeout_s
-        return dict(self._try(lambda t: ask(self.model, as_json=True, **t), deadline))
+        calls, deadline = self._calls, time.monotonic() + self.timeout_s
+        assert isinstance(calls, GrpcTransport)
+        answer = self._try(lambda left_s: calls.statistics(self.model, left_s), deadline)
+        return calls.as_json(answer)
 
     def recommend(
         self, features: dict[str, Any], *, k: int | None = None, exclude: Sequence[Any] = (),
@@ -207,12 +146,9 @@ class RecommendClient:
         """
         deadline = time.monotonic() + self.timeout_s
         schema = self._read_schema(deadline)
-        inputs = _inputs(self.protocol, encode(schema, features, k, exclude, allow, filters))
-        options = {"outputs": _outputs(self.protocol, explain), "priority": priority}
-        return decode(
-            schema,
-            self._try(lambda t: self._client.infer(self.model, inputs, **options, **t), deadline),
-        )
+        tensors = encode(schema, features, k, exclude, allow, filters)
+        request = self._calls.prepare(self.model, tensors, _wanted(explain), priority)
+        return decode(schema, self._infer(self.model, request, deadline))
 
     def embed(self, model: str, features: dict[str, Any]) -> Embedding:
         """Return a tower's vector.
@@ -227,13 +163,17 @@ class RecommendClient:
                 model.
         """
         deadline = time.monotonic() + self.timeout_s
-        if model not in self._specs:
-            self._specs[model] = parse_specs(self._model_config(model, deadline))
-        inputs = _inputs(self.protocol, encode_features(self._specs[model], features))
-        return decode_vector(self._try(lambda t: self._client.infer(model, inputs, **t), deadline))
+        if model not in self._towers:
+            self._towers[model] = parse_tower(self._model_config(model, deadline))
+        tensors = encode_features(self._towers[model].features, features)
+        return decode_vector(self._infer(model, self._calls.prepare(model, tensors), deadline))
 
-    def _try(self, ask: Callable[[dict[str, float]], Any], deadline: float) -> Any:
-        """Return what `ask` does, given the arguments of a try's deadline; asked again if safe."""
+    def _infer(self, model: str, request: Any, deadline: float) -> Outputs:
+        answer = self._try(lambda left_s: self._calls.infer(model, request, left_s), deadline)
+        return self._calls.read(answer)
+
+    def _try(self, ask: Callable[[float], Any], deadline: float) -> Any:
+        """Return what `ask` does within the seconds that a try has left; asked again if safe."""
         tries = 0
         while True:
             tries += 1
@@ -244,7 +184,7 @@ class RecommendClient:
                 limit = gevent.Timeout(left, TimeoutError("the deadline has passed"))
             try:
                 with limit:
-                    answer = ask({"client_timeout": left} if self.protocol == "grpc" else {})
+                    answer = ask(left)
             except Exception as error:  # what the HTTP libraries raise, too
                 pause_s = _pause(explain(error, self.url), self._retries, tries, deadline)
                 time.sleep(pause_s)
@@ -275,11 +215,11 @@ class AsyncRecommendClient:
         self.url, self.protocol, self.timeout_s = url, protocol, timeout_s
         self.model = model
         self._retries = Retries(retries)
-        module = _module(protocol, asynchronous=True)
-        options = channel_options(url, protocol, proxy, tls)
-        self._client = module.InferenceServerClient(url, **options)
+        self._calls = open_transport(
+            url, protocol, asynchronous=True, timeout_s=timeout_s, proxy=proxy, tls=tls
+        )
         self._schema: Schema | None = None
-        self._specs: dict[str, list[TensorSpec]] = {}
+        self._towers: dict[str, TowerSchema] = {}
         self._schema_lock = asyncio.Lock()
 
     async def __aenter__(self) -> AsyncRecommendClient:
@@ -290,7 +230,7 @@ class AsyncRecommendClient:
 
     async def close(self) -> None:
         """Close the connection."""
-        await self._client.close()
+        await self._calls.close()
 
     async def schema(self) -> Schema:
         """Return the served model's schema, asked for once.
@@ -307,12 +247,11 @@ class AsyncRecommendClient:
         return self._schema
 
     async def _model_config(self, model: str, deadline: float) -> dict[str, Any]:
-        ask = self._client.get_model_config
         try:
-            if self.protocol == "grpc":
-                found = await self._try(lambda t: ask(model, as_json=True, **t), deadline)
-                return dict(found["config"])
-            return dict(await self._try(lambda _: ask(model), deadline))
+            answer = await self._try(
+                lambda left_s: self._calls.model_config(model, left_s), deadline
+            )
+            return self._calls.read_config(answer)
         except ServerUnavailable:
             raise
         except UserError as error:  # a server that has no such model
@@ -329,63 +268,84 @@ class AsyncRecommendClient:
         """
         deadline = time.monotonic() + self.timeout_s
         schema = await self._read_schema(deadline)
-        inputs = _inputs(self.protocol, encode(schema, features, k, exclude, allow, filters))
-        options = {
-            "outputs": _outputs(self.protocol, explain), "priority": priority,
-            "headers": headers or None,
-        }  # fmt: skip
-        return decode(schema, await self._infer(self.model, inputs, deadline, **options))
+        tensors = encode(schema, features, k, exclude, allow, filters)
+        request = self._calls.prepare(self.model, tensors, _wanted(explain), priority)
+        answer = await self._infer(self.model, request, deadline, headers)
+        return decode(schema, self._calls.read(answer))
 
     async def embed(
         self, model: str, features: dict[str, Any], headers: Mapping[str, str] | None = None
     ) -> Embedding:
         """Return a tower's vector; see `RecommendClient.embed`."""
         deadline = time.monotonic() + self.timeout_s
+        tower = await self._read_tower(model, deadline)
+        request = self._calls.prepare(model, encode_features(tower.features, features))
+        answer = await self._infer(model, request, deadline, headers)
+        return decode_vector(self._calls.read(answer))
+
+    async def tower(self, model: str) -> TowerSchema:
+        """Return what `embed_query` or `embed_items` takes, asked for once.
+
+        Raises:
+            ServerUnavailable: when no server answers, or it has no such model.
+        """
+        return await self._read_tower(model, time.monotonic() + self.timeout_s)
+
+    async def _read_tower(self, model: str, deadline: float) -> TowerSchema:
         async with self._schema_lock:
-            if model not in self._specs:
-                self._specs[model] = parse_specs(await self._model_config(model, deadline))
-        inputs = _inputs(self.protocol, encode_features(self._specs[model], features))
-        return decode_vector(await self._infer(model, inputs, deadline, headers=headers or None))
+            if model not in self._towers:
+                self._towers[model] = parse_tower(await self._model_config(model, deadline))
+            return self._towers[model]
 
     def forget(self) -> None:
         """Ask for the schema anew before the next request: the server may have another bundle."""
         self._schema = None
-        self._specs.clear()
+        self._towers.clear()
 
     async def has(self, model: str) -> bool:
         """Return whether the server has a model ready, as far as it says so in time."""
         try:
-            return bool(await self._try(lambda t: self._client.is_model_ready(model, **t),
-                                        time.monotonic() + self.timeout_s))  # fmt: skip
+            return self._calls.read_ready(
+                await self._try(lambda left_s: self._calls.is_ready(model, left_s),
+                                time.monotonic() + self.timeout_s)
+            )  # fmt: skip
         except UserError:
             return False
 
     async def prepare(
         self, features: dict[str, Any], *, k: int | None = None, exclude: Sequence[Any] = ()
-    ) -> list[Any]:
-        """Return a request encoded ahead of time for `ask`, as load tests do."""
-        return _inputs(self.protocol, encode(await self.schema(), features, k, exclude))
+    ) -> Any:
+        """Return a request made ahead of time for `ask`, as load tests do.
 
-    async def ask(self, prepared: list[Any]) -> Any:
-        """Return Triton's result of a prepared request; raises as `recommend`."""
-        deadline, outputs = time.monotonic() + self.timeout_s, _outputs(self.protocol, False)
-        return await self._infer(self.model, prepared, deadline, outputs=outputs)
+        A client whose `model` is `embed_query` asks by the features alone.
+        """
+        if self.model in EMBED:
+            tower = await self.tower(self.model)
+            return self._calls.prepare(self.model, encode_features(tower.features, features))
+        tensors = encode(await self.schema(), features, k, exclude)
+        return self._calls.prepare(self.model, tensors, _wanted(False))
 
-    async def _infer(self, model: str, inputs: list[Any], deadline: float, **options: Any) -> Any:
-        infer = self._client.infer
-        return await self._try(lambda t: infer(model, inputs, **options, **t), deadline)
+    async def ask(self, prepared: Any) -> Any:
+        """Return Triton's answer to a prepared request, unread; raises as `recommend`."""
+        return await self._infer(self.model, prepared, time.monotonic() + self.timeout_s, None)
 
-    async def _try(self, ask: Callable[[dict[str, float]], Awaitable[Any]], deadline: float) -> Any:
-        """Return what `ask` does, given the arguments of a try's deadline; asked again if safe."""
+    async def _infer(
+        self, model: str, request: Any, deadline: float, headers: Mapping[str, str] | None
+    ) -> Any:
+        infer = self._calls.infer
+        return await self._try(lambda left_s: infer(model, request, left_s, headers), deadline)
+
+    async def _try(self, ask: Callable[[float], Awaitable[Any]], deadline: float) -> Any:
+        """Return what `ask` does within the seconds that a try has left; asked again if safe."""
         tries = 0
         while True:
             tries += 1
             left = max(0.0, deadline - time.monotonic())
             try:
                 if self.protocol == "grpc":
-                    answer = await ask({"client_timeout": left})
+                    answer = await ask(left)
                 else:  # Triton's asyncio HTTP client has no deadline of its own
-                    answer = await asyncio.wait_for(ask({}), left)
+                    answer = await asyncio.wait_for(ask(left), left)
             except Exception as error:  # what the HTTP libraries raise, too
                 pause_s = _pause(explain(error, self.url), self._retries, tries, deadline)
                 await asyncio.sleep(pause_s)

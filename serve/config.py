@@ -10,7 +10,8 @@ from twotower.errors import UserError, one_of
 from twotower.serve.tls import TlsConfig
 
 MODEL = "recommend"
-EMBED = {"embed_query": "query", "embed_items": "item"}  # and the side
+EMBED_QUERY, EMBED_ITEMS = "embed_query", "embed_items"
+EMBED = {EMBED_QUERY: "query", EMBED_ITEMS: "item"}  # and the side
 SIMILAR = "similar"
 MODELS = (MODEL, *EMBED, SIMILAR)
 TARGETS = ("cpu", "gpu")
@@ -75,6 +76,9 @@ class ServeConfig:
     memory_limit_mb: int | None = None
     """Most memory of Triton while two bundles are loaded, in MB (1e6 bytes): a rollout that would
     need more is refused; none, for no limit."""
+    trace_url: str | None = None
+    """OpenTelemetry collector, http://HOST:4318/v1/traces, to which Triton sends spans of requests
+    that carry a traceparent; none, for no spans."""
     tls: TlsConfig = field(default_factory=TlsConfig)
     """Encryption of gRPC."""
 
@@ -123,6 +127,11 @@ class ServeConfig:
         for name in ("probe_interval_s", "probe_timeout_s", "load_timeout_s", "drain_s"):
             if not getattr(self, name) > 0:
                 raise UserError(f"serve.{name} must be > 0, got {getattr(self, name)}")
+        if self.trace_url is not None and not self.trace_url.startswith(("http://", "https://")):
+            raise UserError(
+                "serve.trace_url must be http://HOST:PORT/v1/traces, or https://, got "
+                f"'{self.trace_url}'"
+            )
         self.tls.validate()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Literal
 
+import grpc
 from aiohttp import ClientConnectionError
 from geventhttpclient.response import HTTPConnectionClosed
 from tritonclient.utils import InferenceServerException
@@ -33,10 +34,13 @@ class ServerUnavailable(UserError):
 
 
 def explain(error: Exception, url: str) -> UserError:
-    """Turn what a Triton client raises into an answer."""
+    """Turn what a client of Triton or of gRPC raises into an answer."""
     text, status = str(error), None
-    if isinstance(error, InferenceServerException):
-        text, status = error.message() or text, error.status()
+    if isinstance(error, (InferenceServerException, grpc.RpcError)):
+        if isinstance(error, InferenceServerException):
+            text, status = error.message() or text, error.status()
+        else:
+            text, status = error.details() or text, str(error.code())
         if status in ("400", "StatusCode.INVALID_ARGUMENT"):
             return UserError(f"{url} refused the request: {text}")
         if status in ("500", "StatusCode.INTERNAL"):

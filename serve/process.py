@@ -6,13 +6,13 @@ anew for every process and that this module alone holds.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -25,12 +25,12 @@ import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
 from twotower.errors import UserError
-from twotower.serve.client import channel_options
 from twotower.serve.config import ServeConfig
 from twotower.serve.hold import REPOSITORY
 from twotower.serve.procfs import command_of, descendants
 from twotower.serve.repository import TARGET
 from twotower.serve.runtime import Runtime, find_runtime
+from twotower.serve.transport import channel_options
 
 PORTS = ("http_port", "grpc_port", "metrics_port")
 ADMIN_HEADER = "admin-key"
@@ -42,7 +42,15 @@ STOP_S = 10.0
 QUIET_S = 0.5
 # Our own server is on this machine, so no request to it may go to a proxy of the environment.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-PR_SET_PDEATHSIG = 1
+# Run in the child, before Triton in the same process: told to end when its parent does (prctl 1 is
+# PR_SET_PDEATHSIG, 15 SIGTERM), however that comes. A `preexec_fn` would do, but makes Python fork
+# with the handlers of gRPC, which may abort the child of a process that has gRPC's threads.
+ENDS_WITH_ITS_PARENT = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class TritonProcess:
@@ -99,6 +107,7 @@ class TritonProcess:
             "--model-control-mode=explicit",
             *(f"--load-model={name}" for name in c.models),
             *_limits(c),
+            *_tracing(c),
             f"--exit-timeout-secs={max(1, round(c.drain_s / 2))}",
             "--allow-gpu-metrics=false",
             f"--http-restricted-api={ADMIN}:{ADMIN_HEADER}={self._admin_key}",
@@ -108,14 +117,12 @@ class TritonProcess:
         for name, host in hosts.items():
             command += [f"--{name}-port={getattr(c, f'{name}_port')}", f"--{name}-address={host}"]
         command += c.tls.flags()
-        # Loaded before the fork, since a child of a threaded process may not take locks.
-        prctl = ctypes.CDLL(None).prctl
         # Appended, so that a restart keeps the reason of the crash.
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, env=self.runtime.environment(), cwd=self.work_dir, stdout=log,
+                [sys.executable, "-ISc", ENDS_WITH_ITS_PARENT, str(os.getpid()), *command],
+                env=self.runtime.environment(), cwd=self.work_dir, stdout=log,
                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
             )  # fmt: skip
 
     def _wait_ready(self) -> None:
@@ -156,7 +163,7 @@ class TritonProcess:
         It is gRPC's, since Triton loads in a thread of its own there. Over HTTP a load holds one of
         the few threads that requests are answered by, and every connection that shares it waits.
         """
-        options = channel_options(self.grpc_url, "grpc", False, self.config.tls.client())
+        options = channel_options(self.grpc_url, False, self.config.tls.client())
         client = grpc.InferenceServerClient(self.grpc_url, **options)
         try:
             yield client, {f"triton-grpc-protocol-{ADMIN_HEADER}": self._admin_key}
@@ -264,6 +271,15 @@ def _limits(config: ServeConfig) -> list[str]:
             f"--rate-limit-resource=batch:{config.concurrent_batches}",
         ]
     return options
+
+
+def _tracing(config: ServeConfig) -> list[str]:
+    if config.trace_url is None:
+        return []
+    settings = ("mode=opentelemetry", f"opentelemetry,url={config.trace_url}", "level=TIMESTAMPS",
+                # A request with a traceparent is always traced, and of others 1 in so many.
+                f"rate={2**31 - 1}")  # fmt: skip
+    return [f"--trace-config={setting}" for setting in settings]
 
 
 def choose_ports(config: ServeConfig) -> ServeConfig:

@@ -55,9 +55,9 @@ TRITON = Path(triton.__file__).parent
 SEARCH = Path(bundles.__file__).with_name("search.py")
 # The first one is the model itself.
 CODE = {
-    MODEL: ("recommend.py", "answers.py", "features.py", "filters.py", "tower.py"),
-    SIMILAR: ("similar.py", "answers.py", "features.py", "filters.py"),
-    **dict.fromkeys(EMBED, ("embed.py", "features.py", "tower.py")),
+    MODEL: ("recommend.py", "answers.py", "features.py", "filters.py", "tower.py", "wire.py"),
+    SIMILAR: ("similar.py", "answers.py", "features.py", "filters.py", "wire.py"),
+    **dict.fromkeys(EMBED, ("embed.py", "features.py", "tower.py", "wire.py")),
 }
 SEARCHES = (MODEL, SIMILAR)
 # What `twotower serve` proves a rendered repository by, and its settings.

@@ -22,6 +22,8 @@ WIRE = {"string": "BYTES", "int64": "INT64", "float32": "FP32"}
 VALUES = {"string": str, "int64": int, "bool": bool}
 OUTPUTS = ("item_ids", "scores", "version")
 Tensors = dict[str, tuple[str, npt.NDArray[Any]]]
+# Of an answer's one row, the values of each tensor; strings as bytes.
+Outputs = dict[str, list[Any]]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 # 35,000 years: what is more is in milliseconds, or another number.
 MAX_SECONDS = 1 << 40
@@ -76,16 +78,24 @@ class Schema:
     features: list[TensorSpec]
 
 
+@dataclass(frozen=True)
+class TowerSchema:
+    """What `embed_query` or `embed_items` says of itself: the bundle, and its raw features."""
+
+    version: int
+    features: list[TensorSpec]
+
+
 def parse_schema(config: dict[str, Any]) -> Schema:
     """Read the schema from a model's configuration as JSON."""
     raw = json.loads(config["parameters"]["schema"]["string_value"])
     return Schema(**(raw | {"features": [TensorSpec(**f) for f in raw["features"]]}))
 
 
-def parse_specs(config: dict[str, Any]) -> list[TensorSpec]:
-    """Read the raw features of `embed_query` or `embed_items` from its configuration as JSON."""
+def parse_tower(config: dict[str, Any]) -> TowerSchema:
+    """Read what `embed_query` or `embed_items` says of itself from its configuration as JSON."""
     raw = json.loads(config["parameters"]["schema"]["string_value"])
-    return [TensorSpec(**f) for f in raw["features"]]
+    return TowerSchema(raw["version"], [TensorSpec(**f) for f in raw["features"]])
 
 
 def encode(
@@ -289,35 +299,33 @@ def _ids(dtype: str, values: list[Any]) -> npt.NDArray[Any]:
     return np.array([values or [PAD_INT64]], dtype=np.int64)
 
 
-def decode(schema: Schema, result: Any) -> Recommendation:
-    """Return the answer in a Triton result.
+def decode(schema: Schema, outputs: Outputs) -> Recommendation:
+    """Return the answer in Triton's outputs.
 
     Raises:
         UserError: for an empty one.
     """
-    _refuse_empty(result, "item_ids")
-    ids, scores = result.as_numpy("item_ids")[0], result.as_numpy("scores")[0]
-    explanation = result.as_numpy("explanation")
-    text = schema.item_id_dtype == "string"
+    _refuse_empty(outputs, "item_ids")
+    ids = outputs["item_ids"]
+    if schema.item_id_dtype == "string":
+        ids = [i.decode() for i in ids]
+    (explanation,) = outputs.get("explanation", [None])
     return Recommendation(
-        [i.decode() if text else int(i) for i in ids],
-        [float(s) for s in scores],
-        int(result.as_numpy("version")[0, 0]),
-        None if explanation is None else json.loads(explanation[0, 0]),
-    )
+        ids, outputs["scores"], outputs["version"][0],
+        None if explanation is None else json.loads(explanation),
+    )  # fmt: skip
 
 
-def _refuse_empty(result: Any, name: str) -> None:
+def _refuse_empty(outputs: Outputs, name: str) -> None:
     # tritonserver 2.51's response cache keeps of a request that was refused an empty answer.
-    if result.as_numpy(name) is None:
+    if name not in outputs:
         raise UserError(
             "the server refused this request before, and its response cache has not kept why "
             "(serve.response_cache_mb): send it once with another k to read the reason"
         )
 
 
-def decode_vector(result: Any) -> Embedding:
-    """Return the vector in a Triton result; raises as `decode`."""
-    _refuse_empty(result, "vector")
-    vector, version = result.as_numpy("vector"), result.as_numpy("version")
-    return Embedding(vector[0].tolist(), int(version[0, 0]))
+def decode_vector(outputs: Outputs) -> Embedding:
+    """Return the vector in Triton's outputs; raises as `decode`."""
+    _refuse_empty(outputs, "vector")
+    return Embedding(outputs["vector"], outputs["version"][0])

@@ -2,10 +2,11 @@
 
 POST /v1/recommend   items for a user          GET /healthz        whether answers come
 POST /v1/similar     items near another        GET /metrics        for Prometheus
-POST /v1/embed       a query's vector          GET /openapi.json, /docs
+POST /v1/embed       a tower's vector          GET /openapi.json, /docs
 POST /v1/events      what a user has taken
 
-/v1/similar and /v1/embed are there where the server has the models `similar` and `embed_query`.
+/v1/similar and /v1/embed are there where the server has the models `similar`, and `embed_query` or
+`embed_items`.
 """
 
 from __future__ import annotations
@@ -16,24 +17,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from twotower.errors import UserError, did_you_mean
 from twotower.serve.client import ServerUnavailable
+from twotower.serve.config import EMBED as EMBED_MODELS
 from twotower.serve.config import SIMILAR as SIMILAR_MODEL
-from twotower.serve.gateway.errors import ErrorAnswer, Refusal, json_response, refusal_response
+from twotower.serve.gateway.errors import ErrorAnswer, Refusal, explain_errors, json_response
 from twotower.serve.gateway.front import HEALTH
 from twotower.serve.gateway.keys import Keys
 from twotower.serve.gateway.observe import Metrics, Trail
 from twotower.serve.gateway.recommender import Ask, Recommender
-from twotower.serve.gateway.replicas import EMBED_QUERY
 from twotower.serve.gateway.schemas import (
     EMBED,
     EVENTS,
+    ITEM_FEATURES,
     RECOMMEND,
     SIMILAR,
     Bodies,
@@ -55,7 +54,6 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 # A probe of every second costs one query a second, whoever asks and however often.
 HEALTH_S = 1.0
-SHOWN = 80
 
 
 class Endpoints:
@@ -85,10 +83,10 @@ class Endpoints:
                 response_model=self._bodies.answer, responses=REFUSALS,
                 summary="Find items near another",
             )  # fmt: skip
-        if EMBED_QUERY in self._models:
+        if EMBED_MODELS.keys() & set(self._models):
             app.add_api_route(
                 EMBED, self.embed_endpoint(), methods=["POST"], response_model=EmbedAnswer,
-                responses=REFUSALS, summary="Embed a query",
+                responses=REFUSALS, summary="Embed a query, or an item",
             )  # fmt: skip
         app.add_api_route(
             EVENTS, events, methods=["POST"], response_model=EventsAnswer,
@@ -129,11 +127,8 @@ class Endpoints:
         """Return the handler of `POST /v1/embed`."""
 
         async def embed(request: Request, body: Any) -> Response:
-            ask = Ask(
-                **_asker(body), k=1, exclude=[], filter_seen=False, timeout_ms=body.timeout_ms
-            )  # fmt: skip
             try:
-                return json_response(await self._recommender.embed(ask, _trail(request)))
+                return json_response(await self._embedded(body, _trail(request)))
             except (ServerUnavailable, StoreUnavailable) as error:
                 late = "the store" if isinstance(error, StoreUnavailable) else "the model"
                 raise Refusal(
@@ -144,13 +139,28 @@ class Endpoints:
         embed.__annotations__["body"] = self._bodies.embed
         return embed
 
+    async def _embedded(self, body: Any, trail: Trail) -> dict[str, Any]:
+        item = getattr(body, ITEM_FEATURES, None)
+        if item is None:
+            ask = Ask(
+                **_asker(body), k=1, exclude=[], filter_seen=False, timeout_ms=body.timeout_ms
+            )  # fmt: skip
+            return await self._recommender.embed(ask, trail)
+        if others := body.model_fields_set - {ITEM_FEATURES, "timeout_ms"}:
+            raise Refusal(
+                422, f"{ITEM_FEATURES} stands beside {', '.join(sorted(others))}", "body",
+                "an item, or a query", "leave one of them out: a request has one vector",
+            )  # fmt: skip
+        features = item.model_dump(by_alias=True)
+        return await self._recommender.embed_item(features, body.timeout_ms, trail)
+
     def events_endpoint(self) -> Any:
         """Return the handler of `POST /v1/events`."""
 
         async def events(body: Any) -> Response:
             items, times = [e.item for e in body.events], [e.time for e in body.events]
             try:
-                await self._recommender.append(body.user, items, times)
+                await self._recommender.users.append(body.user, items, times)
             except StoreUnavailable:
                 raise Refusal(
                     503, "the store has not taken the events", "gateway.store", "a store that "
@@ -209,14 +219,18 @@ def build_app(
     metrics: Metrics,
 ) -> FastAPI:  # fmt: skip
     """Return what answers behind the `Front`."""
-    app = FastAPI(title="twotower gateway", description=DESCRIPTION, redoc_url=None)
+    app = FastAPI(
+        title="twotower gateway", description=DESCRIPTION, redoc_url=None,
+        # Newer ones would make spans of their own beside `Front`'s; older ones know no such key.
+        telemetry={"tracing": False},
+    )  # fmt: skip
     Endpoints(recommender, bodies, models).add_to(app)
 
     async def show_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     app.add_api_route("/metrics", show_metrics, methods=["GET"], include_in_schema=False)
-    _explain_errors(app, bodies)
+    explain_errors(app, bodies)
     if keys is not None:
         _document_keys(app)
     return app
@@ -225,60 +239,6 @@ def build_app(
 def _trail(request: Request) -> Trail:
     trail: Trail = request.state.trail
     return trail
-
-
-def _explain_errors(app: FastAPI, bodies: Bodies) -> None:
-    async def refused(_: Request, error: Exception) -> Response:
-        assert isinstance(error, Refusal)
-        return refusal_response(error)
-
-    async def unfit(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        # A misspelt field is the cause of one that is missing.
-        found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        return refusal_response(_unfit(found[0], request.url.path, bodies))
-
-    async def unanswerable(_: Request, error: Exception) -> Response:
-        # What Triton refuses begins with its address, which is none of the caller's business.
-        text = str(error).rpartition(" refused the request: ")[2]
-        return refusal_response(
-            Refusal(422, text, "body", "a request that the model can answer",
-                    "change what is named; /openapi.json describes the body")
-        )  # fmt: skip
-
-    async def http_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        response = refusal_response(
-            Refusal(error.status_code, str(error.detail), "request", "a path and method of "
-                    "/openapi.json, with a JSON body", "change the request")
-        )  # fmt: skip
-        response.headers.update(error.headers or {})
-        return response
-
-    app.add_exception_handler(Refusal, refused)
-    app.add_exception_handler(RequestValidationError, unfit)
-    app.add_exception_handler(UserError, unanswerable)
-    app.add_exception_handler(HTTPException, http_error)
-
-
-def _unfit(error: Any, path: str, bodies: Bodies) -> Refusal:
-    """Return the refusal of what pydantic found wrong, without the value itself."""
-    if error["type"] == "json_invalid":
-        return Refusal(
-            400, "the body is no JSON", "body", "a JSON object", "check its quotes and brackets"
-        )  # fmt: skip
-    *parents, last = (str(part)[:SHOWN] for part in error["loc"])
-    where = ".".join([*parents, last])
-    if error["type"] == "extra_forbidden":
-        known = bodies.names(path, parents)
-        return Refusal(
-            422, f"there is no '{last}' here", where, f"one of {', '.join(known)}",
-            f"remove it{did_you_mean(last, known)}",
-        )  # fmt: skip
-    return Refusal(
-        422, f"{where} does not fit", where, str(error["msg"]),
-        "change it; /openapi.json describes the body",
-    )  # fmt: skip
 
 
 def _document_keys(app: FastAPI) -> None:

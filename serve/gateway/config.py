@@ -4,11 +4,56 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from twotower.errors import UserError
 
 MEMORY = "memory"
 STORES = (MEMORY, "redis://HOST:PORT/DB", "rediss://HOST:PORT/DB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeastConfig:
+    """Which features of users come from Feast."""
+
+    url: str | None = None
+    """Feast's feature server, http://HOST:PORT or https://HOST:PORT, whose bearer token may come in
+    TWOTOWER_FEAST_TOKEN; none, for features from `store` alone."""
+    service: str | None = None
+    """Feature service, whose features are called as the model's and go before those of `store`."""
+    entity: str = "user_id"
+    """Join key of its entity, as which the user's id is sent."""
+    timeout_ms: float = 50.0
+    """A feature server that has not answered for this long is done without."""
+
+    def validate(self, deadline_ms: float) -> None:
+        """Refuse what could not work.
+
+        Args:
+            deadline_ms: of the gateway.
+
+        Raises:
+            UserError: naming the key.
+        """
+        if self.url is None:
+            return
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            shown = self.url.rpartition("@")[2]  # without a password
+            raise UserError(
+                f"gateway.feast.url must be http://HOST:PORT or https://HOST:PORT, got '{shown}'"
+            )
+        if not self.service or not self.entity:
+            raise UserError(
+                "gateway.feast.service and gateway.feast.entity must be named where "
+                "gateway.feast.url is: those that `feast feature-services list` and `feast "
+                "entities list` show"
+            )
+        if not 0 < self.timeout_ms < deadline_ms:
+            raise UserError(
+                f"gateway.feast.timeout_ms must be above 0 and below gateway.deadline_ms "
+                f"({deadline_ms:g}), got {self.timeout_ms:g}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +72,8 @@ class GatewayConfig:
     end), or redis://HOST:PORT/DB, whose password may come in TWOTOWER_REDIS_PASSWORD."""
     store_timeout_ms: float = 20.0
     """A store that has not answered for this long is done without."""
+    feast: FeastConfig = field(default_factory=FeastConfig)
+    """A feature store beside it."""
     history_length: int = 500
     """Newest items kept of a user, all of which are filtered as seen; longer than any window."""
     segment_by: str | None = None
@@ -79,6 +126,7 @@ class GatewayConfig:
                 "gateway.hedge_after_ms must be above 0 and below gateway.deadline_ms "
                 f"({self.deadline_ms:g}), got {self.hedge_after_ms:g}"
             )
+        self.feast.validate(self.deadline_ms)
         for address in self.triton:
             port = address.rpartition(":")[2]
             if "://" in address or ":" not in address or not port.isdigit():

@@ -9,6 +9,7 @@ import asyncio
 import re
 import time
 import uuid
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from starlette.applications import Starlette
@@ -17,12 +18,15 @@ from starlette.types import Message, Receive, Scope, Send
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.errors import Refusal, refusal_response
 from twotower.serve.gateway.keys import Keys
-from twotower.serve.gateway.observe import LOG, TRACEPARENT, Metrics, Trail, span
+from twotower.serve.gateway.observe import LOG, TRACEPARENT, Metrics, Trail
+from twotower.serve.gateway.tracing import end_request, request_span
 
 # Open to all, since a probe has no key: it says whether answers come, and nothing else.
 HEALTH = "/healthz"
 # A body that takes longer is a caller that does not send.
 BODY_S = 5.0
+# Of a path, in the log and in spans.
+SHOWN = 200
 
 
 class CallerGone(Exception):
@@ -70,20 +74,37 @@ class Front:
                 ]  # fmt: skip
             await send(message)
 
-        path = scope["path"]
-        with span(f"{scope['method']} {path}", trail.traceparent):
+        error = None
+        with self._span(scope, trail) as current:
             try:
                 await self._admit(scope, headers, trail, receive, answer)
             except Refusal as refusal:
                 await refusal_response(refusal)(scope, receive, answer)
             except CallerGone:
                 pass
-            except Exception:
+            except Exception as unexpected:
                 # A mistake of ours: the log has all of it, the caller a way on.
+                error = unexpected
                 LOG.exception("unexpected", extra={"fields": {"request_id": trail.request_id}})
                 if status == 499:
                     await refusal_response(_unexpected(trail))(scope, receive, answer)
+            end_request(current, status, error, {
+                "twotower.fallback": trail.fallback, "twotower.version": trail.version,
+                "twotower.request_id": trail.request_id,
+            })  # fmt: skip
         self._note(scope, trail, status, time.perf_counter() - started)
+
+    def _span(self, scope: Scope, trail: Trail) -> AbstractContextManager[Any]:
+        if scope["path"] == HEALTH:  # one a second would hide the requests
+            return nullcontext()
+        return request_span(
+            f"{scope['method']} {self._endpoint(scope)}", trail.traceparent,
+            {"http.request.method": scope["method"], "url.path": scope["path"][:SHOWN]},
+        )  # fmt: skip
+
+    def _endpoint(self, scope: Scope) -> str:
+        """Return the path if it is one of ours: any number of others is one."""
+        return scope["path"] if scope["path"] in self.endpoints else "other"
 
     async def _admit(
         self, scope: Scope, headers: dict[str, str], trail: Trail, receive: Receive, send: Send
@@ -163,15 +184,14 @@ class Front:
         return b"".join(parts)
 
     def _note(self, scope: Scope, trail: Trail, status: int, seconds: float) -> None:
-        path = scope["path"]
-        endpoint = path if path in self.endpoints else "other"
+        path, endpoint = scope["path"], self._endpoint(scope)
         self.metrics.requests.labels(endpoint, str(status), trail.key).inc()
         self.metrics.seconds.labels(endpoint).observe(seconds)
         if path == HEALTH and status == 200:
             return
         fields: dict[str, Any] = {
             "request_id": trail.request_id, "key": trail.key, "method": scope["method"],
-            "path": path[:200], "status": status, "ms": round(seconds * 1000, 2),
+            "path": path[:SHOWN], "status": status, "ms": round(seconds * 1000, 2),
             "version": trail.version, "fallback": trail.fallback,
         }  # fmt: skip
         LOG.info("request", extra={"fields": fields})

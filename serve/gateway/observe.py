@@ -1,4 +1,4 @@
-"""What is seen of the gateway: Prometheus metrics, JSON log lines, and traces."""
+"""What is seen of the gateway: Prometheus metrics and JSON log lines."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 from prometheus_client import (
@@ -24,7 +20,6 @@ from prometheus_client import (
 
 LOG = logging.getLogger("twotower.gateway")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-HAS_TRACES = find_spec("opentelemetry") is not None
 # Of seconds: around the deadlines that are usual, from a fast store to a slow model.
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
@@ -67,10 +62,10 @@ class Metrics:
             "fallbacks", "Answers from popularity, by what had failed.", ["reason"], **shared
         )
         self.store_seconds = Histogram(
-            "store_seconds", "Time of the store's answers.", buckets=BUCKETS, **shared
+            "store_seconds", "Time of look-ups.", ["of"], buckets=BUCKETS, **shared
         )
         self.store_failures = Counter(
-            "store_failures", "Look-ups without an answer.", ["kind"], **shared
+            "store_failures", "Look-ups without an answer.", ["of", "kind"], **shared
         )
         self.model_seconds = Histogram(
             "model_seconds", "Time of the model's answers.", buckets=BUCKETS, **shared
@@ -109,40 +104,3 @@ def log_to_stderr() -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO if name == "twotower.gateway" else logging.WARNING)
-
-
-@contextmanager
-def span(name: str, parent: str | None = None) -> Iterator[None]:
-    """Trace the block, where OpenTelemetry is installed.
-
-    Args:
-        name: of the span.
-        parent: the caller's traceparent; without one, the span under way is the parent.
-    """
-    if not HAS_TRACES:
-        yield
-        return
-    from opentelemetry import propagate
-
-    context = propagate.extract({"traceparent": parent}) if parent else None
-    with _tracer().start_as_current_span(name, context):
-        yield
-
-
-@cache
-def _tracer() -> Any:
-    from opentelemetry import trace
-
-    return trace.get_tracer("twotower.gateway")
-
-
-def trace_headers(trail: Trail) -> Mapping[str, str]:
-    """Return what carries the trace on to Triton; the caller's own where nothing is traced here."""
-    headers: dict[str, str] = {}
-    if HAS_TRACES:
-        from opentelemetry import propagate
-
-        propagate.inject(headers)
-    if not headers and trail.traceparent:
-        headers["traceparent"] = trail.traceparent
-    return headers

@@ -1,26 +1,25 @@
-"""From a request to an answer: the store, then the model; popularity where one is silent."""
+"""From a request to an answer: the stores, then the model; popularity where one is silent."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
+from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
 from twotower.serve.client import ServerUnavailable
-from twotower.serve.config import SIMILAR
-from twotower.serve.gateway.breaker import Breaker
+from twotower.serve.config import EMBED_ITEMS, EMBED_QUERY, SIMILAR
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.defaults import Defaults
-from twotower.serve.gateway.observe import Metrics, Trail, span, trace_headers
-from twotower.serve.gateway.replicas import EMBED_QUERY, Query, Replicas
-from twotower.serve.gateway.store import DamagedRecord, HistoryStore, Record, StoreUnavailable
-from twotower.serve.request import Schema
+from twotower.serve.gateway.observe import Metrics, Trail
+from twotower.serve.gateway.replica import Query
+from twotower.serve.gateway.replicas import Replicas
+from twotower.serve.gateway.store import Record, StoreUnavailable
+from twotower.serve.gateway.tracing import span
+from twotower.serve.gateway.users import Users
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,26 +43,19 @@ class Recommender:
     """Answers requests.
 
     Args:
-        schema: of the served model.
-        record: type by which what the store holds is checked.
-        defaults: what is known without the store.
-        store: what knows the users.
+        defaults: what is known without the stores; others may take their place.
+        users: what the stores know.
         replicas: the servers of the model.
         config: of the gateway.
         metrics: to count in.
     """
 
     def __init__(
-        self, schema: Schema, record: type[BaseModel], defaults: Defaults, store: HistoryStore,
-        replicas: Replicas, config: GatewayConfig, metrics: Metrics,
+        self, defaults: Defaults, users: Users, replicas: Replicas, config: GatewayConfig,
+        metrics: Metrics,
     ) -> None:  # fmt: skip
-        self.store, self.replicas, self._config, self._metrics = store, replicas, config, metrics
-        self.take(schema, record, defaults)
-        self._breaker = Breaker(config.failures, config.retry_s)
-
-    def take(self, schema: Schema, record: type[BaseModel], defaults: Defaults) -> None:
-        """Answer by another schema from now on; the arguments are those of the class."""
-        self.schema, self._record, self.defaults = schema, record, defaults
+        self.defaults, self.users, self._replicas = defaults, users, replicas
+        self._config, self._metrics = config, metrics
 
     async def recommend(self, ask: Ask, trail: Trail) -> dict[str, Any]:
         """Return the answer as JSON-like values.
@@ -72,27 +64,22 @@ class Recommender:
             UserError: for a request that the model refuses.
         """
         end = time.monotonic() + ask.timeout_ms / 1000
-        record: Record | None = None
-        if ask.user is not None:
-            try:
-                with span("store"):
-                    record = await self.look_up(ask.user, end - time.monotonic())
-            except StoreUnavailable:
-                return self._popular(ask, trail, "store", ask.features, self._excluded(ask, None))
-        excluded = self._excluded(ask, record)
+        record, silent = await self.users.look_up(ask.user, end - time.monotonic())
+        known, excluded = self._known(ask, record), self._excluded(ask, record)
+        if silent:
+            return self._popular(ask, trail, silent, known, excluded)
         query = Query(
-            partial(self.features_of, ask, record), ask.k, excluded, trace_headers(trail),
-            ask.allow, ask.filters, ask.explain,
+            partial(self.features_of, ask, record), ask.k, excluded, ask.allow, ask.filters,
+            ask.explain,
         )  # fmt: skip
-        known = self._known(ask, record)
         return await self._asked(query, ask, trail, end, known, excluded)
 
     async def similar(self, item: Any, ask: Ask, trail: Trail) -> dict[str, Any]:
         """Return the items nearest to one, as `recommend` does."""
         end = time.monotonic() + ask.timeout_ms / 1000
         query = Query(
-            lambda _: {"item": item}, ask.k, ask.exclude, trace_headers(trail), ask.allow,
-            ask.filters, ask.explain, SIMILAR,
+            lambda _: {"item": item}, ask.k, ask.exclude, ask.allow, ask.filters, ask.explain,
+            SIMILAR,
         )  # fmt: skip
         return await self._asked(query, ask, trail, end, {}, [*ask.exclude, item])
 
@@ -101,30 +88,43 @@ class Recommender:
 
         Raises:
             ServerUnavailable: when none came in time; nothing stands in for a vector.
-            StoreUnavailable: when the store does not tell what the query needs.
+            StoreUnavailable: when a store does not tell what the query needs.
         """
         end = time.monotonic() + ask.timeout_ms / 1000
-        record = None
-        if ask.user is not None:
-            with span("store"):
-                record = await self.look_up(ask.user, end - time.monotonic())
-        query = Query(partial(self.features_of, ask, record), None, [], trace_headers(trail),
-                      model=EMBED_QUERY)  # fmt: skip
-        with span("model"):
-            answer = await self.replicas.ask(query, end - time.monotonic())
-        trail.version = answer.version
-        return {"vector": answer.vector, "version": answer.version}
+        record, silent = await self.users.look_up(ask.user, end - time.monotonic())
+        if silent:
+            raise StoreUnavailable(silent)
+        query = Query(partial(self.features_of, ask, record), model=EMBED_QUERY)
+        return await self._embedded(query, trail, end)
+
+    async def embed_item(
+        self, features: dict[str, Any], timeout_ms: float, trail: Trail
+    ) -> dict[str, Any]:
+        """Return an item's vector, by all its features; raises as `embed`."""
+        end = time.monotonic() + timeout_ms / 1000
+        query = Query(partial(_those_of, features), model=EMBED_ITEMS)
+        return await self._embedded(query, trail, end)
+
+    async def health(self) -> tuple[bool, bool]:
+        """Return whether the model answers a real request in time, and the stores a ping."""
+        timeout_ms = self._config.deadline_ms
+        ask = Ask(features={}, k=1, exclude=[], filter_seen=False, timeout_ms=timeout_ms)
+        query = Query(partial(self.features_of, ask, None), ask.k)
+        try:
+            answer = await self._replicas.ask(query, timeout_ms / 1000)
+            model = bool(answer.item_ids)
+        except UserError:
+            model = False
+        return model, await self.users.answer()
 
     async def _asked(
         self, query: Query, ask: Ask, trail: Trail, end: float, known: dict[str, Any],
         excluded: list[Any],
     ) -> dict[str, Any]:  # fmt: skip
         try:
-            with span("model"):
-                answer = await self.replicas.ask(query, end - time.monotonic())
+            answer = await self._from_model(query, trail, end)
         except ServerUnavailable:
             return self._popular(ask, trail, "model", known, excluded)
-        trail.version = answer.version
         items = zip(answer.item_ids, answer.scores, strict=True)
         return {
             "items": [{"id": item, "score": score} for item, score in items],
@@ -132,98 +132,33 @@ class Recommender:
             "explanation": answer.explanation,
         }  # fmt: skip
 
-    async def look_up(self, user: Any, left_s: float) -> Record | None:
-        """Return what the store knows of a user, None for one that it does not know.
+    async def _embedded(self, query: Query, trail: Trail, end: float) -> dict[str, Any]:
+        answer = await self._from_model(query, trail, end)
+        return {"vector": answer.vector, "version": answer.version}
 
-        Raises:
-            StoreUnavailable: when it has not told it in time, or its circuit is open.
-        """
-        started = time.monotonic()
-        timeout_s = self._config.store_timeout_ms / 1000
-        record = await self._from_store(self.store.get(user), timeout_s, left_s)
-        self._metrics.store_seconds.observe(time.monotonic() - started)
-        if record is None:
-            return None
-        # What another job or a mistake has left there is no fault of the caller's.
-        names = {spec.name for spec in self.schema.features}
-        known = {n: v for n, v in record.features.items() if n in names}
-        record = Record(known, record.items, record.times)
-        try:
-            self._record.model_validate(vars(record))
-        except ValidationError as error:
-            self._metrics.store_failures.labels("damaged").inc()
-            raise DamagedRecord(f"user {user!r}: {error.errors()[0]['msg']}") from None
-        return record
+    async def _from_model(self, query: Query, trail: Trail, end: float) -> Any:
+        with span("model"):
+            answer = await self._replicas.ask(query, end - time.monotonic(), trail.traceparent)
+        trail.version = answer.version
+        return answer
 
-    async def append(self, user: Any, items: Sequence[Any], times: Sequence[int | None]) -> None:
-        """Add events to a user's history.
-
-        Raises:
-            StoreUnavailable: when the store has not taken them.
-        """
-        # Nobody waits for an answer that the model must still give.
-        timeout_s = self._config.deadline_ms / 1000
-        await self._from_store(self.store.append(user, items, times), timeout_s, timeout_s)
-
-    async def health(self) -> tuple[bool, bool]:
-        """Return whether the model answers a real request in time, and the store a ping."""
-        ask = Ask(
-            features={}, k=1, exclude=[], filter_seen=False, timeout_ms=self._config.deadline_ms
-        )
-        query = Query(partial(self.features_of, ask, None), 1, [], {})
-        timeout_s = ask.timeout_ms / 1000
-        try:
-            answer = await self.replicas.ask(query, timeout_s)
-            model = bool(answer.item_ids)
-        except UserError:
-            model = False
-        try:
-            await self._from_store(self.store.ping(), timeout_s, timeout_s)
-        except StoreUnavailable:
-            return model, False
-        return model, True
-
-    async def _from_store(self, asked: Any, timeout_s: float, left_s: float) -> Any:
-        """Return the store's answer, within its time-out and what is left to the caller."""
-        if not self._breaker.allows():
-            asked.close()
-            self._metrics.store_failures.labels("circuit open").inc()
-            raise StoreUnavailable("the circuit to it is open")
-        try:
-            result = await _within(asked, max(0.0, min(timeout_s, left_s)))
-        except DamagedRecord:
-            self._breaker.succeeded()
-            self._metrics.store_failures.labels("damaged").inc()
-            raise
-        except (StoreUnavailable, asyncio.TimeoutError) as error:
-            late = isinstance(error, asyncio.TimeoutError)
-            if not late or left_s >= timeout_s:  # else the caller gave it hardly any time
-                self._breaker.failed()
-            self._metrics.store_failures.labels("time-out" if late else "error").inc()
-            self._metrics.circuit_open.labels("store").set(self._breaker.is_open)
-            raise StoreUnavailable(str(error) or "no answer in time") from None
-        self._breaker.succeeded()
-        self._metrics.circuit_open.labels("store").set(0)
-        return result
-
-    def features_of(self, ask: Ask, record: Record | None, schema: Schema) -> dict[str, Any]:
-        """Return every feature of a model: the caller's, else the store's, else the default.
+    def features_of(
+        self, ask: Ask, record: Record | None, specs: Sequence[TensorSpec]
+    ) -> dict[str, Any]:
+        """Return every feature of a model: the caller's, else the stores', else the default.
 
         Raises:
             ServerUnavailable: for a server of an older model, whose features are no longer known.
         """
         features = self._known(ask, record)
         items, times = _history(ask, record)
-        windows = {s.name: s.length for s in schema.features if s.kind == "history"}
-        for spec in schema.features:
+        windows = {s.name: s.length for s in specs if s.kind == "history"}
+        for spec in specs:
             if spec.kind == "history":
                 features[spec.name] = items[-spec.length :]
             elif spec.kind == "times":
                 features[spec.name] = times[-windows[spec.of] :]
-        names = [spec.name for spec in schema.features]
-        if missing := [name for name in names if name not in features]:
-            raise ServerUnavailable(f"version {schema.version} asks for {', '.join(missing)}")
-        return {name: features[name] for name in names}
+        return _those_of(features, specs)
 
     def _known(self, ask: Ask, record: Record | None) -> dict[str, Any]:
         """Return all that is known of who asks, but for the history."""
@@ -258,22 +193,12 @@ class Recommender:
         }  # fmt: skip
 
 
-async def _within(asked: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
-    """Return an outcome, or raise `asyncio.TimeoutError`.
-
-    Time in which this process did not get to run is given to the store again: the answer may lie in
-    the socket, and `asyncio.wait_for` would throw it away.
-    """
-    task, end = asyncio.ensure_future(asked), time.monotonic() + timeout_s
-    done, _ = await asyncio.wait({task}, timeout=timeout_s)
-    if not done:
-        done, _ = await asyncio.wait({task}, timeout=max(0.0, time.monotonic() - end))
-    if done:
-        return task.result()
-    task.cancel()
-    # Asyncio would complain of a failure that nobody has looked at.
-    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-    raise asyncio.TimeoutError
+def _those_of(features: dict[str, Any], specs: Sequence[TensorSpec]) -> dict[str, Any]:
+    """Return the features that a server takes, which may be of another bundle than the request."""
+    names = [spec.name for spec in specs]
+    if missing := [name for name in names if name not in features]:
+        raise ServerUnavailable(f"it asks for {', '.join(missing)}")
+    return {name: features[name] for name in names}
 
 
 def _history(ask: Ask, record: Record | None) -> tuple[list[Any], list[int | None]]:

@@ -4,65 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import Any
 
+from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
-from twotower.serve.client import AsyncRecommendClient, ServerUnavailable
-from twotower.serve.config import MODEL, SIMILAR
+from twotower.serve.client import ServerUnavailable
+from twotower.serve.config import EMBED_ITEMS, MODELS
 from twotower.serve.gateway.breaker import Breaker
 from twotower.serve.gateway.config import GatewayConfig
+from twotower.serve.gateway.following import Following
 from twotower.serve.gateway.observe import Metrics
+from twotower.serve.gateway.replica import Query, Replica
 from twotower.serve.request import Schema
 from twotower.serve.tls import ClientTls
-
-EMBED_QUERY = "embed_query"
-Follow = Callable[[Schema], Awaitable[None]]
-
-
-@dataclass
-class Replica:
-    """One server of the model; `similar` asks its model of that name."""
-
-    client: AsyncRecommendClient
-    similar: AsyncRecommendClient
-    breaker: Breaker
-    schema: Schema | None = None
-    """What it serves, as far as is known."""
-
-    def forget(self, schema: Schema) -> None:
-        """Have it asked anew what it serves, unless it has been since."""
-        if self.schema is schema:
-            self.schema = None
-            self.client.forget()
-            self.similar.forget()
-
-
-@dataclass(frozen=True)
-class Query:
-    """What `AsyncRecommendClient.recommend` is asked."""
-
-    features: Callable[[Schema], dict[str, Any]]
-    """Makes them for what a server serves; may raise `ServerUnavailable`."""
-    k: int | None
-    exclude: Sequence[Any]
-    headers: Mapping[str, str]
-    allow: Sequence[Any] | None = None
-    filters: Mapping[str, Any] | None = None
-    explain: bool = False
-    model: str = MODEL
-    """recommend or similar; or embed_query, of which the features alone count."""
 
 
 class Replicas:
     """The servers of the model, asked in turn.
-
-    A server may take another bundle at any time. It is asked anew what it serves when an answer is
-    of another version, or when it refuses a request, which is then made and sent once more if it
-    serves something else. `follow` is told whatever is heard, and may refuse it with
-    `ServerUnavailable`.
 
     Args:
         addresses: of their gRPC endpoints.
@@ -76,17 +36,12 @@ class Replicas:
         tls: ClientTls | None,
     ) -> None:  # fmt: skip
         self._config, self._metrics, self._turn = config, metrics, 0
-        self.follow: Follow | None = None
         # Asking again is done here, where circuits and other servers are known.
         options: dict[str, Any] = {
             "timeout_s": config.deadline_ms / 1000, "retries": 0, "tls": tls,
         }  # fmt: skip
         self._replicas = [
-            Replica(
-                AsyncRecommendClient(address, **options),
-                AsyncRecommendClient(address, model=SIMILAR, **options),
-                Breaker(config.failures, config.retry_s),
-            )
+            Replica(address, Breaker(config.failures, config.retry_s), **options)
             for address in addresses
         ]
         self._patience_s = (
@@ -97,8 +52,7 @@ class Replicas:
         """Close the connections."""
         async with AsyncExitStack() as stack:
             for replica in self._replicas:
-                stack.push_async_callback(replica.client.close)
-                stack.push_async_callback(replica.similar.close)
+                stack.push_async_callback(replica.close)
 
     async def schema(self, timeout_s: float) -> Schema:
         """Return the model's schema as soon as a server tells it.
@@ -116,16 +70,33 @@ class Replicas:
                         raise
             await asyncio.sleep(0.2)
 
-    async def has(self, model: str) -> bool:
-        """Return whether a server has a model ready."""
-        return any([await replica.client.has(model) for replica in self._replicas])
+    async def models(self) -> list[str]:
+        """Return which models a server has ready, beside `recommend`."""
+        return [name for name in MODELS[1:] if await self._with(name)]
 
-    async def ask(self, query: Query, left_s: float) -> Any:
-        """Return the first answer: a `Recommendation`, or the `Embedding` of embed_query.
+    async def item_features(self) -> list[TensorSpec]:
+        """Return what embed_items takes; empty where no server has it."""
+        replica = await self._with(EMBED_ITEMS)
+        return [] if replica is None else (await replica.client.tower(EMBED_ITEMS)).features
+
+    async def _with(self, model: str) -> Replica | None:
+        for replica in self._replicas:
+            if await replica.client.has(model):
+                return replica
+        return None
+
+    def follow(self, following: Following) -> None:
+        """Have `following` told of whatever is served from now on."""
+        for replica in self._replicas:
+            replica.following = following
+
+    async def ask(self, query: Query, left_s: float, traceparent: str | None = None) -> Any:
+        """Return the first answer: a `Recommendation`, or the `Embedding` of a tower.
 
         Args:
             query: the request.
             left_s: seconds after which no answer is of use.
+            traceparent: the caller's, for what is not traced here.
 
         Raises:
             ServerUnavailable: when none came in time, or every circuit is open.
@@ -136,7 +107,7 @@ class Replicas:
         # A second request goes out once: to another server when one has failed, and in any case
         # where the first is slow and that is wanted.
         may_again = len(self._replicas) > 1 or self._patience_s is not None
-        pending = self._start(query)
+        pending = self._start(query, traceparent)
         error: BaseException = ServerUnavailable("every circuit is open")
         try:
             while pending:
@@ -161,7 +132,7 @@ class Replicas:
                     break
                 if may_again and (not done or not pending):
                     may_again = False
-                    if again := self._start(query):
+                    if again := self._start(query, traceparent):
                         self._metrics.hedges.inc()
                         pending |= again
         finally:
@@ -170,18 +141,18 @@ class Replicas:
                 task.add_done_callback(_forget)
         raise error
 
-    def _start(self, query: Query) -> dict[asyncio.Task[Any], Replica]:
+    def _start(self, query: Query, traceparent: str | None) -> dict[asyncio.Task[Any], Replica]:
         """Send a request to the next server whose circuit lets it; empty where none does."""
         for _ in self._replicas:
             replica = self._replicas[self._turn % len(self._replicas)]
             self._turn += 1
             if replica.breaker.allows():
-                return {asyncio.create_task(self._ask(replica, query)): replica}
+                return {asyncio.create_task(self._ask(replica, query, traceparent)): replica}
         return {}
 
-    async def _ask(self, replica: Replica, query: Query) -> Any:
+    async def _ask(self, replica: Replica, query: Query, traceparent: str | None) -> Any:
         try:
-            answer = await self._answer(replica, query)
+            answer = await replica.answer(query, traceparent)
         except ServerUnavailable:
             self._failed(replica)
             raise
@@ -190,50 +161,6 @@ class Replicas:
             raise
         self._answers(replica)
         return answer
-
-    async def _answer(self, replica: Replica, query: Query) -> Any:
-        """Return a server's answer to a query made for what it serves."""
-        schema = await self._schema(replica)
-        try:
-            answer = await self._send(replica, query, schema)
-        except ServerUnavailable:
-            raise
-        except UserError:
-            replica.forget(schema)
-            now = await self._schema(replica)
-            if now == schema:
-                raise
-            return await self._send(replica, query, now)
-        if answer.version != schema.version:
-            replica.forget(schema)
-        return answer
-
-    async def _schema(self, replica: Replica) -> Schema:
-        if replica.schema is not None:
-            return replica.schema
-        schema = await replica.client.schema()
-        if self.follow is not None:
-            try:
-                await self.follow(schema)
-            except ServerUnavailable:
-                replica.client.forget()
-                raise
-        replica.schema = schema
-        return schema
-
-    async def _send(self, replica: Replica, query: Query, schema: Schema) -> Any:
-        try:
-            features = query.features(schema)
-        except ServerUnavailable:
-            replica.forget(schema)
-            raise
-        if query.model == EMBED_QUERY:
-            return await replica.client.embed(query.model, features, query.headers)
-        client = replica.similar if query.model == SIMILAR else replica.client
-        return await client.recommend(
-            features, k=query.k, exclude=query.exclude, allow=query.allow,
-            filters=query.filters, explain=query.explain, headers=query.headers,
-        )  # fmt: skip
 
     def _blame(self, pending: Mapping[Any, Replica], left_s: float) -> None:
         """Count servers that let the deadline pass, unless a caller gave them hardly any time."""

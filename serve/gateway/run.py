@@ -12,12 +12,13 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
+from twotower.data.schema import TensorSpec
 from twotower.errors import UserError
 from twotower.files import write_json
-from twotower.serve.config import MODELS
 from twotower.serve.gateway.app import build_app
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.gateway.defaults import Defaults, read_defaults
+from twotower.serve.gateway.feast import FeastFeatures
 from twotower.serve.gateway.following import Following
 from twotower.serve.gateway.front import Front
 from twotower.serve.gateway.keys import read_keys
@@ -26,6 +27,7 @@ from twotower.serve.gateway.recommender import Recommender
 from twotower.serve.gateway.replicas import Replicas
 from twotower.serve.gateway.schemas import make_bodies
 from twotower.serve.gateway.store import open_store
+from twotower.serve.gateway.users import Users
 from twotower.serve.request import Schema
 from twotower.serve.tls import ClientTls
 
@@ -72,22 +74,28 @@ async def _answer(
     try:
         schema = await replicas.schema(start_s)
         defaults.check(schema.features, defaults_file)
-        bodies = make_bodies(schema, defaults.user_id_dtype, config)
+        models, items = await replicas.models(), await replicas.item_features()
+        bodies = make_bodies(schema, defaults.user_id_dtype, config, models, items)
         store = open_store(config, name, folder, schema.item_id_dtype)
+        feast = None
         try:
-            recommender = Recommender(
-                schema, bodies.record, defaults, store, replicas, config, metrics
-            )
-            models = [name for name in MODELS[1:] if await replicas.has(name)]
+            if config.feast.url is not None:
+                feast = FeastFeatures(
+                    config.feast, defaults.user_id_dtype, config.deadline_ms / 1000
+                )
+                await feast.check(list(defaults.features))
+            users = Users(store, feast, bodies, config, metrics)
+            recommender = Recommender(defaults, users, replicas, config, metrics)
             app = build_app(recommender, bodies, models, keys, metrics)
             front = Front(app, config, keys, metrics)
 
-            def remake(schema: Schema, defaults: Defaults) -> None:
-                bodies = make_bodies(schema, defaults.user_id_dtype, config)
-                recommender.take(schema, bodies.record, defaults)
+            def remake(schema: Schema, items: list[TensorSpec], defaults: Defaults) -> None:
+                bodies = make_bodies(schema, defaults.user_id_dtype, config, models, items)
+                users.take(bodies)
+                recommender.defaults = defaults
                 front.take(build_app(recommender, bodies, models, keys, metrics))
 
-            replicas.follow = Following(schema, defaults_file, remake).follow
+            replicas.follow(Following(schema, items, defaults_file, remake))
             await recommender.health()  # connects, so that the first request need not
             # What the libraries have made stays: a collection need not go through it, which would
             # hold up every request for tens of milliseconds.
@@ -108,6 +116,8 @@ async def _answer(
                 await server.serve(sockets=[bound])
         finally:
             await store.close()
+            if feast is not None:
+                await feast.close()
     finally:
         (folder / STATE).unlink(missing_ok=True)
         await replicas.close()

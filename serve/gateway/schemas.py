@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, create_model
 
 from twotower.data.schema import PAD_INT64, TensorSpec
+from twotower.serve.config import EMBED_QUERY
 from twotower.serve.gateway.config import GatewayConfig
 from twotower.serve.request import FLOAT32_MAX, MAX_SECONDS, Schema
 
 RECOMMEND, EVENTS = "/v1/recommend", "/v1/events"
 SIMILAR, EMBED = "/v1/similar", "/v1/embed"
+ITEM_FEATURES = "item_features"
 STRICT = ConfigDict(extra="forbid", strict=True)
 IDS: dict[str, Any] = {
     "int64": Annotated[int, Field(gt=PAD_INT64, lt=2**63)],
@@ -38,6 +40,7 @@ class Bodies:
         filters: of items, in both.
         similar: of `POST /v1/similar`.
         embed: of `POST /v1/embed`.
+        item_features: of an item, in it; each must be given.
         answer: to the first two.
         event: one of a user's.
         events: of `POST /v1/events`.
@@ -49,6 +52,7 @@ class Bodies:
     filters: type[BaseModel]
     similar: type[BaseModel]
     embed: type[BaseModel]
+    item_features: type[BaseModel]
     answer: type[BaseModel]
     event: type[BaseModel]
     events: type[BaseModel]
@@ -66,16 +70,17 @@ class Bodies:
         if inner:
             model = self.event if path == EVENTS else self.features
             model = self.filters if "filters" in place else model
+            model = self.item_features if ITEM_FEATURES in place else model
         return [field.alias or name for name, field in model.model_fields.items()]
 
 
 class EmbedAnswer(BaseModel):
-    """A query's vector."""
+    """The vector of a query, or of an item."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     vector: list[float]
-    """Its coordinates; scores are inner products with those of items."""
+    """Its coordinates; a score is the inner product of a query's and an item's."""
     version: int
     """Of the bundle that answered."""
 
@@ -99,16 +104,21 @@ class Health(BaseModel):
     model: bool
     """Whether a server of the model answered a real request within the deadline."""
     store: bool
-    """Whether the store answered."""
+    """Whether the store answered, and the feature store where there is one."""
 
 
-def make_bodies(schema: Schema, user_id_dtype: str, config: GatewayConfig) -> Bodies:
+def make_bodies(
+    schema: Schema, user_id_dtype: str, config: GatewayConfig, models: Collection[str] = (),
+    item_specs: Sequence[TensorSpec] = (),
+) -> Bodies:  # fmt: skip
     """Return the types for a model.
 
     Args:
         schema: of the model.
         user_id_dtype: string or int64.
         config: of the gateway.
+        models: that the server has beside `recommend`.
+        item_specs: features that its `embed_items` takes.
     """
     user, item = IDS[user_id_dtype], IDS[schema.item_id_dtype]
     own = [s for s in schema.features if s.kind not in ("history", "times")]
@@ -167,6 +177,10 @@ def make_bodies(schema: Schema, user_id_dtype: str, config: GatewayConfig) -> Bo
         "features": (features, ...), "items": (list[item], ...),  # type: ignore[valid-type]
         "times": (list[SECONDS | None], ...),
     })  # fmt: skip
+    item_features = _model(
+        "ItemFeatures", "Every feature of an item, which need not be in the catalogue.",
+        {f"feature_{i}": (_type(spec), _described(spec)) for i, spec in enumerate(item_specs)},
+    )  # fmt: skip
     return Bodies(
         features,
         record,
@@ -178,8 +192,8 @@ def make_bodies(schema: Schema, user_id_dtype: str, config: GatewayConfig) -> Bo
         _model("Similar", "An item, to which the nearest are sought.", {
             "item": (item, Field(description="Its id.")), **items_wanted, **timeout,
         }),
-        _model("Embed", "Whose vector is sought; without anything, an unknown user's.",
-               asker | timeout),
+        _embed(asker if EMBED_QUERY in models else {}, item_features, timeout),
+        item_features,
         _answer(item),
         event,
         _model("Events", "What a user has just taken.", {
@@ -187,6 +201,20 @@ def make_bodies(schema: Schema, user_id_dtype: str, config: GatewayConfig) -> Bo
             "events": (event_list, Field(description="The events, oldest first.")),
         }),
     )  # fmt: skip
+
+
+def _embed(
+    asker: dict[str, Any], item: type[BaseModel], timeout: dict[str, Any]
+) -> type[BaseModel]:
+    """Return the body of `POST /v1/embed`, by the models that the server has."""
+    fields = asker | timeout
+    if item.model_fields:
+        text = "Features of an item, whose vector is sought"
+        fields[ITEM_FEATURES] = (
+            (item | None, Field(None, description=f"{text}, instead of all that says who asks."))
+            if asker else (item, Field(description=f"{text}."))
+        )  # fmt: skip
+    return _model("Embed", "Whose vector is sought; without anything, an unknown user's.", fields)
 
 
 def _filters(kinds: dict[str, str]) -> type[BaseModel]:
@@ -222,7 +250,9 @@ def _answer(item: Any) -> type[BaseModel]:
         "fallback": (Literal["popularity"] | None, Field(
             description="popularity: of the user's segment, as the store or the model was silent."
         )),
-        "reason": (Literal["store", "model"] | None, Field(description="Which of them was.")),
+        "reason": (Literal["store", "features", "model"] | None, Field(
+            description="Which of them was; features: the feature store."
+        )),
         "explanation": (dict[str, Any] | None, Field(
             description="How it came about, where `explain` asked for it."
         )),
@@ -242,10 +272,11 @@ def _type(spec: TensorSpec) -> Any:
 
 def _field(spec: TensorSpec) -> Any:
     # Left out and null differ: null is an id that is not known.
-    return Field(
-        None, alias=spec.name, description=f"{spec.kind}, {spec.dtype}",
-        json_schema_extra=_without_default,
-    )  # fmt: skip
+    return _described(spec, default=None, json_schema_extra=_without_default)
+
+
+def _described(spec: TensorSpec, **options: Any) -> Any:
+    return Field(alias=spec.name, description=f"{spec.kind}, {spec.dtype}", **options)
 
 
 def _without_default(schema: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from twotower.errors import UserError
 from twotower.serve.client import AsyncRecommendClient, ServerUnavailable
+from twotower.serve.config import MODEL
 from twotower.serve.load.arrivals import F64
 from twotower.serve.tls import ClientTls
 
@@ -43,6 +44,7 @@ class Target:
         deadline_s: of each request.
         k: results of each; None for the server's default.
         requests: to draw from.
+        model: recommend, or embed_query, of which the features alone count.
         tls: how it is encrypted; not at all without it.
     """
 
@@ -51,6 +53,7 @@ class Target:
     deadline_s: float
     k: int | None
     requests: list[Request]
+    model: str = MODEL
     tls: ClientTls | None = None
 
 
@@ -87,8 +90,9 @@ def answer_commands(pipe: Connection, target: Target) -> None:
 async def _answer_commands(pipe: Connection, target: Target) -> None:
     # Every request is measured by itself, so none is asked again.
     client = AsyncRecommendClient(
-        target.url, timeout_s=30.0, proxy=target.proxy, retries=0, tls=target.tls
-    )
+        target.url, timeout_s=30.0, proxy=target.proxy, retries=0, model=target.model,
+        tls=target.tls,
+    )  # fmt: skip
     async with client:
         try:
             prepared = [

@@ -44,7 +44,7 @@ class LoadGenerator:
         self.target, self.seed = target, seed
         self._most = processes or os.cpu_count() or 1
         self._client = RecommendClient(
-            target.url, timeout_s=30.0, proxy=target.proxy, tls=target.tls
+            target.url, timeout_s=30.0, proxy=target.proxy, model=target.model, tls=target.tls
         )
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []

@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from features import Features, Refused, cancelled, refusal
+from features import (
+    Features,
+    Refused,
+    cancelled,
+    keep_what_is_loaded,
+    refusal,
+    tensors_of,
+    use_fast_strings,
+)
 from tower import open_tower
 
 
@@ -21,6 +29,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the tower of this version's directory."""
+        use_fast_strings()
         folder = Path(args["model_repository"]) / args["model_version"]
         parameters = json.loads(args["model_config"])["parameters"]
         self.schema = json.loads(parameters["schema"]["string_value"])
@@ -29,18 +38,18 @@ class TritonPythonModel:
             folder, self.schema["side"], parameters["target"]["string_value"],
             int(parameters["threads"]["string_value"]),
         )  # fmt: skip
+        keep_what_is_loaded()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request, or say by itself why not."""
-        responses: list[Any] = []
+        responses: list[Any] = cancelled(requests)
         parsed: list[tuple[int, Any, int]] = []
-        for number, request in enumerate(requests):
-            responses.append(cancelled(request))
-            if responses[-1] is None:
-                try:
-                    parsed.append((number, *self.features.parse(request)))
-                except Refused as error:
-                    responses[-1] = refusal(str(error))
+        for number, request in enumerate(requests[len(responses) :], len(responses)):
+            responses.append(None)
+            try:
+                parsed.append((number, *self.features.parse(tensors_of(request))))
+            except Refused as error:
+                responses[number] = refusal(str(error))
         if parsed:
             feed = self.features.join([columns for _, columns, _ in parsed])
             vectors, start = self.tower.vectors(feed), 0

@@ -19,9 +19,9 @@ class TritonPythonModel(Answers):
         self.features = Features(self.schema["features"], self.schema["bias"])
         self.tower = open_tower(folder, "query", target, threads)
 
-    def asked(self, request: Any) -> tuple[Columns, int]:
+    def asked(self, tensors: Columns) -> tuple[Columns, int]:
         """Return a request's features."""
-        parsed: tuple[Columns, int] = self.features.parse(request)
+        parsed: tuple[Columns, int] = self.features.parse(tensors)
         return parsed
 
     def vectors(self, asked: list[Columns]) -> np.ndarray[Any, Any]:

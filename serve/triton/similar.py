@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from answers import Answers
-from features import Refused, tensor_of
+from features import Columns, Refused
 
 
 class TritonPythonModel(Answers):
@@ -20,9 +20,9 @@ class TritonPythonModel(Answers):
         """Map the item vectors, on any target."""
         self.item_ND = np.load(folder / "item_vectors.npy", mmap_mode="r", allow_pickle=False)
 
-    def asked(self, request: Any) -> tuple[np.ndarray[Any, Any], int]:
+    def asked(self, tensors: Columns) -> tuple[np.ndarray[Any, Any], int]:
         """Return the catalogue rows of a request's items."""
-        ids = tensor_of(request, "item")
+        ids = tensors.get("item")
         if ids is None:
             raise Refused("item is missing: send an id of the catalogue")
         found = [self.rows_of(row) for row in ids]

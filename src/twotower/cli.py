@@ -41,7 +41,9 @@ TRAINING_LIBRARIES = {
     "duckdb", "faiss", "fbgemm_gpu", "lightning", "matplotlib", "onnx", "onnxscript", "optuna",
     "safetensors", "scipy", "torch", "torchrec", "triton", "wandb",
 }  # fmt: skip
-GATEWAY_LIBRARIES = {"fastapi", "prometheus_client", "pydantic", "redis", "uvicorn", "uvloop"}
+GATEWAY_LIBRARIES = {
+    "aiohttp", "fastapi", "prometheus_client", "pydantic", "redis", "uvicorn", "uvloop",
+}  # fmt: skip
 RECOMMEND = "Ask the running server for a user's recommendations, without what the user has seen."
 
 

@@ -34,11 +34,14 @@ def gateway(job: Job, _: Namespace) -> None:
 
     servers = job.gateway.triton or [served_url(job, "--gateway.triton=[HOST:PORT]")]
 
+    feast = job.gateway.feast
+
     def ready(url: str, schema: Any) -> None:
         facts("gateway", {
             "answers at": url, "documentation": f"{url}/docs",
             "model": f"version {schema.version} at {', '.join(servers)}",
             "store": job.gateway.store.rpartition("@")[2],
+            "features": f"{feast.service} of {feast.url}" if feast.url else "of the store",
         })  # fmt: skip
 
     run_gateway(

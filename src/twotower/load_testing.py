@@ -27,7 +27,7 @@ from twotower.errors import UserError
 from twotower.export.bundle import latest_bundle, read_bundle
 from twotower.files import atomic_directory, write_json
 from twotower.job import Job
-from twotower.serve.client import RecommendClient, is_local
+from twotower.serve.client import RecommendClient
 from twotower.serve.hold import server_pid
 from twotower.serve.load.asker import Request, Target
 from twotower.serve.load.config import LoadConfig
@@ -37,6 +37,7 @@ from twotower.serve.load.perf_analyzer import find_perf_analyzer, run_perf_analy
 from twotower.serve.load.report import failures, number, render
 from twotower.serve.server import answerable
 from twotower.serve.supervisor import passing_server
+from twotower.serve.transport import is_local
 from twotower.serving import request_of, served_url
 from twotower.show import console, long_work, table
 

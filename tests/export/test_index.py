@@ -63,6 +63,19 @@ def test_scores_are_true_and_few_items_are_missed(kind, width, vectors, queries,
 
 
 @pytest.mark.parametrize("kind", INDEX_KINDS)
+def test_vectors_are_answered_alike_in_batches_of_any_size(
+    kind, vectors, queries, tmp_path
+) -> None:
+    search = built(tmp_path, vectors, IndexConfig(kind=kind))
+    scores, rows = search.search(queries, K)
+    for size in (1, 2, 3, 4):
+        some = search.search(queries[:size], K)
+        np.testing.assert_array_equal(some[1], rows[:size])
+        # Sums of 64 products in another order.
+        np.testing.assert_allclose(some[0], scores[:size], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", INDEX_KINDS)
 def test_any_k_up_to_the_catalogue_is_answered(kind, vectors, queries, tmp_path) -> None:
     search = built(tmp_path, vectors[:500], IndexConfig(kind=kind, nprobe=1))
     for k in (1, 30, 400, 500):

@@ -185,6 +185,36 @@ def test_requests_that_wait_are_answered_in_batches(server, golden) -> None:
         assert answer.item_ids == g.item_ids
 
 
+def test_those_who_wait_are_answered_beside_those_who_gave_up(server, golden) -> None:
+    async def ask() -> tuple[list[object], list[object]]:
+        async with (
+            AsyncRecommendClient(server.grpc_url, timeout_s=20) as patient,
+            AsyncRecommendClient(server.grpc_url, timeout_s=20) as hasty,
+        ):
+            await asyncio.gather(patient.schema(), hasty.schema())
+            hasty.timeout_s = 0.3
+            # While the model stands still, all of them queue up, in turn.
+            for stub in stubs_of(server.process.pid):
+                stub.suspend()
+            clients = [(hasty, patient)[i % 3 > 1] for i in range(60)]
+            asked = [
+                asyncio.create_task(client.recommend(g.features, k=10, exclude=g.exclude))
+                for client, g in zip(clients, golden, strict=False)
+            ]
+            await asyncio.sleep(0.7)
+            for stub in stubs_of(server.process.pid):
+                stub.resume()
+            return clients, await asyncio.gather(*asked, return_exceptions=True)
+
+    clients, answers = asyncio.run(ask())
+    for client, g, answer in zip(clients, golden, answers, strict=False):
+        if client.timeout_s < 1:
+            assert isinstance(answer, ServerUnavailable)
+            assert answer.kind == "deadline"
+        else:
+            assert answer.item_ids == g.item_ids
+
+
 def test_json_over_http_answers_without_any_client_library(server) -> None:
     body = {
         "inputs": [

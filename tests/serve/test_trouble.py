@@ -217,6 +217,11 @@ def test_supervision_outlives_an_error_of_ours(server, monkeypatch) -> None:
     assert any(t.name == "supervisor" and t.is_alive() for t in threading.enumerate())
 
 
+def test_a_collector_that_is_no_url_is_refused() -> None:
+    with pytest.raises(UserError, match=r"serve\.trace_url must be http://HOST:PORT/v1/traces"):
+        ServeConfig(trace_url="localhost:4318").validate()
+
+
 def test_a_default_k_that_no_request_could_use_is_refused() -> None:
     with pytest.raises(UserError, match=r"serve\.default_k must be <= serve\.max_k"):
         ServeConfig(default_k=20, max_k=10).validate()

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -113,8 +114,8 @@ def test_a_rendered_repository_is_served_as_it_is(
         env=base_install,
     ))  # fmt: skip
     assert served.version() == 2
-    with RecommendClient(served.url("grpc")) as client:
-        assert client._client.get_model_config("recommend").config.max_batch_size == 7
+    with urllib.request.urlopen(f"http://{served.url('http')}/v2/models/recommend/config") as told:
+        assert json.load(told)["max_batch_size"] == 7
     before = stubs_of(served.state["pid"])
     for stub in before:
         stub.kill()

@@ -21,7 +21,7 @@ from twotower.serve.supervisor import running_server
 
 from ..conftest import FREE
 from ..live import Served, tiny_job
-from ..tiny import ITEM_IDS, spec
+from ..tiny import ITEM_IDS, spec, tiny_bundle, write_graph
 from .conftest import Gateway, wait_until
 
 KNOWN = {"user_id": None, "text": [0.1, 0.2, 0.3]}
@@ -41,6 +41,23 @@ def with_another_feature(bundle: Path) -> None:
     seal(bundle, replace(manifest, query=[*manifest.query, spec("age", "number", "float32")]))
 
 
+def with_item_tower(bundle: Path, *more: str) -> None:
+    """Give a bundle's items a tower, of their ids and of so many numbers more."""
+    write_graph(
+        bundle / "item.onnx",
+        [helper.make_node("Cast", ["item_id"], ["id"], to=TensorProto.FLOAT),
+         helper.make_node("Concat", ["id", *more, *["id"] * (2 - len(more))], ["all"], axis=-1),
+         helper.make_node("LpNormalization", ["all"], ["vector"], axis=-1, p=2)],
+        [("item_id", TensorProto.INT64, ["B", 1])]
+        + [(name, TensorProto.FLOAT, ["B", 1]) for name in more],
+        [("vector", TensorProto.FLOAT, ["B", 3])], {},
+    )  # fmt: skip
+    manifest = read_bundle(bundle, verify=False).manifest
+    (bundle / "manifest.json").unlink()
+    numbers = [spec(name, "number", "float32") for name in more]
+    seal(bundle, replace(manifest, item=[*manifest.item, *numbers]))
+
+
 def write_defaults(run_dir: Path, **more: Any) -> None:
     Defaults(
         user_id_dtype="int64", user_features=["user_id"], features=KNOWN | more, segment_by=None,
@@ -50,9 +67,14 @@ def write_defaults(run_dir: Path, **more: Any) -> None:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """On version 1 of two; the queries of version 2 have a feature more."""
-    job = tiny_job(tmp_path_factory.mktemp("following"), default_k=5)
-    with_another_feature(job.run_dir / "bundles" / "2")
+    """On version 1; queries of version 2 have a feature more, and items of version 3."""
+    models = ["recommend", "embed_query", "embed_items"]
+    job = tiny_job(tmp_path_factory.mktemp("following"), default_k=5, models=models)
+    bundles = job.run_dir / "bundles"
+    tiny_bundle(bundles, 3)
+    with_another_feature(bundles / "2")
+    for version, more in (("1", ()), ("2", ()), ("3", ("price",))):
+        with_item_tower(bundles / version, *more)
     running = Served(job)
     try:
         running.rollout(to=1, new_schema=True)
@@ -101,15 +123,25 @@ class Callers:
 
     def _ask(self) -> None:
         while not self._stop.is_set():
-            response = self._gateway.post("/v1/recommend", {"user": 1, "k": 3})
-            self.answers.append(
-                {"status": response.status_code, "text": response.text} | response.json()
-            )
+            for path in ("/v1/embed", "/v1/recommend"):
+                response = self._gateway.post(path, {"user": 1})
+                self.answers.append(
+                    {"status": response.status_code, "text": response.text} | response.json()
+                )
 
-    def __enter__(self) -> list[dict[str, Any]]:
+    def failed(self) -> list[dict[str, Any]]:
+        return [a for a in self.answers if a["status"] != 200 or a.get("fallback")]
+
+    def wait_for(self, version: int) -> None:
+        wait_until(
+            lambda: {a.get("version") for a in self.answers[-20:]} == {version},
+            f"no answers of version {version}",
+        )
+
+    def __enter__(self) -> "Callers":
         for thread in self._threads:
             thread.start()
-        return self.answers
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
@@ -117,32 +149,56 @@ class Callers:
             thread.join()
 
 
-def features(gateway: Gateway) -> set[str]:
+def features(gateway: Gateway, of: str = "Features") -> set[str]:
     document = gateway.client.get("/openapi.json").json()
-    return set(document["components"]["schemas"]["Features"]["properties"])
+    return set(document["components"]["schemas"][of]["properties"])
 
 
 def test_a_rollout_to_other_features_and_back_is_followed(served, gateway) -> None:
     assert features(gateway) == {"user_id", "text"}
     write_defaults(served.job.run_dir, age=30.0)  # as load-store does for the new features
-    with Callers(gateway) as answers:
+    with Callers(gateway) as callers:
         served.rollout(to=2, new_schema=True)
-        wait_until(lambda: answers[-1].get("version") == 2, "no answer of version 2")
-    assert [a for a in answers if a["status"] != 200 or a["fallback"] is not None] == []
+        callers.wait_for(2)
+    assert callers.failed() == []
     golden = read_bundle(served.bundle(2)).golden()[1]
     ids = gateway.ids(
         user=1, k=6, filter_seen=False, exclude=golden.exclude, features=golden.features
     )
     assert ids == golden.item_ids
     assert features(gateway) == {"user_id", "text", "age"}
-    with Callers(gateway) as answers:
+    with Callers(gateway) as callers:
         served.rollout(back=True, new_schema=True)
-        wait_until(lambda: answers[-1].get("version") == 1, "no answer of version 1")
-    assert [a for a in answers if a["status"] != 200 or a["fallback"] is not None] == []
+        callers.wait_for(1)
+    assert callers.failed() == []
     followed = [line["version"] for line in gateway.lines() if line["message"] == "schema followed"]
     assert followed == [2, 1]
     response = gateway.post("/v1/recommend", {"features": {"age": 3.0}})
     assert (response.status_code, "there is no 'age' here" in response.text) == (422, True)
+
+
+def test_other_features_of_items_alone_are_followed(served, gateway) -> None:
+    def embed(**item: Any) -> Any:
+        return gateway.post("/v1/embed", {"item_features": {"item_id": 100} | item})
+
+    assert features(gateway, "ItemFeatures") == {"item_id"}
+    assert embed().json()["version"] == 1
+    with Callers(gateway) as callers:  # who ask for no item's vector
+        served.rollout(to=3)
+        callers.wait_for(3)
+    try:
+        assert callers.failed() == []
+        assert embed(price=100.0).json() == {"vector": pytest.approx([3**-0.5] * 3), "version": 3}
+        assert features(gateway, "ItemFeatures") == {"item_id", "price"}
+        assert embed().json()["error"]["where"] == "body.item_features.price"
+    finally:
+        served.rollout(to=1)
+    # One answer says that the bundle is another, and the next request asks what it takes.
+    wait_until(
+        lambda: gateway.recommend(user=1)["version"] == 1 and embed().status_code == 200,
+        "not followed back",
+    )
+    assert embed(price=100.0).status_code == 422
 
 
 def test_what_it_knows_nothing_of_is_followed_once_it_does(served, gateway) -> None:

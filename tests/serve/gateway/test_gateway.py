@@ -11,7 +11,7 @@ import pytest
 from twotower.data.prepared import PreparedDataset
 from twotower.errors import UserError
 from twotower.serve.client import RecommendClient
-from twotower.serve.gateway.config import GatewayConfig
+from twotower.serve.gateway.config import FeastConfig, GatewayConfig
 from twotower.serve.gateway.keys import read_keys
 from twotower.serving import request_of
 
@@ -174,17 +174,6 @@ def test_a_request_has_an_id_and_a_line_in_the_log(gateway) -> None:
     )
 
 
-def test_the_trace_goes_on_to_triton(start, relay) -> None:
-    gateway = start(relay.address)
-    trace = "0af7651916cd43dd8448eb211c80319c"
-    sent = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
-    assert gateway.post("/v1/recommend", {"user": 7}, headers=sent).status_code == 200
-    assert relay.metadata["traceparent"].split("-")[1] == trace
-    sent = {"traceparent": f"00-{trace}-broken"}
-    assert gateway.post("/v1/recommend", {"user": 7}, headers=sent).status_code == 200
-    assert trace not in relay.metadata.get("traceparent", "")
-
-
 def test_a_slow_server_is_hedged(start, relay, server) -> None:
     relay.delay_s = 1.5
     gateway = start(f"{relay.address},{server.grpc_url}", "--gateway.hedge_after_ms=30")
@@ -206,9 +195,18 @@ def test_a_slow_server_is_hedged(start, relay, server) -> None:
         ({"hedge_after_ms": 250.0}, "gateway.hedge_after_ms must be above 0 and below"),
         ({"triton": ["http://localhost:8001"]}, "gateway.triton must hold gRPC addresses"),
         ({"triton": ["localhost"]}, "gateway.triton must hold gRPC addresses HOST:PORT"),
+        ({"feast": {"url": "localhost:6566"}}, "gateway.feast.url must be http://HOST:PORT"),
+        ({"feast": {"url": "http://me:secret@x"}}, "https://HOST:PORT, got 'x'"),
+        ({"feast": {"url": "http://x:6566"}}, "gateway.feast.service and gateway.feast.entity"),
+        (
+            {"feast": {"url": "http://x:6566", "service": "s", "timeout_ms": 250.0}},
+            "gateway.feast.timeout_ms must be above 0 and below gateway.deadline_ms (250), got 250",
+        ),
     ],
 )
 def test_settings_that_could_not_work_are_refused(change, words) -> None:
+    if feast := change.get("feast"):
+        change = {"feast": FeastConfig(**feast)}
     with pytest.raises(UserError, match=re.escape(words)):
         GatewayConfig(**change).validate()
     GatewayConfig().validate()

@@ -9,11 +9,13 @@ import pytest
 
 from twotower.data.prepared import PreparedDataset
 from twotower.serve.client import RecommendClient
+from twotower.serve.config import MODELS
 from twotower.serve.server import TritonServer
 from twotower.serve.supervisor import running_server
 from twotower.serving import request_of
 
 from ..conftest import FREE, exported
+from .conftest import ask_at_random
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def rich(finished_run, tmp_path_factory) -> Iterator[TritonServer]:
     """A server of every model, of a bundle whose items have a genre."""
     folder = tmp_path_factory.mktemp("rich")
     bundle = exported(finished_run, folder, filters=["genre"])
-    config = replace(FREE, models=["recommend", "embed_query", "similar"])
+    config = replace(FREE, models=list(MODELS))
     with running_server(bundle.path, config, folder / "server") as server:
         yield server
 
@@ -88,6 +90,59 @@ def test_a_querys_vector_scores_items_as_recommend_does(gateway, rich, loaded_ru
     assert response.json() == {"vector": pytest.approx(expected.vector, abs=1e-6), "version": 1}
 
 
+@pytest.fixture(scope="module")
+def items(rich, loaded_run):
+    """Row of the catalogue -> every feature of the item, as the log has it."""
+    data = PreparedDataset(loaded_run.run_dir / "prepared")
+    names = [s.name for s in rich.bundle.manifest.item]
+    columns = data.items.select([f"raw.{n}" for n in names]).rename_columns(names)
+    return lambda row: columns.slice(row, 1).to_pylist()[0]
+
+
+def test_an_items_vector_is_that_of_the_catalogue(gateway, rich, items) -> None:
+    vectors = np.load(rich.bundle.path / "item_vectors.npy")
+    for row in (0, 17, 299):
+        response = gateway.post("/v1/embed", {"item_features": items(row)})
+        assert response.status_code == 200, response.text
+        assert response.json() == {
+            "vector": pytest.approx(vectors[row].tolist(), abs=1e-5), "version": 1,
+        }  # fmt: skip
+    with RecommendClient(rich.grpc_url) as client:
+        new = items(17) | {"item_id": None, "tags": []}
+        expected = client.embed("embed_items", new).vector
+        response = gateway.post("/v1/embed", {"item_features": new, "timeout_ms": 1000})
+        assert response.json()["vector"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "beside", "where", "says"),
+    [
+        ({"price": "dear"}, {}, "body.item_features.price", "valid number"),
+        ({"price": None}, {}, "body.item_features.price", "valid number"),
+        ({"text": [1.0]}, {}, "body.item_features.text", "at least 16"),
+        ({"colour": 1}, {}, "body.item_features.colour", "one of item_id, genre, tags, price"),
+        ({"gnre": "x"}, {}, "body.item_features.gnre", "did you mean 'genre'"),
+        ({"price": 1e38, "text": [3e38] * 16}, {}, "body", "overflows"),
+        ({}, {"user": 7}, "body", "item_features stands beside user"),
+        ({}, {"features": {}, "history": []}, "body", "beside features, history"),
+    ],
+)
+def test_an_item_that_does_not_fit_is_explained(
+    gateway, items, change, beside, where, says
+) -> None:
+    response = gateway.post("/v1/embed", {"item_features": items(3) | change, **beside})
+    assert response.status_code == 422
+    assert response.json()["error"]["where"] == where
+    assert says in response.text
+    partial = {n: v for n, v in items(3).items() if n != "genre"}
+    response = gateway.post("/v1/embed", {"item_features": partial})
+    assert response.json()["error"]["where"] == "body.item_features.genre"
+
+
+def test_no_random_request_for_a_vector_is_a_server_error(gateway, tmp_path) -> None:
+    ask_at_random(gateway, tmp_path, "--include-path", "/v1/embed", may_be_late=True)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "says"),
     [
@@ -105,8 +160,10 @@ def test_what_does_not_fit_is_explained(gateway, path, body, status, says) -> No
 
 
 def test_the_documentation_shows_what_the_server_has(gateway, start, server) -> None:
-    paths = set(gateway.client.get("/openapi.json").json()["paths"])
-    assert {"/v1/similar", "/v1/embed"} < paths
+    document = gateway.client.get("/openapi.json").json()
+    assert {"/v1/similar", "/v1/embed"} < set(document["paths"])
+    item = document["components"]["schemas"]["ItemFeatures"]
+    assert item["required"] == ["item_id", "genre", "tags", "price", "text"]
     plain = start(server)
     document = plain.client.get("/openapi.json").json()
     assert not {"/v1/similar", "/v1/embed"} & set(document["paths"])

@@ -21,6 +21,7 @@ from twotower.serve.gateway.recommender import Ask, Recommender
 from twotower.serve.gateway.replicas import Replicas
 from twotower.serve.gateway.schemas import make_bodies
 from twotower.serve.gateway.store import MemoryStore, Record, RedisStore, read_users, write_users
+from twotower.serve.gateway.users import Users
 from twotower.serve.request import Schema, encode
 
 CONFIG, COUNT = GatewayConfig(), itertools.count()
@@ -39,8 +40,8 @@ def recommender(schema: Schema, features: dict, store=None) -> Recommender:
     bodies, metrics = make_bodies(schema, "int64", CONFIG), Metrics()
     defaults = Defaults(user_id_dtype="int64", user_features=["who"], features=features,
                         segment_by=None, popular=[], segments={})  # fmt: skip
-    return Recommender(schema, bodies.record, defaults, store or MemoryStore({}, 500),
-                       Replicas([], CONFIG, metrics, None), CONFIG, metrics)  # fmt: skip
+    users = Users(store or MemoryStore({}, 500), None, bodies, CONFIG, metrics)
+    return Recommender(defaults, users, Replicas([], CONFIG, metrics, None), CONFIG, metrics)
 
 
 @given(
@@ -59,7 +60,9 @@ def test_every_window_holds_the_newest_with_their_times(
     times = data.draw(st.lists(seconds, min_size=len(stored), max_size=len(stored)))
     record = Record({"age": 30.0}, stored, times) if known else None
     ask = Ask(user=7, features={}, history=sent, k=5, exclude=[], filter_seen=True, timeout_ms=9)
-    query = recommender(schema, {"who": None, "age": 40.0}).features_of(ask, record, schema)
+    query = recommender(schema, {"who": None, "age": 40.0}).features_of(
+        ask, record, schema.features
+    )
     items = stored if known else []
     items, when = (items, times if known else []) if sent is None else (sent, [None] * len(sent))
     assert query == {
@@ -196,7 +199,9 @@ def test_an_answer_that_a_late_loop_has_not_read_yet_counts(redis, run) -> None:
         for _ in range(10):
             # Longer than the store's time-out.
             asyncio.get_running_loop().call_later(0.001, time.sleep, 0.1)
-            found.append(await asked.look_up(7, 5.0))
+            record, silent = await asked.users.look_up(7, 5.0)
+            assert silent is None
+            found.append(record)
         await store.close()
         return found
 

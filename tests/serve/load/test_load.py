@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twotower.errors import UserError
@@ -34,7 +34,8 @@ from ..relay import Relay
 @pytest.fixture(scope="module")
 def server(finished_run, tmp_path_factory):
     """A server that nobody probes, so that what it counts is ours."""
-    unwatched = replace(FREE, probe_interval_s=1000.0)
+    models = ["recommend", "embed_query"]
+    unwatched = replace(FREE, probe_interval_s=1000.0, models=models)
     with running_server(finished_run.bundle, unwatched, tmp_path_factory.mktemp("s")) as running:
         yield running
 
@@ -47,6 +48,7 @@ def target(server: TritonServer, **changes: object) -> Target:
     )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(["poisson", "constant"]), rate=st.floats(0.5, 500),
     seconds=st.floats(0.1, 20), seed=st.integers(0, 9),
@@ -80,6 +82,14 @@ def test_a_percentile_is_what_that_share_is_within(values, thousandths) -> None:
     within = [v for v in ascending if np.mean(ascending <= v) >= thousandths / 1000 - 1e-12]
     expected = within[0] if enough and within and math.isfinite(within[0]) else None
     assert found == expected
+
+
+def test_vectors_are_asked_for_too(server) -> None:
+    asked = replace(target(server), model="embed_query")
+    with LoadGenerator(asked, 1, 0) as generator:
+        found = generator.open_loop(100.0, 0.5, warmup_seconds=0.0, arrivals="constant")
+    assert (found.requests, found.errors) == (50, {})
+    assert sum(size * runs for size, runs in found.batches.items()) > 0
 
 
 def test_what_is_asked_is_answered_and_counted(server) -> None:
