@@ -16,12 +16,14 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import product
@@ -111,6 +113,21 @@ async def ask(url: str, rate: float, seconds: float, k: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def spent(url: str) -> dict[str, tuple[float, float]]:
+    """Return the seconds that the gateway has spent on each part of requests, and their number."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    found = {}
+    for part in ("request", "store", "model"):
+        sums, counts = (
+            sum(map(float, re.findall(rf"^twotower_gateway_{part}_seconds_{kind}\S* (\S+)", text,
+                                      re.M)))
+            for kind in ("sum", "count")
+        )  # fmt: skip
+        found[part] = (sums, counts)
+    return found
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -141,7 +158,11 @@ def main() -> None:
             load = os.getloadavg()[0]
             psutil.cpu_percent()
             found = {"rate": rate, "k": k}
+            before = spent(url)
             found |= asyncio.run(ask(url, rate, options.seconds, k))
+            for part, (seconds, count) in spent(url).items():
+                more = count - before[part][1]
+                found[f"{part}_mean_ms"] = round((seconds - before[part][0]) / more * 1000, 2)
             found |= {"cpu_percent": psutil.cpu_percent(), "load_before": round(load, 1)}
             results.append(found)
             print(found)
