@@ -1,9 +1,13 @@
-"""What Linux says of the processes below Triton: which there are, and what memory they hold."""
+"""What Linux says of the processes below Triton, and is told of our own memory."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+
+M_ARENA_MAX = -8  # of malloc.h
 
 
 def descendants(pid: int) -> list[int]:
@@ -41,3 +45,13 @@ def memory_bytes(pids: Iterable[int]) -> int:
             continue
         total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
     return total
+
+
+def share_free_memory() -> None:
+    """Have threads to come allocate from what others have freed.
+
+    glibc gives each thread a pool of its own otherwise, 8 a core, and what a thread that has ended
+    has freed stays in its pool: a process whose threads come and go grows.
+    """
+    with suppress(AttributeError):  # of another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)

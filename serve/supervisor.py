@@ -27,6 +27,7 @@ from twotower.serve.config import MODEL, ServeConfig
 from twotower.serve.control import Act, Say, control_socket
 from twotower.serve.health import Health, HealthEndpoint
 from twotower.serve.hold import held
+from twotower.serve.procfs import share_free_memory
 from twotower.serve.rollout import Rollouts
 from twotower.serve.server import TritonServer
 from twotower.serve.source import FOLDER, REPOSITORY, Source
@@ -157,6 +158,7 @@ def serve_forever(source: Source, config: ServeConfig, work_dir: Path) -> None:
         UserError: for a damaged bundle, a server that runs there already, or as
             `TritonServer.start`.
     """
+    share_free_memory()
     health, stop = Health(config), threading.Event()
 
     def leave(*_: object) -> None:
