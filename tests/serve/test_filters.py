@@ -160,7 +160,7 @@ def inside_triton(name: str):
     """Return a module that is copied into Triton, without what Triton itself brings."""
     folder = Path(triton.__file__).parent
     sys.modules.setdefault("triton_python_backend_utils", types.ModuleType("utils"))
-    for file in ("features", name):
+    for file in ("wire", "features", name):
         spec = importlib.util.spec_from_file_location(file, folder / f"{file}.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[file] = module
