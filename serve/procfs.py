@@ -13,9 +13,13 @@ M_ARENA_MAX = -8  # of malloc.h
 def descendants(pid: int) -> list[int]:
     """Return the pids of the processes below `pid`, those of its threads included."""
     found: list[int] = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:  # ended meanwhile
+        return found
+    for thread in threads:
         try:
-            direct = [int(child) for child in children.read_text().split()]
+            direct = [int(child) for child in (thread / "children").read_text().split()]
         except OSError:  # ended meanwhile
             continue
         for child in direct:
