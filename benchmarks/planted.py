@@ -72,6 +72,11 @@ COLD: dict[str, dict[str, Any]] = {
 }
 
 
+def places(data: PreparedDataset) -> Any:
+    """Return where each item of the catalogue stands in the truth (N,)."""
+    return np.array([int(name.removeprefix("item-")) for name in data.items["id"].to_pylist()])
+
+
 def best_answers(
     truth: DemoTruth, data: PreparedDataset, queries: Queries, known_N: Any = None
 ) -> I64:
@@ -83,7 +88,7 @@ def best_answers(
         queries: to be answered.
         known_N: which items' weights may be told, by row of the catalogue; by default all.
     """
-    place_N = np.array([int(name.removeprefix("item-")) for name in data.items["id"].to_pylist()])
+    place_N = places(data)
     user_Q = data.users["id"].to_numpy()[data.event_columns["user"][queries.event]] - 1
     time_Q = event_time(data.event_columns["time"][queries.event] / 1e6)
     if known_N is not None:
@@ -102,7 +107,7 @@ def best_inferred(
     truth: DemoTruth, log: DemoLogConfig, data: PreparedDataset, queries: Queries, known_N: Any
 ) -> I64:
     """Return the rows most likely for each query where tastes are known by events alone, (Q, K)."""
-    place_N = np.array([int(name.removeprefix("item-")) for name in data.items["id"].to_pylist()])
+    place_N = places(data)
     known_N = known_N[np.argsort(place_N)]
     users = pq.read_table(f"{log.output}/users.parquet", columns=["country", "age"]).to_pydict()
     events = data.event_columns

@@ -19,8 +19,8 @@ from features import (
     PAD_STRING,
     Columns,
     Refused,
-    cancelled,
     keep_what_is_loaded,
+    parse_each,
     refusal,
     tensors_of,
     use_fast_strings,
@@ -85,17 +85,12 @@ class Answers:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request, or say by itself why not."""
-        responses: list[Any] = cancelled(requests)
-        parsed: list[dict[str, Any]] = []
-        for number, request in enumerate(requests[len(responses) :], len(responses)):
-            responses.append(None)
-            try:
-                parsed.append(self.parse(request) | {"number": number})
-            except Refused as error:
-                responses[number] = refusal(str(error))
+        responses: list[Any]
+        responses, parsed = parse_each(requests, self.parse)
         if parsed:
-            for p, response in zip(parsed, self.answer(parsed), strict=True):
-                responses[p["number"]] = response
+            answers = self.answer([p for _, p in parsed])
+            for (number, _), response in zip(parsed, answers, strict=True):
+                responses[number] = response
         return responses
 
     def parse(self, request: Any) -> dict[str, Any]:

@@ -14,9 +14,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from features import (
     Features,
-    Refused,
-    cancelled,
     keep_what_is_loaded,
+    parse_each,
     refusal,
     tensors_of,
     use_fast_strings,
@@ -42,19 +41,13 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request, or say by itself why not."""
-        responses: list[Any] = cancelled(requests)
-        parsed: list[tuple[int, Any, int]] = []
-        for number, request in enumerate(requests[len(responses) :], len(responses)):
-            responses.append(None)
-            try:
-                parsed.append((number, *self.features.parse(tensors_of(request))))
-            except Refused as error:
-                responses[number] = refusal(str(error))
+        responses: list[Any]
+        responses, parsed = parse_each(requests, lambda r: self.features.parse(tensors_of(r)))
         if parsed:
-            feed = self.features.join([columns for _, columns, _ in parsed])
+            feed = self.features.join([columns for _, (columns, _) in parsed])
             vectors, start = self.tower.vectors(feed), 0
             fits = not self.features.unfit(vectors).any()
-            for number, columns, count in parsed:
+            for number, (columns, count) in parsed:
                 own = vectors[start : start + count]
                 wrong = None if fits else self.features.overflow(columns, own)
                 responses[number] = refusal(wrong) if wrong else self.response(own)

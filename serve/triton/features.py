@@ -7,6 +7,7 @@ validated by itself, since one bad row would fail its whole batch otherwise.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,23 @@ def cancelled(requests: list[Any]) -> list[Any]:
         error = pb_utils.TritonError("the client stopped waiting", pb_utils.TritonError.CANCELLED)
         responses.append(pb_utils.InferenceResponse(error=error))
     return responses
+
+
+def parse_each(requests: list[Any], parse: Callable[[Any], Any]) -> tuple[list[Any], list[Any]]:
+    """Return what requests ask for, each read by itself.
+
+    Returns:
+        A response to each request, None where it is still to be answered; and, of these, their
+        places and what `parse` returned.
+    """
+    responses, parsed = cancelled(requests), []
+    for number, request in enumerate(requests[len(responses) :], len(responses)):
+        responses.append(None)
+        try:
+            parsed.append((number, parse(request)))
+        except Refused as error:
+            responses[number] = refusal(str(error))
+    return responses, parsed
 
 
 def tensors_of(request: Any) -> Columns:

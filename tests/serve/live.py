@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -105,22 +106,47 @@ class Served:
         (self.work_dir / "server.json").unlink(missing_ok=True)
 
 
-class Load:
+class Asking:
+    """Threads that ask until the block ends.
+
+    Args:
+        asks: what each does, over and over, while `going`.
+    """
+
+    def __init__(self, *asks: Callable[[], None]) -> None:
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=ask) for ask in asks]
+
+    @property
+    def going(self) -> bool:
+        return not self._stop.is_set()
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+class Load(Asking):
     """Threads that ask over both protocols; every answer must be its version's golden one."""
 
     def __init__(self, urls: dict[str, str], *bundles: Path) -> None:
         self.golden = [(int(b.name), g) for b in bundles for g in read_bundle(b).golden()]
         self.failures: list[str] = []
         self.answered = {int(b.name): 0 for b in bundles}
-        self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._ask, args=(url, protocol))
+        super().__init__(*(
+            partial(self._ask, url, protocol)
             for protocol, url in (*urls.items(), *urls.items())
-        ]
+        ))  # fmt: skip
 
     def _ask(self, url: str, protocol: str) -> None:
         with RecommendClient(url, protocol, timeout_s=10) as client:
-            while not self._stop.is_set():
+            while self.going:
                 version, golden = random.choice(self.golden)
                 try:
                     answer = client.recommend(golden.features, k=6, exclude=golden.exclude)
@@ -130,13 +156,3 @@ class Load:
                 if answer.version == version and answer.item_ids != golden.item_ids:
                     self.failures.append(f"{version} answered {answer.item_ids}")
                 self.answered[answer.version] += 1
-
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from twotower.serve.server import TritonServer
 from twotower.serving import request_of
 
 from ..conftest import FREE
+from ..live import Asking
 from .conftest import SEGMENT, Gateway, wait_until
 
 FALLBACKS = 'twotower_gateway_fallbacks_total{reason="'
@@ -47,33 +49,22 @@ def expected(loaded_run, server) -> dict[int, list[str]]:
     return found
 
 
-class Load:
+class Load(Asking):
     """Users who ask all the time, from some threads."""
 
     def __init__(self, gateway: Gateway, users: list[int]) -> None:
         self.gateway, self.users = gateway, users
         self.answers: list[tuple[int, int, dict]] = []
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(i,)) for i in range(4)]
+        super().__init__(*(partial(self._ask, i) for i in range(4)))
 
     def _ask(self, number: int) -> None:
         with httpx.Client(base_url=self.gateway.url, timeout=20, trust_env=False) as client:
-            while not self._stop.is_set():
+            while self.going:
                 user = self.users[number % len(self.users)]
                 number += 4
                 response = client.post("/v1/recommend", json={"user": user, "k": 5})
                 self.answers.append((user, response.status_code, response.json()))
                 time.sleep(0.005)
-
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
     def some_more(self, fallback: str | None) -> bool:
         """Whether one of the newest answers is of that kind."""

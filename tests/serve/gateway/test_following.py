@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,7 @@ from twotower.serve.gateway.defaults import Defaults
 from twotower.serve.supervisor import running_server
 
 from ..conftest import FREE
-from ..live import Served, tiny_job
+from ..live import Asking, Served, tiny_job
 from ..tiny import ITEM_IDS, spec, tiny_bundle, write_graph
 from .conftest import Gateway, wait_until
 
@@ -113,16 +112,16 @@ def gateway(served) -> Iterator[Gateway]:
         yield running
 
 
-class Callers:
+class Callers(Asking):
     """Threads that ask all the time, while the block runs."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.answers: list[dict[str, Any]] = []
-        self._gateway, self._stop = gateway, threading.Event()
-        self._threads = [threading.Thread(target=self._ask) for _ in range(4)]
+        self._gateway = gateway
+        super().__init__(*[self._ask] * 4)
 
     def _ask(self) -> None:
-        while not self._stop.is_set():
+        while self.going:
             for path in ("/v1/embed", "/v1/recommend"):
                 response = self._gateway.post(path, {"user": 1})
                 self.answers.append(
@@ -137,16 +136,6 @@ class Callers:
             lambda: {a.get("version") for a in self.answers[-20:]} == {version},
             f"no answers of version {version}",
         )
-
-    def __enter__(self) -> "Callers":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
 
 def features(gateway: Gateway, of: str = "Features") -> set[str]:
