@@ -176,20 +176,23 @@ def test_tritons_own_spans_are_of_the_same_trace(
     config = replace(FREE, trace_url=f"{collector.url}/v1/traces")
     with running_server(loaded_run.bundle, config, tmp_path_factory.mktemp("traced")) as server:
         gateway = start(server, under=INSTRUMENT, env=collector.environment)
-        for number in range(20, 24):  # tritonserver 2.51 may miss the first one after its start
+        sampled = range(20, 32)
+        for number in sampled:
             gateway.post("/v1/recommend", {"user": 7}, headers=traced(number))
-        not_sampled = traced(24, flags="00")
-        gateway.post("/v1/recommend", {"user": 7}, headers=not_sampled)
-        gateway.post("/v1/recommend", {"user": 7}, headers=traced(25))
+        gateway.post("/v1/recommend", {"user": 7}, headers=traced(32, flags="00"))
         assert gateway.stop() == 0
-    spans = collector.trace(25)  # both have sent what they had
-    assert set(spans) == {"POST /v1/recommend", "store", "model", "triton", "InferRequest",
-                          "recommend", "compute"}  # fmt: skip
-    for name, parent in (("InferRequest", "triton"), ("recommend", "InferRequest"),
-                         ("compute", "recommend")):  # fmt: skip
-        assert spans[name].parent_span_id == spans[parent].span_id
-    asked = [s.trace_id.hex() for s in collector.spans if s.name == "InferRequest"]
-    assert set(asked) <= {traced(n)["traceparent"][3:35] for n in (*range(20, 24), 25)}, (
+    # Both have sent what they had. Tritonserver 2.51 loses a request in 30 or so.
+    own = {"InferRequest", "recommend", "compute"}
+    traces = [collector.trace(number) for number in sampled]
+    whole = [spans for spans in traces if own <= set(spans)]
+    assert len(whole) >= 6
+    for spans in whole:
+        assert set(spans) == {"POST /v1/recommend", "store", "model", "triton", *own}
+        for name, parent in (("InferRequest", "triton"), ("recommend", "InferRequest"),
+                             ("compute", "recommend")):  # fmt: skip
+            assert spans[name].parent_span_id == spans[parent].span_id
+    asked = {s.trace_id.hex() for s in collector.spans if s.name == "InferRequest"}
+    assert asked <= {traced(n)["traceparent"][3:35] for n in sampled}, (
         "neither probes nor what the caller does not sample"
     )
 
