@@ -44,9 +44,11 @@ K = 20
 SETTINGS_QUERIES = 2000
 # Where a recipe is, the folder of its data below --data, and what of it is changed for all rows:
 # skipped events are those below a label, so they need a recipe that is judged by the others.
-LIKED = {"data.columns.label": "rating", "data.columns.positive_from": 4}
+# The plain in-batch model, whose candidates are all of a step's items.
+PLAIN: dict[str, Any] = {"train.negatives": {}}
+LIKED = {"data.columns.label": "rating", "data.columns.positive_from": 4, **PLAIN}
 RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "movielens": ("configs/movielens.yaml", "ml-latest-small", {}),
+    "movielens": ("configs/movielens.yaml", "ml-latest-small", PLAIN),
     "movielens-liked": ("configs/movielens.yaml", "ml-latest-small", LIKED),
     "kuairand": ("configs/benchmarks/kuairand.yaml", "kuairand-pure", {}),
     # Of KuaiRand's histories: see user_lines.py.
@@ -82,6 +84,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a tenth mined": {"train.negatives": {"in_batch": 0.9, "mined": 0.1}},
     "whole catalogue": {"train.negatives": {"catalogue": True}},
     "without seen": {"train.negatives.exclude_seen": True},
+    "without unreleased": {"train.negatives.exclude_unreleased": True},
     "whole catalogue without seen": {
         "train.negatives": {"catalogue": True, "exclude_seen": True}
     },

@@ -104,6 +104,8 @@ class Batch(Pipelineable):
         listed: how often the lists of the step's queries are expected to bring each item, the same
             on all ranks, where items are drawn from any.
         seen: what the queries' users had taken before, where the builder was asked for it.
+        time_B: when each query's event happened, in microseconds since 1970, where the loader was
+            asked for it; the end of time where that is not known.
     """
 
     ids: KeyedJaggedTensor
@@ -116,6 +118,7 @@ class Batch(Pipelineable):
     outcome_BH: Tensor | None = None
     listed: Listed | None = None
     seen: Seen | None = None
+    time_B: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Return the batch on another device."""
@@ -141,6 +144,7 @@ class Batch(Pipelineable):
             change(self.outcome_BH) if self.outcome_BH is not None else None,
             self.listed.each(change) if self.listed else None,
             Seen(change(self.seen.query_S), change(self.seen.item_S)) if self.seen else None,
+            change(self.time_B) if self.time_B is not None else None,
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -155,6 +159,8 @@ class Batch(Pipelineable):
             more += [self.listed.id_K, self.listed.expected_K]
         if self.seen is not None:
             more += [self.seen.query_S, self.seen.item_S]
+        if self.time_B is not None:
+            more.append(self.time_B)
         for value in (*self.dense.values(), self.item_N, self.positive_B, self.weight_B, *more):
             value.record_stream(stream)
 

@@ -143,6 +143,7 @@ def _items(count: int, rng: np.random.Generator) -> tuple[pa.Table, dict[str, Ar
         "genre": genre,
         "tags": tags,
         "price": np.round(rng.lognormal(2 + (sub % 7) / 7, 0.4), 2),
+        "released": (FIRST_DAY_S + release * DAYS * 86_400).astype(np.int64),
         "text": pa.FixedSizeListArray.from_arrays(pa.array(text.ravel()), TEXT_WIDTH),
     })  # fmt: skip
     return table, {"sub_N": sub, "release_N": release, "popularity_N": popularity}

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from twotower.data.batches import Batch, BatchBuilder, id_keys
@@ -32,6 +33,8 @@ from twotower.data.shuffle import Shuffle
 from twotower.errors import UserError
 
 I64 = npt.NDArray[np.int64]
+# The end of time.
+LAST = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,40 @@ class Recency:
         return weight
 
 
+class Times:
+    """When training events happened, and from when on there was each item to be taken.
+
+    Attributes:
+        first_N: when each item's first training event happened, in microseconds since 1970; the
+            end of time for an item without one.
+
+    Raises:
+        UserError: when the log has no times.
+    """
+
+    def __init__(self, data: PreparedDataset) -> None:
+        if data.config.format != "table":
+            raise UserError(
+                "train.negatives.exclude_unreleased compares the times of events, and data.format: "
+                f"{data.config.format} has none: remove it"
+            )
+        c, training = data.event_columns, data.section(0).stop
+        self.time_E = c["time"][:training]
+        self.first_N = np.full(len(data.items), LAST)
+        np.minimum.at(self.first_N, c["item"][:training], self.time_E)
+
+    def __call__(self, event: I64, size: int) -> Tensor:
+        """Return the times of `size` queries (B,): the events', and of -1 or none the end of time.
+
+        Args:
+            event: rows of training events, -1 of those older than the log.
+            size: queries of the batch; those behind the events are fillers.
+        """
+        time_B = np.full(size, LAST)
+        time_B[: len(event)] = np.where(event < 0, LAST, self.time_E[event])
+        return torch.from_numpy(time_B)
+
+
 class IdDropout:
     """Shows items by out-of-vocabulary rows of their own id's table, which new items have.
 
@@ -163,6 +200,7 @@ class TrainLoader:
             (`twotower.data.sequences`), and whose items are shared by the ranks.
         outcomes: columns of the log that batches of events hold, see `BatchBuilder`.
         seen: whether batches hold what users had taken before.
+        times: whether batches hold when their queries' events happened.
 
     Raises:
         UserError: when there are fewer examples than ranks, or no windows can be had.
@@ -173,7 +211,7 @@ class TrainLoader:
         workers: int = 0, pin_memory: bool = False, id_dropout: float = 0.0,
         half_life_days: float | None = None, every_position: bool = False,
         extra: Callable[[float], ExtraItems] | None = None, outcomes: Sequence[str] = (),
-        seen: bool = False,
+        seen: bool = False, times: bool = False,
     ) -> None:  # fmt: skip
         kind = _Windows if every_position else _Events
         self.batches = kind(BatchBuilder(data, outcomes, seen), seed, rank, ranks)
@@ -194,6 +232,8 @@ class TrainLoader:
             self.batches.hidden = IdDropout(data, id_dropout)
         if half_life_days is not None:
             self.batches.recency = Recency(data, half_life_days)
+        if times:
+            self.batches.times = Times(data)
         self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
         if extra is not None:
             self.batches.take(extra(self.queries_a_step))
@@ -209,6 +249,11 @@ class TrainLoader:
     def positive_counts(self) -> I64:
         """Return how often each item is a positive of an epoch (N,)."""
         return self.batches.positive_counts()
+
+    @property
+    def first_times(self) -> I64 | None:
+        """`Times.first_N`, where batches hold times."""
+        return None if self.batches.times is None else self.batches.times.first_N
 
     @property
     def queries_a_step(self) -> float:
@@ -298,6 +343,7 @@ class _Events(Dataset[Batch]):
         self.extra = ExtraItems()
         self.hidden: IdDropout | None = None
         self.recency: Recency | None = None
+        self.times: Times | None = None
         self.mined: Mined | None = None
         self.skipped: Skipped | None = None
         self.items = len(builder.data.items)
@@ -312,9 +358,13 @@ class _Events(Dataset[Batch]):
         batch = self._batch(part)
         if self.hidden is not None:
             self.hidden(batch, self._random(part, self.rank))
+        if self.recency is None and self.times is None:
+            return batch
+        event = self._events(self.rows(part.epoch, part.low, part.high))
         if self.recency is not None:
-            event = self._events(self.rows(part.epoch, part.low, part.high))
             batch.weight_B[: len(event)] *= torch.from_numpy(self.recency(event))
+        if self.times is not None:
+            batch.time_B = self.times(event, len(batch.weight_B))
         return batch
 
     def _events(self, rows: I64) -> I64:

@@ -48,11 +48,14 @@ class RetrievalModule(L.LightningModule):
             estimate would load the loader's batches before its place is restored.
         seed: of what a step draws at random (dropout).
         heads: what predicts the outcomes of events, if anything does.
+        first_N: when there first was each item, where batches hold times; see `excluded`.
     """
+
+    first_N: Tensor | None
 
     def __init__(
         self, model: TwoTower, config: TrainConfig, rates: PositiveRates, queries: float,
-        steps: int, seed: int, heads: Heads | None = None,
+        steps: int, seed: int, heads: Heads | None = None, first_N: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
@@ -65,6 +68,9 @@ class RetrievalModule(L.LightningModule):
         self.rates, self.queries, self.heads = rates, queries, heads
         # Not saved: it follows from the rates.
         self.register_buffer("log_q_N", log_q(rates.rate_N, config, queries), persistent=False)
+        if first_N is not None:  # of item -1, the filler, it does not matter
+            first_N = torch.cat([first_N, first_N.new_zeros(1)])
+        self.register_buffer("first_N", first_N, persistent=False)
         self.memory: CandidateMemory | None = None
         if size := config.negatives.sizes(queries)["memory"]:
             self.memory = CandidateMemory(size, model.dim)
@@ -130,9 +136,7 @@ class RetrievalModule(L.LightningModule):
         positive_B: Tensor,
     ) -> Tensor:  # fmt: skip
         """Return the loss, the mean over the widths that vectors may be cut to."""
-        exclude_BW = None
-        if batch.seen is not None:
-            exclude_BW = excluded(batch.seen, candidates.id_N, len(query_BD))
+        exclude_BW = excluded(batch, candidates.id_N, self.first_N)
         losses = []
         for width in (*self.widths, query_BD.shape[1]):
             shorter = replace(

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from twotower.data.batches import Seen
+from twotower.data.batches import Batch, Seen
 from twotower.kernels.sampled_softmax import packed
 from twotower.train.config import TrainConfig
 
@@ -162,16 +162,30 @@ class Candidates:
         return Candidates(vector_ND, all_rows(self.id_N), all_rows(self.log_q_N))
 
 
-def excluded(seen: Seen, id_N: Tensor, queries: int) -> Tensor:
-    """Return which candidates queries' users had taken before, as words of bits (B, W).
+def excluded(batch: Batch, id_N: Tensor, first_N: Tensor | None) -> Tensor | None:
+    """Return which candidates do not count for a query, as words of bits (B, W); None for none.
 
-    `twotower.kernels.sampled_softmax.packed` says which bit is whose. Nothing waits for a GPU.
+    They are those that the batch says that the query's user had taken before, and those that were
+    not there yet at its time. `twotower.kernels.sampled_softmax.packed` says which bit is whose.
+    Nothing waits for a GPU.
 
     Args:
-        seen: by the queries of this rank.
+        batch: of the queries of this rank.
         id_N: catalogue rows of the candidates, -1 for fillers.
-        queries: B.
+        first_N: when there first was each item of the catalogue, and last of all a filler, where
+            the batch has times.
     """
+    bits_BN: Tensor | None = None
+    if batch.seen is not None:
+        bits_BN = _taken(batch.seen, id_N, len(batch.weight_B))
+    if batch.time_B is not None and first_N is not None:
+        later_BN = first_N[id_N] > batch.time_B[:, None]
+        bits_BN = later_BN if bits_BN is None else bits_BN | later_BN
+    return None if bits_BN is None else packed(bits_BN)
+
+
+def _taken(seen: Seen, id_N: Tensor, queries: int) -> Tensor:
+    """Return which candidates queries' users had taken before (B, N)."""
     sorted_N = id_N.sort().values
     last = len(id_N) - 1
     place_S = torch.searchsorted(sorted_N, seen.item_S)
@@ -180,7 +194,7 @@ def excluded(seen: Seen, id_N: Tensor, queries: int) -> Tensor:
     bits_BN = torch.zeros(queries, len(id_N) + 1, dtype=torch.bool, device=id_N.device)
     bits_BN[seen.query_S, torch.where(found_S, place_S, last + 1)] = True
     # Candidates of one item share the column of the first.
-    return packed(bits_BN[:, torch.searchsorted(sorted_N, id_N)])
+    return bits_BN[:, torch.searchsorted(sorted_N, id_N)]
 
 
 class CandidateMemory(nn.Module):

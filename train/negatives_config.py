@@ -60,10 +60,12 @@ class NegativesConfig:
     """Candidates a step, over all ranks, where in_batch is 0; else batch_size decides."""
     catalogue: bool = False
     """Compare with the whole catalogue instead, exactly: for some 100,000 items at most."""
-
     exclude_seen: bool = False
     """Leave out of each query's candidates what its user had taken before: where nobody takes an
     item twice, it is no negative."""
+    exclude_unreleased: bool = False
+    """Leave out of each query's candidates items whose first training event came after the query:
+    where new items arrive all the time, they were not there to be taken."""
 
     def validate(self) -> None:
         """Refuse what is no mixture.

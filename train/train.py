@@ -137,14 +137,16 @@ def train(
         id_dropout=config.id_dropout, half_life_days=config.half_life_days,
         every_position=config.every_position,
         outcomes=[head.column for head in config.heads.values()],
-        seen=config.negatives.exclude_seen,
+        seen=config.negatives.exclude_seen, times=config.negatives.exclude_unreleased,
     )  # fmt: skip
     queries = loader.queries_a_step
     steps = config.max_epochs * -(-len(loader) // config.accumulate)
     steps = min(steps, config.max_steps or steps)
     counts = torch.from_numpy(loader.positive_counts())
     rates = PositiveRates(counts, len(loader), config.log_q_from == "stream")
-    module = RetrievalModule(towers, config, rates, queries, steps, seed, heads)
+    first = loader.first_times
+    first_N = None if first is None else torch.from_numpy(first)
+    module = RetrievalModule(towers, config, rates, queries, steps, seed, heads, first_N)
     if config.negatives.sizes(queries)["mined"]:
         most = min(loader.length, config.negatives.mining.every * config.batch_size)
         module.mining = loader.miner = HardNegatives(

@@ -134,6 +134,8 @@ def test_lines_have_no_times_to_weigh_events_by(tmp_path) -> None:
     message = r"train\.half_life_days weighs events by their times, and data\.format: user_lines"
     with pytest.raises(UserError, match=message):
         TrainLoader(lines(tmp_path, TRAIN), 4, seed=0, half_life_days=1)
+    with pytest.raises(UserError, match=r"train\.negatives\.exclude_unreleased compares the times"):
+        TrainLoader(lines(tmp_path, TRAIN), 4, seed=0, times=True)
 
 
 def test_words_are_ids_too_and_a_folder_may_hold_several_files(tmp_path) -> None:

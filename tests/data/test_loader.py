@@ -122,6 +122,29 @@ def test_an_event_counts_half_after_each_half_life(data, ranks) -> None:
     assert min(seen.values()) < 0.1 < max(seen.values()) == 1
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_query_has_the_time_of_its_event_and_an_item_that_of_its_first(make, ranks) -> None:
+    rng = np.random.default_rng(0)
+    events = EVENTS + 1
+    log = {
+        "user_id": np.arange(events) % 9, "item_id": rng.integers(0, 20, events),
+        "timestamp": rng.permutation(events), "split": ["train"] * EVENTS + ["test"],
+    }  # fmt: skip
+    data = make(log, split=Split(kind="given", column="split"))
+    item, time = (data.event_columns[name][: data.section(0).stop] for name in ("item", "time"))
+    found = []
+    for rank in range(ranks):
+        loader = TrainLoader(data, 8, seed=3, rank=rank, ranks=ranks, times=True)
+        for batch in loader:
+            found += zip(batch.item_N.tolist(), batch.time_B.tolist(), strict=True)
+        assert loader.first_times.tolist() == [
+            min(time[item == i], default=np.iinfo(np.int64).max) for i in range(len(data.items))
+        ]
+    found = [(i, t) for i, t in found if i >= 0]
+    assert sorted(found) == sorted(zip(item.tolist(), time.tolist(), strict=True))
+    assert TrainLoader(data, 8, seed=3).first_times is None
+
+
 def test_further_items_are_those_of_the_step_whatever_the_ranks(data) -> None:
     items, seven = len(data.items), ExtraItems(uniform=7)
     alone = further_items(data, 1, seven)

@@ -50,15 +50,19 @@ def expected_pairs(log: dict[str, list]) -> list[tuple[int, tuple[int, ...], int
 
 
 def expected_taken(log: dict[str, list]) -> list[tuple]:
-    """Return the pairs with all that the user had taken before, the window's and older items."""
+    """Return the pairs with all that the user had taken before, in and before the window, and when
+    the positive was taken."""
     pairs = []
     for user in set(log["user_id"]):
-        items = [i for u, i in zip(log["user_id"], log["item_id"], strict=True) if u == user][:-2]
+        times = [t for u, t in zip(log["user_id"], log["timestamp"], strict=True) if u == user][:-2]
+        items = [log["item_id"][t] for t in times]
         for target in range(1, len(items)):
             # Windows are counted from the end, of LENGTH targets each.
             start = len(items) - (-(-(len(items) - target) // LENGTH)) * LENGTH
             seen = tuple(items[max(0, start - 1) : target])
-            pairs.append((user, seen, items[target], sorted(items[:target])))
+            pairs.append(
+                (user, seen, items[target], sorted(items[:target]), times[target] * 1_000_000)
+            )
     return sorted(pairs)
 
 
@@ -75,7 +79,7 @@ def test_every_entry_predicts_the_next_one_and_sees_no_later(
     loaders = [
         TrainLoader(
             data, batch_size, seed=1, rank=rank, ranks=ranks, every_position=True,
-            extra=lambda _: ExtraItems(uniform=uniform), seen=True,
+            extra=lambda _: ExtraItems(uniform=uniform), seen=True, times=True,
         )
         for rank in range(ranks)
     ]  # fmt: skip
@@ -102,7 +106,8 @@ def test_every_entry_predicts_the_next_one_and_sees_no_later(
                 seen = tuple(row_to_item[r] for r in entries[row].tolist()[: entry + 1])
                 found.append((row_to_user[int(users[row])], seen, item_of[int(items[positive])]))
                 before = b.seen.item_S[b.seen.query_S == query].tolist()
-                taken.append((*found[-1], sorted(item_of[i] for i in before)))
+                time = int(b.time_B[query])
+                taken.append((*found[-1], sorted(item_of[i] for i in before), time))
     assert sorted(found) == expected_pairs(log)
     assert sorted(taken) == expected_taken(log)
     counts = np.zeros(len(item_of), int)

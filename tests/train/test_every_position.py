@@ -40,7 +40,10 @@ def test_two_ranks_train_what_one_does(prepared, tmp_path) -> None:
     variants = [
         common,
         {**common, "pipeline": "on", "negatives": {"in_batch": 0.5, "uniform": 0.5}},
-        {**common, "negatives": {"catalogue": True, "exclude_seen": True}},
+        {
+            **common,
+            "negatives": {"catalogue": True, "exclude_seen": True, "exclude_unreleased": True},
+        },
     ]
     for ranks in (1, 2):
         cwd = tmp_path / str(ranks)

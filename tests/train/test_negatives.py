@@ -1,13 +1,16 @@
 """What a positive is compared with: the corrected softmax learns what the full one would."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from twotower.data.batches import Seen
+from twotower.data.batches import Batch, Seen
 from twotower.data.listed import Listed, Lists, listed
 from twotower.errors import UserError
 from twotower.kernels.sampled_softmax import sampled_softmax, unpacked
@@ -182,6 +185,13 @@ def test_a_corrected_positive_of_a_rare_item_pushes_its_negatives_less() -> None
     assert slopes[True] < slopes[False]
 
 
+def batch_of(queries: int, **more: Any) -> Batch:
+    """Return a batch of which nothing is there but its length and what is given."""
+    none = torch.empty(0, dtype=torch.int64)
+    ids = KeyedJaggedTensor(keys=[], values=none, lengths=none)
+    return Batch(ids, {}, none, none, torch.ones(queries), **more)
+
+
 @given(
     st.lists(st.integers(-1, 9), min_size=1, max_size=70),
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12)), max_size=40),
@@ -190,9 +200,22 @@ def test_a_corrected_positive_of_a_rare_item_pushes_its_negatives_less() -> None
 def test_what_users_had_taken_is_left_out_of_their_candidates(candidates, pairs) -> None:
     query, item = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     seen = Seen(torch.from_numpy(query.copy()), torch.from_numpy(item.copy()))
-    words = excluded(seen, torch.tensor(candidates), 5)
+    id_N = torch.tensor(candidates)
+    words = excluded(batch_of(5, seen=seen), id_N, None)
     expected = [[(q, c) in pairs for c in candidates] for q in range(5)]
     assert unpacked(words, len(candidates)).tolist() == expected
+
+    # What came later is left out beside it; fillers are no matter.
+    first = torch.arange(11) * 10
+    words = excluded(batch_of(5, seen=seen, time_B=torch.arange(5) * 20), id_N, first)
+    expected = [
+        [(q, c) in pairs or c * 10 > q * 20 for c in candidates if c >= 0] for q in range(5)
+    ]
+    assert unpacked(words, len(candidates))[:, id_N >= 0].tolist() == expected
+
+
+def test_without_anything_to_leave_out_there_are_no_words() -> None:
+    assert excluded(batch_of(5), torch.arange(3), None) is None
 
 
 def test_expectations_add_up_over_the_sources() -> None:
