@@ -42,10 +42,10 @@ from twotower.train.evaluation import evaluate_towers, judged_queries
 K = 20
 # Of validation, what the settings of ALS and EASE are chosen by.
 SETTINGS_QUERIES = 2000
-# Where a recipe is, the folder of its data below --data, and what of it is changed for all rows:
-# skipped events are those below a label, so they need a recipe that is judged by the others.
 # The plain in-batch model, whose candidates are all of a step's items.
 PLAIN: dict[str, Any] = {"train.negatives": {}}
+# Where a recipe is, the folder of its data below --data, and what of it is changed for all rows:
+# skipped events are those below a label, so they need a recipe that is judged by the others.
 LIKED = {"data.columns.label": "rating", "data.columns.positive_from": 4, **PLAIN}
 RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "movielens": ("configs/movielens.yaml", "ml-latest-small", PLAIN),

@@ -9,6 +9,7 @@ from twotower.data.schema import Feature
 from twotower.errors import UserError
 from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.towers.config import INTERACTIONS, ModelConfig
+from twotower.towers.tower import AttentionPool
 from twotower.towers.two_tower import TwoTower
 
 from ..conftest import EVENTS, ITEM
@@ -85,6 +86,20 @@ def test_attention_can_prefer_the_newest(make) -> None:
     model.query_vectors(batch)
     newest = model.table_weight("item_id")[batch.ids["query.history"].values()[-1]]
     torch.testing.assert_close(seen["history"][0], newest)
+
+
+def test_attention_learns_which_place_counts_in_a_few_hundred_steps_of_adam() -> None:
+    torch.manual_seed(0)
+    pool = AttentionPool(8, 6)
+    optimizer = torch.optim.AdamW(pool.parameters(), lr=0.001)
+    mask = torch.ones(64, 6, dtype=torch.bool)
+    for _ in range(300):
+        entries = torch.randn(64, 6, 8)
+        loss = (pool(entries, mask) - entries[:, -2]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05, "of a variance of 1, the mean's 0.83"
 
 
 def test_a_context_feature_changes_the_query_but_not_the_item(make) -> None:
