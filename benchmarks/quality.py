@@ -43,7 +43,7 @@ K = 20
 # Of validation, what the settings of ALS and EASE are chosen by.
 SETTINGS_QUERIES = 2000
 # The plain in-batch model, whose candidates are all of a step's items.
-PLAIN: dict[str, Any] = {"train.negatives": {}}
+PLAIN: dict[str, Any] = {"train.negatives.exclude_seen": False}
 # Where a recipe is, the folder of its data below --data, and what of it is changed for all rows:
 # skipped events are those below a label, so they need a recipe that is judged by the others.
 LIKED = {"data.columns.label": "rating", "data.columns.positive_from": 4, **PLAIN}

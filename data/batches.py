@@ -387,7 +387,7 @@ class BatchBuilder:
             items = EntryItems(rows, len(behind), places)
             # As many rows on every rank, however many items its histories have.
             most = sum(queries * f.length for f in self.config.histories() if f.item_features)
-            rows += min(most, len(self.data.items) + 1)
+            rows += min(most, len(self.data.items)) + 1
         brought = {name for f in self.config.histories() for name in f.item_features}
         for f in self.config.item if len(item) or len(behind) else ():
             key = f"item.{f.name}"
