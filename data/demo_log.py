@@ -4,8 +4,8 @@
 
 Planted in it: tastes (a user likes a few sub-genres, each of a genre), popularity skew (Zipf within
 a sub-genre), drift (half of the users move to another sub-genre half-way, and items fade with age),
-side features that tell part of the truth (genre, tags, price, a text vector; age, country) and cold
-items, which are released in the last tenth of the time and so are unknown to training.
+side features that tell part of the truth (genre, tags, price, day of release, a text vector; age,
+country) and cold items, released in the last tenth of the time and so unknown to training.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _items(count: int, rng: np.random.Generator) -> tuple[pa.Table, dict[str, Ar
         "genre": genre,
         "tags": tags,
         "price": np.round(rng.lognormal(2 + (sub % 7) / 7, 0.4), 2),
-        "released": (FIRST_DAY_S + release * DAYS * 86_400).astype(np.int64),
+        "released": np.round(FIRST_DAY_S / 86_400 + release * DAYS, 2),
         "text": pa.FixedSizeListArray.from_arrays(pa.array(text.ravel()), TEXT_WIDTH),
     })  # fmt: skip
     return table, {"sub_N": sub, "release_N": release, "popularity_N": popularity}

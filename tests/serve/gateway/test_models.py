@@ -163,7 +163,7 @@ def test_the_documentation_shows_what_the_server_has(gateway, start, server) -> 
     document = gateway.client.get("/openapi.json").json()
     assert {"/v1/similar", "/v1/embed"} < set(document["paths"])
     item = document["components"]["schemas"]["ItemFeatures"]
-    assert item["required"] == ["item_id", "genre", "tags", "price", "text"]
+    assert item["required"] == ["item_id", "genre", "tags", "price", "released", "text"]
     plain = start(server)
     document = plain.client.get("/openapi.json").json()
     assert not {"/v1/similar", "/v1/embed"} & set(document["paths"])
