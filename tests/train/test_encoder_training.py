@@ -1,22 +1,26 @@
 """Encoders of a history train the same weights on any number of ranks, compiled, and in bf16."""
 
 import torch
+import yaml
 
 from tests.train.ranks import run_on_ranks
 from twotower.train.checkpoint.towers import load_towers
 
 from ..conftest import QUICKSTART
 
-ONE = "- {name: history, kind: history, length: 50, table: item_id, pooling: attention}"
-BOTH = """- {name: history, kind: history, length: 50, table: item_id, pooling: transformer}
-    - {name: recent, kind: history, length: 20, table: item_id, pooling: hstu}"""
+BOTH = [
+    {"name": "history", "kind": "history", "length": 50, "table": "item_id",
+     "pooling": "transformer"},
+    {"name": "recent", "kind": "history", "length": 20, "table": "item_id", "pooling": "hstu"},
+]  # fmt: skip
 
 
 def test_encoders_train_alike_on_two_ranks(demo_log, tmp_path, twotower) -> None:
     job = tmp_path / "job.yaml"
-    text = QUICKSTART.read_text()
-    assert ONE in text
-    job.write_text(text.replace(ONE, BOTH))
+    config = yaml.safe_load(QUICKSTART.read_text())
+    query = config["data"]["query"]
+    config["data"]["query"] = BOTH + [f for f in query if f["name"] != "history"]
+    job.write_text(yaml.safe_dump(config))
     options = ["--config", job, "--run_dir=job", f"--data.root={demo_log}"]
     done = twotower("prepare", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
