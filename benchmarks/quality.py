@@ -44,13 +44,14 @@ K = 20
 SETTINGS_QUERIES = 2000
 # The plain in-batch model, whose candidates are all of a step's items.
 PLAIN: dict[str, Any] = {"train.negatives.exclude_seen": False}
+PLAIN_FILMS = {**PLAIN, "data.query.history.item_features": []}
 # Where a recipe is, the folder of its data below --data, and what of it is changed for all rows:
 # skipped events are those below a label, so they need a recipe that is judged by the others.
-LIKED = {"data.columns.label": "rating", "data.columns.positive_from": 4, **PLAIN}
+LIKED = {"data.columns.label": "rating", "data.columns.positive_from": 4, **PLAIN_FILMS}
 RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "movielens": ("configs/movielens.yaml", "ml-latest-small", PLAIN),
+    "movielens": ("configs/movielens.yaml", "ml-latest-small", PLAIN_FILMS),
     "movielens-liked": ("configs/movielens.yaml", "ml-latest-small", LIKED),
-    "kuairand": ("configs/benchmarks/kuairand.yaml", "kuairand-pure", {}),
+    "kuairand": ("configs/benchmarks/kuairand.yaml", "kuairand-pure", PLAIN),
     # Of KuaiRand's histories: see user_lines.py.
     "user-lines": ("configs/benchmarks/gowalla.yaml", "kuairand-pure", {}),
     "user-lines-sparse": ("configs/benchmarks/gowalla.yaml", "kuairand-pure", {}),
@@ -115,6 +116,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "256 wide": {"model.dim": 256},
         "half-life 1 year": {"train.half_life_days": 365},
         "item features": {"data.query.history.item_features": ["genres", "year"]},
+        "item features without seen": {
+            "data.query.history.item_features": ["genres", "year"],
+            "train.negatives.exclude_seen": True,
+        },
         "item features at every position": {
             **OPTIONS["every position"],
             "data.query.history.item_features": ["genres", "year"],
