@@ -17,6 +17,7 @@ name, and left out by null: {"data.item.genres": None}.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -152,7 +153,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 
 def changed(config: Any, changes: dict[str, Any]) -> Any:
     """Return a YAML's content with the values of dotted keys put in; it is changed in place."""
-    for key, value in changes.items():
+    # A copy, since a later change may reach into a value that variants share.
+    for key, value in copy.deepcopy(changes).items():
         *parts, last = key.split(".")
         place = config
         for part in parts:

@@ -68,8 +68,6 @@ class RetrievalModule(L.LightningModule):
         self.rates, self.queries, self.heads = rates, queries, heads
         # Not saved: it follows from the rates.
         self.register_buffer("log_q_N", log_q(rates.rate_N, config, queries), persistent=False)
-        if first_N is not None:  # of item -1, the filler, it does not matter
-            first_N = torch.cat([first_N, first_N.new_zeros(1)])
         self.register_buffer("first_N", first_N, persistent=False)
         self.memory: CandidateMemory | None = None
         if size := config.negatives.sizes(queries)["memory"]:

@@ -172,8 +172,8 @@ def excluded(batch: Batch, id_N: Tensor, first_N: Tensor | None) -> Tensor | Non
     Args:
         batch: of the queries of this rank.
         id_N: catalogue rows of the candidates, -1 for fillers.
-        first_N: when there first was each item of the catalogue, and last of all a filler, where
-            the batch has times.
+        first_N: when there first was each item of the catalogue, where the batch has times. Of
+            fillers, which no softmax counts, it does not matter.
     """
     bits_BN: Tensor | None = None
     if batch.seen is not None:

@@ -144,9 +144,7 @@ def train(
     steps = min(steps, config.max_steps or steps)
     counts = torch.from_numpy(loader.positive_counts())
     rates = PositiveRates(counts, len(loader), config.log_q_from == "stream")
-    first = loader.first_times
-    first_N = None if first is None else torch.from_numpy(first)
-    module = RetrievalModule(towers, config, rates, queries, steps, seed, heads, first_N)
+    module = RetrievalModule(towers, config, rates, queries, steps, seed, heads, loader.first_times)
     if config.negatives.sizes(queries)["mined"]:
         most = min(loader.length, config.negatives.mining.every * config.batch_size)
         module.mining = loader.miner = HardNegatives(
