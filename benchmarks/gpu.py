@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -198,8 +199,12 @@ def bench_softmax(on: Device, limit: dict[str, float], small: bool) -> list[dict
     rows = []
     for batch in (256,) if small else (8192, 65_536):
         inputs = softmax_inputs(batch, 128, on)
+        words = torch.randint(-(2**31), 2**31, (2, batch, batch // 32), device=on.device).int()
         works = {
             "twotower": softmax.sampled_softmax,
+            "twotower, a quarter excluded": partial(
+                softmax.sampled_softmax, exclude_BW=words[0] & words[1]
+            ),
             "compiled eager": compiled(softmax.sampled_softmax_reference, on),
             "eager": softmax.sampled_softmax_reference,
             **softmax_peers(),

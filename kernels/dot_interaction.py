@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels.launch import Blocks, power_of_two, runs_triton, upcast
+from twotower.kernels.launch import Blocks, operator, power_of_two, runs_triton, upcast
 
 # The tile of more features than these holds too few columns to be worth it.
 MOST_FEATURES = 64
@@ -235,29 +235,31 @@ def _fused(feature: Tensor) -> bool:
     return runs_triton(feature.device) and feature.shape[1] <= MOST_FEATURES
 
 
-@torch.library.custom_op("twotower::dot_interaction", mutates_args=())
-def _forward(feature: Tensor) -> Tensor:
+def _forward_now(feature: Tensor) -> Tensor:
     """Return (B, W)."""
     with torch.autocast(feature.device.type, enabled=False):
         return (triton_forward if _fused(feature) else eager_forward)(feature)
 
 
-@_forward.register_fake
 def _forward_fake(feature: Tensor) -> Tensor:
     b, f, d = feature.shape
     return feature.new_empty(b, output_width(f, d))
 
 
-@torch.library.custom_op("twotower::dot_interaction_backward", mutates_args=())
-def _backward(feature: Tensor, grad: Tensor) -> Tensor:
+_forward = operator("dot_interaction", _forward_now, _forward_fake)
+
+
+def _backward_now(feature: Tensor, grad: Tensor) -> Tensor:
     """Return the gradient (B, F, D)."""
     with torch.autocast(feature.device.type, enabled=False):
         return (triton_backward if _fused(feature) else eager_backward)(feature, grad)
 
 
-@_backward.register_fake
 def _backward_fake(feature: Tensor, grad: Tensor) -> Tensor:
     return torch.empty_like(feature)
+
+
+_backward = operator("dot_interaction_backward", _backward_now, _backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -269,7 +271,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
     return of_feature
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+torch.library.register_autograd(_forward, _differentiate, setup_context=_setup_context)
 
 
 def dot_interaction(feature_BFD: Tensor) -> Tensor:

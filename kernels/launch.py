@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -49,6 +51,29 @@ def splits_for(programs: int, length: int, block: int) -> int:
     if INTERPRET:
         return min(2, -(-length // block))
     return max(1, min(-(-PROGRAMS // programs), -(-length // (4 * block))))
+
+
+def operator(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """Make a function of tensors an operator of PyTorch, for CPU and CUDA, and return it.
+
+    `torch.library.custom_op` does so too, but then walks the storages of all inputs and outputs at
+    every call, looking for aliases, under a guard of Dynamo's: at small batches, that takes longer
+    than what it calls (`launched` in benchmarks/gpu.py).
+
+    Args:
+        name: what it is called in the namespace `twotower`.
+        function: returns new tensors alone and changes none of its inputs.
+        fake: returns tensors of the shapes and types that the function would.
+    """
+    full = f"twotower::{name}"
+    schema = torch.library.infer_schema(function, mutates_args=())
+    torch.library.define(full, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(full, ("cpu", "cuda"), function)
+    torch.library.register_fake(full, fake)
+    overload: torch._ops.OpOverload = getattr(torch.ops.twotower, name).default
+    return overload
 
 
 def check_matrices(name: str, a: Tensor, other: str, b: Tensor) -> None:

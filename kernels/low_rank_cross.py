@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels.launch import Blocks, power_of_two, runs_triton, upcast
+from twotower.kernels.launch import Blocks, operator, power_of_two, runs_triton, upcast
 
 # The tiles of a higher rank do not fit Hopper's registers.
 HIGHEST_RANK = 256
@@ -304,20 +304,20 @@ def _fused(x: Tensor, v: Tensor) -> bool:
     return runs_triton(x.device) and v.shape[1] <= HIGHEST_RANK
 
 
-@torch.library.custom_op("twotower::low_rank_cross", mutates_args=())
-def _forward(x: Tensor, u: Tensor, v: Tensor, bias: Tensor, save: bool) -> Three:
+def _forward_now(x: Tensor, u: Tensor, v: Tensor, bias: Tensor, save: bool) -> Three:
     """Return the result and what the backward pass needs, empty unless it is to be saved."""
     with torch.autocast(x.device.type, enabled=False):
         return (triton_forward if _fused(x, v) else eager_forward)(x, u, v, bias, save)
 
 
-@_forward.register_fake
 def _forward_fake(x: Tensor, u: Tensor, v: Tensor, bias: Tensor, save: bool) -> Three:
     return _empty(x, v.shape[0], v.shape[1], save)
 
 
-@torch.library.custom_op("twotower::low_rank_cross_backward", mutates_args=())
-def _backward(
+_forward = operator("low_rank_cross", _forward_now, _forward_fake)
+
+
+def _backward_now(
     x: Tensor, u: Tensor, v: Tensor, bias: Tensor, hidden: Tensor, saved: Tensor, grad: Tensor
 ) -> Four:
     """Return the gradients of x, u, v and bias."""
@@ -326,11 +326,13 @@ def _backward(
         return backward(x, u, v, bias, hidden, saved, grad)
 
 
-@_backward.register_fake
 def _backward_fake(
     x: Tensor, u: Tensor, v: Tensor, bias: Tensor, hidden: Tensor, saved: Tensor, grad: Tensor
 ) -> Four:
     return torch.empty_like(x), torch.empty_like(u), torch.empty_like(v), torch.empty_like(bias)
+
+
+_backward = operator("low_rank_cross_backward", _backward_now, _backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
@@ -341,7 +343,7 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, .
     return *_backward(*ctx.saved_tensors, grad.contiguous()), None
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+torch.library.register_autograd(_forward, _differentiate, setup_context=_setup_context)
 
 
 def low_rank_cross(x_BD: Tensor, u_LDR: Tensor, v_LRD: Tensor, bias_LD: Tensor) -> Tensor:

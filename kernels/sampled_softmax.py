@@ -51,6 +51,7 @@ from torch import Tensor
 from twotower.kernels.launch import (
     Blocks,
     check_matrices,
+    operator,
     pointer,
     power_of_two,
     runs_triton,
@@ -64,6 +65,9 @@ OUTSIDE = POSITIVES.index("outside")
 # Rows of logits that fit: measured on 2 cores at B = N = 8,192, where 8 to 32 MB were equally fast
 # (benchmarks/kernels_cpu.py --sweep).
 BLOCK_BYTES = 16 << 20
+# The loss, and what the backward pass needs: on a GPU what its kernels read, on a CPU the three
+# gradients and two tensors of nothing. A list would cost each call 0.15 ms of walking.
+Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST_TILE = 128
 # Numbers of a tile of vectors in the kernel that joins the splits.
@@ -415,7 +419,7 @@ def triton_forward(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
     candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, exclude: Tensor | None,
     positive: int, smoothing: float,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+) -> Forward:  # fmt: skip
     """Return the loss and what the backward pass needs beside the inputs.
 
     That is, in base 2, what each candidate's logits are lowered by, and each query's lse without
@@ -447,7 +451,7 @@ def triton_forward(
         loss, lse, weighted_lse, slope, uniform, b, n, d, smoothing, SPLITS=splits, BLOCK_B=rows,
         CORRECTED=POSITIVES[positive] == "corrected", OUTSIDE=positive == OUTSIDE, **options,
     )  # fmt: skip
-    return loss.sum(), [lowered, lse, weighted_lse, slope, uniform]
+    return loss.sum(), lowered, lse, weighted_lse, slope, uniform
 
 
 def triton_backward(
@@ -589,28 +593,22 @@ def cpu_forward(
     )  # fmt: skip
 
 
-# Loss; what a GPU's backward pass needs; what a CPU has computed: the three gradients.
-Forward = tuple[Tensor, list[Tensor], list[Tensor]]
-
-
-@torch.library.custom_op("twotower::sampled_softmax", mutates_args=())
-def _forward(
+def _forward_now(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
     candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, exclude: Tensor | None,
     positive: int, smoothing: float, with_gradients: bool,
 ) -> Forward:  # fmt: skip
-    """Return the loss and, on a GPU, what is kept; on a CPU, the gradients."""
+    """Return the loss and what is kept."""
     inputs = (
         query, candidate, scale, log_q, candidate_id, weight, at, exclude, positive, smoothing
     )  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
         if runs_triton(query.device):
-            return *triton_forward(*inputs), []
-        loss, *gradients = cpu_forward(*inputs, with_gradients)
-        return loss, [], gradients
+            return triton_forward(*inputs)
+        none = (query.new_empty(0) for _ in range(2))
+        return *cpu_forward(*inputs, with_gradients), *none
 
 
-@_forward.register_fake
 def _forward_fake(
     query: Tensor, candidate: Tensor, scale: Tensor, log_q: Tensor | None,
     candidate_id: Tensor | None, weight: Tensor, at: Tensor | None, exclude: Tensor | None,
@@ -621,14 +619,18 @@ def _forward_fake(
     loss = query.new_empty((), dtype=wide)
     if runs_triton(query.device):
         lengths = (_whole_tiles(n), _whole_tiles(b), _whole_tiles(b), b, b)
-        return loss, [query.new_empty(length, dtype=wide) for length in lengths], []
-    of = [query, candidate] if with_gradients else [query.new_empty(0), query.new_empty(0)]
-    of_scale = query.new_empty(() if with_gradients else 0, dtype=wide if with_gradients else None)
-    return loss, [], [*(torch.empty_like(t) for t in of), of_scale]
+        return loss, *(query.new_empty(length, dtype=wide) for length in lengths)
+    none = [query.new_empty(0) for _ in range(5)]
+    if not with_gradients:
+        return loss, *none
+    of_scale = query.new_empty((), dtype=wide)
+    return loss, torch.empty_like(query), torch.empty_like(candidate), of_scale, *none[:2]
 
 
-@torch.library.custom_op("twotower::sampled_softmax_backward", mutates_args=())
-def _backward(
+_forward = operator("sampled_softmax", _forward_now, _forward_fake)
+
+
+def _backward_now(
     query: Tensor, candidate: Tensor, scale: Tensor, grad: Tensor, candidate_id: Tensor | None,
     weight: Tensor, at: Tensor | None, exclude: Tensor | None, kept: list[Tensor],
     smoothing: float,
@@ -640,7 +642,6 @@ def _backward(
         )
 
 
-@_backward.register_fake
 def _backward_fake(
     query: Tensor, candidate: Tensor, scale: Tensor, grad: Tensor, candidate_id: Tensor | None,
     weight: Tensor, at: Tensor | None, exclude: Tensor | None, kept: list[Tensor],
@@ -649,12 +650,15 @@ def _backward_fake(
     return torch.empty_like(query), torch.empty_like(candidate), kept[0].new_empty(())
 
 
+_backward = operator("sampled_softmax_backward", _backward_now, _backward_fake)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
     query, candidate, scale, _, candidate_id, weight, at, exclude, _, smoothing, _ = inputs
-    _, kept, gradients = output
+    _, *kept = output
     ctx.smoothing, ctx.ready = smoothing, not runs_triton(query.device)
     if ctx.ready:
-        ctx.save_for_backward(scale, *gradients)
+        ctx.save_for_backward(scale, *kept[:3])
     else:
         ctx.save_for_backward(scale, query, candidate, candidate_id, weight, at, exclude, *kept)
 
@@ -672,7 +676,7 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     return of_query, of_candidate, of_scale.to(scale.dtype), *[None] * 8
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+torch.library.register_autograd(_forward, _differentiate, setup_context=_setup_context)
 
 
 def sampled_softmax(

@@ -26,7 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels.launch import INTERPRET, check_matrices, pointer, power_of_two, runs_triton
+from twotower.kernels.launch import (
+    INTERPRET,
+    check_matrices,
+    operator,
+    pointer,
+    power_of_two,
+    runs_triton,
+)
 
 LARGEST_GROUP = 16 if INTERPRET else 128
 GROUP_BYTES = 64 << 10
@@ -42,8 +49,11 @@ GPU_BLOCK_BYTES = 256 << 20
 # program took 0.07 and torch.topk 0.18 (benchmarks/gpu.py --sweep).
 SELECT_BLOCK, SELECT_WARPS = 512, 8
 MOST_SELECTED = 256
+# Groups of which the best one's key is looked at first.
+RUN = 16
 LOW_32 = 0xFFFFFFFF
 LEAST_KEY = -2139095041 << 32  # of the score -inf, beyond every row
+NO_KEY = -(2**63)  # below every key
 MAX_ITEMS = 2**32 - 1
 
 Result = tuple[Tensor, Tensor]
@@ -121,11 +131,14 @@ def _key(score, row):
 
 @triton.jit
 def _group_maximum_kernel(
-    query, item, item_scale, item_bits, required_bits, out, B, N, D, groups_a_program,
+    query, item, item_scale, item_bits, required_bits, out, B, N, D, stride, groups_a_program,
     GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BITS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Write the key of each group of rows, of its best score, for a block of queries: (B, G)."""
+    """Write the key of each group of rows, of its best score, for a block of queries.
+
+    That is out (B, stride), of which the first G of a query are written.
+    """
     groups = tl.cdiv(N, GROUP)
     query_row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     first = tl.program_id(1) * groups_a_program
@@ -136,7 +149,7 @@ def _group_maximum_kernel(
             BLOCK_D, HAS_SCALE, HAS_BITS, BLOCK_B >= 64, UPCAST,
         )  # fmt: skip
         # Consecutive groups follow in time: their keys meet in the cache.
-        place = query_row.to(tl.int64) * groups + group
+        place = query_row.to(tl.int64) * stride + group
         tl.store(out + place, _key(tl.max(x, 0), query_row * 0 + group), mask=query_row < B)
 
 
@@ -174,7 +187,7 @@ def _group_scores(
 @triton.jit
 def _exclude_kernel(
     query, item, item_scale, item_bits, required_bits, exclude_row, exclude_offset, exclude_owner,
-    out, B, N, D,
+    out, B, N, D, stride,
     GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_X: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BITS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +199,7 @@ def _exclude_kernel(
         query, item, item_scale, item_bits, required_bits, exclude_row, exclude_offset,
         owner, group, B, N, D, GROUP, BLOCK_D, BLOCK_X, HAS_SCALE, HAS_BITS, True, UPCAST,
     )  # fmt: skip
-    tl.store(out + owner * tl.cdiv(N, GROUP) + group, _key(tl.max(x, 0), group))
+    tl.store(out + owner * stride + group, _key(tl.max(x, 0), group))
 
 
 @triton.jit
@@ -263,6 +276,21 @@ def _select(key: Tensor, k: int) -> Tensor:
             return key[:, :k]
 
 
+def _best_groups(maximum: Tensor, k: int) -> Tensor:
+    """Return the k largest keys of groups (B, whole runs), sorted.
+
+    The k best groups lie in the k best runs, as the k best rows lie in the k best groups: where
+    groups are many, far fewer keys are sorted.
+    """
+    b, stride = maximum.shape
+    if stride <= 2 * RUN * k:
+        return _select(maximum, k)
+    of_run = maximum.view(b, -1, RUN)
+    best = LOW_32 - (_select(of_run.amax(2), k) & LOW_32)  # a key tells its group
+    inside = of_run.gather(1, (best // RUN)[:, :, None].expand(-1, -1, RUN))
+    return _select(inside.flatten(1), k)
+
+
 def merge_top_k(score_BM: Tensor, row_BM: Tensor, k: int) -> Result:
     """Merge the results of shards of the items.
 
@@ -319,25 +347,28 @@ def triton_top_k(
         "HAS_BITS": item_bits is not None, "UPCAST": INTERPRET, "num_warps": 4,
     }  # fmt: skip
     block_b = query_block(b, d, query.dtype == torch.float32)
-    maximum = torch.empty(b, groups, dtype=torch.int64, device=query.device)
+    stride = int(triton.cdiv(groups, RUN)) * RUN
+    maximum = torch.empty(b, stride, dtype=torch.int64, device=query.device)
+    maximum[:, groups:] = NO_KEY
     # Few enough programs that each pipelines its loads, enough that all multiprocessors read.
     groups_a_program = max(1, min(16, groups // 2048))
     grid = (triton.cdiv(b, block_b), triton.cdiv(groups, groups_a_program))
     _group_maximum_kernel[grid](
-        query, item, *filters, maximum, b, n, d, groups_a_program, BLOCK_B=block_b,
+        query, item, *filters, maximum, b, n, d, stride, groups_a_program, BLOCK_B=block_b,
         num_stages=stages, **options,
     )  # fmt: skip
     excluded = (pointer(exclude_row, query), pointer(exclude_offset, query))
     if exclude_row is not None and exclude_offset is not None and len(exclude_row):
         owner = torch.repeat_interleave(exclude_offset.diff(), output_size=len(exclude_row))
         _exclude_kernel[(len(exclude_row),)](
-            query, item, *filters, *excluded, owner, maximum, b, n, d, BLOCK_X=32, **options
-        )
+            query, item, *filters, *excluded, owner, maximum, b, n, d, stride, BLOCK_X=32,
+            **options,
+        )  # fmt: skip
     chosen_count = min(k, groups)
     keys = []
     size = max(1, GPU_BLOCK_BYTES // (8 * chosen_count * group_rows))
     for start in range(0, b, size):
-        chosen = _select(maximum[start : start + size], chosen_count).contiguous()
+        chosen = _best_groups(maximum[start : start + size], chosen_count).contiguous()
         again = torch.empty(*chosen.shape, group_rows, dtype=torch.int64, device=query.device)
         _rescore_kernel[(chosen.numel(),)](
             query, item, *filters, *excluded, chosen, again, start, b, n, d, chosen_count,
@@ -447,8 +478,7 @@ def _survivors(score: Tensor, worst: Tensor, start: int) -> Tensor:
     return keys
 
 
-@torch.library.custom_op("twotower::top_k_inner_product", mutates_args=())
-def _top_k(
+def _top_k_now(
     query: Tensor, item: Tensor, k: int, item_scale: Tensor | None, item_bits: Tensor | None,
     required_bits: Tensor | None, exclude_row: Tensor | None, exclude_offset: Tensor | None,
 ) -> Result:  # fmt: skip
@@ -460,13 +490,15 @@ def _top_k(
         )
 
 
-@_top_k.register_fake
 def _top_k_fake(
     query: Tensor, item: Tensor, k: int, item_scale: Tensor | None, item_bits: Tensor | None,
     required_bits: Tensor | None, exclude_row: Tensor | None, exclude_offset: Tensor | None,
 ) -> Result:  # fmt: skip
     shape = (query.shape[0], k)
     return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
+
+
+_top_k = operator("top_k_inner_product", _top_k_now, _top_k_fake)
 
 
 def top_k_inner_product(

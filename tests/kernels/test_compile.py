@@ -46,6 +46,7 @@ SCALARS = {
     "split_size",
     "groups_a_program",
     "first_query",
+    "stride",
 }
 IDS = {"candidate_id", "item_bits", "required_bits", "exclude_row", "exclude_offset",
        "exclude_owner", "chosen", "at"}  # fmt: skip

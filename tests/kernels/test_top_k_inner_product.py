@@ -94,6 +94,25 @@ def test_no_worse_than_eager_against_fp64(device, shape, dtype) -> None:
     assert (at_rows - best).abs().max() <= tolerance, "no better row was missed"
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_of_many_groups_none_is_missed(device, k) -> None:
+    generator = torch.Generator().manual_seed(0)
+    item = torch.randint(-9, 10, (150 * module.LARGEST_GROUP + 5, 5), generator=generator).float()
+    query = torch.randint(-9, 10, (6, 5), generator=generator).float()
+    best = (query @ item.T).sort(dim=1, descending=True, stable=True).indices
+    options = {
+        "exclude_row_X": best[:, :4].flatten(),  # ties of the best are left, and others' best
+        "exclude_offset_B1": torch.arange(0, 25, 4),
+        "item_bits_N": torch.randint(0, 4, (len(item),), generator=generator),
+        "required_bits_B": torch.tensor([0, 1, 2, 3, 0, 1]),
+    }
+    there = {name: value.to(device) for name, value in options.items()}
+    scores, rows = top_k_inner_product(query.to(device), item.to(device), k, **there)
+    expected = top_k_inner_product_reference(query, item, k, **options)
+    assert rows.cpu().tolist() == expected[1].tolist()
+    assert scores.cpu().tolist() == expected[0].tolist()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", [1, 3, 100, 256, 257])
 @pytest.mark.parametrize("shape", [(1, 300), (3, 4096), (2, 4097), (5, 70_001)])
