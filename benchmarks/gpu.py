@@ -41,6 +41,7 @@ from twotower.kernels import dot_interaction as dot
 from twotower.kernels import low_rank_cross as cross
 from twotower.kernels import sampled_softmax as softmax
 from twotower.kernels import top_k_inner_product as top_k
+from twotower.kernels.exclusions import exclusion_words
 from twotower.kernels.launch import Blocks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,6 +221,29 @@ def bench_softmax(on: Device, limit: dict[str, float], small: bool) -> list[dict
     return rows
 
 
+def bench_exclusions(on: Device, limit: dict[str, float], small: bool) -> list[dict[str, Any]]:
+    """Time the words of exclusions: 50 items taken a query, of a skewed catalogue, and times."""
+    rows = []
+    for batch in (256,) if small else (8192, 65_536):
+        candidate_id, taken_id = (
+            (torch.rand(count, device=on.device) ** 3 * 16 * batch).long()
+            for count in (batch, 50 * batch)
+        )
+        own = partial(
+            exclusion_words, candidate_id, batch, taken_id_S=taken_id,
+            taken_query_S=torch.arange(batch, device=on.device).repeat_interleave(50),
+        )  # fmt: skip
+        first, time = (torch.randint(0, 2**40, (batch,), device=on.device) for _ in range(2))
+        timed = partial(own, first_N=first, time_B=time)
+        works = {"twotower": own, "with times": timed}
+        found = {name: on.measured(lambda _, work=work: work()) for name, work in works.items()}
+        # Twice the words: marked, and written.
+        rate = 2 * batch * batch / 8 / found["twotower"]["ms"] / 1e6
+        rows += table_rows(f"exclusion_words {batch}², 50 taken", found, {
+            "of copy rate": rate / limit["copy_gb_s"]})  # fmt: skip
+    return rows
+
+
 def bench_top_k(on: Device, limit: dict[str, float], small: bool) -> list[dict[str, Any]]:
     """Time exact search over bf16 items at the batches of serving."""
     rows = []
@@ -253,12 +277,13 @@ class Suite:
     moved: int
 
     def step(self, function: Callable[..., torch.Tensor]) -> Work:
-        """Return a forward and backward pass."""
+        """Return a forward and backward pass, whose gradient is at hand."""
+        with torch.no_grad():
+            ones = torch.ones_like(function(self.inputs[0], *self.weights))
 
         def work(number: int) -> Any:
             out = function(self.inputs[number], *self.weights)
-            leaves = [self.inputs[number], *self.weights]
-            return torch.autograd.grad(out, leaves, torch.ones_like(out))
+            return torch.autograd.grad(out, [self.inputs[number], *self.weights], ones)
 
         return work
 
@@ -495,7 +520,7 @@ def main() -> None:
         tested = on.cuda and not arguments.no_tests
         result["tests"] = run_tests() if tested else "not run"
         result["rows"] = [
-            row for bench in (bench_softmax, bench_top_k, bench_interactions)
+            row for bench in (bench_softmax, bench_exclusions, bench_top_k, bench_interactions)
             for row in bench(on, limit, arguments.small)
         ]  # fmt: skip
         show(result["rows"])

@@ -162,20 +162,20 @@ def _backward_kernel(
 def tiles(rank: int, dtype: torch.dtype, aligned: bool) -> Blocks:
     """Return rows, columns of a step over the width, warps and stages, of both kernels.
 
-    Reasoned for Hopper: 64 rows fill its matrix instructions. Up to rank 64, 4 warps of up to 255
-    registers a thread let two programs share a multiprocessor, so that their loads overlap; a
-    higher rank takes 8 warps and a multiprocessor of its own. Widths and ranks that are no
-    multiples of 16 are loaded value by value, which takes registers: hence 8 warps and narrower
-    steps. In bf16 nothing spills (tests/kernels/test_compile.py), but for 28 bytes of a rank above
-    128 that is not aligned; in fp32 up to 0.3 KB do. An fp32 step of 16 columns by 8 warps would
-    end in an illegal access when compiled by Triton 3.6 (seen on an H200): hence 4.
+    In bf16 up to rank 64 the fastest of 24 on an H200 (`benchmarks/gpu.py --sweep`), of which two
+    programs share a multiprocessor; the others are reasoned: 64 rows fill Hopper's matrix
+    instructions, and a rank above 64 takes 8 warps and a multiprocessor of its own. Widths and
+    ranks that are no multiples of 16 are loaded value by value, which takes registers: hence 8
+    warps and narrower steps. In bf16 at most 48 bytes spill (tests/kernels/test_compile.py); in
+    fp32 up to 0.3 KB do. An fp32 step of 16 columns by 8 warps would end in an illegal access when
+    compiled by Triton 3.6 (seen on an H200): hence 4.
     """
     if dtype == torch.float32:
         return Blocks(64, 32, 4, 2) if rank <= 64 else Blocks(64, 16, 4, 1)
     if not aligned:
         return Blocks(64, 32 if rank <= 64 else 16, 8, 2 if rank <= 128 else 1)
     if rank <= 64:
-        return Blocks(64, 64, 4, 2)
+        return Blocks(64, 64, 4, 3)
     return Blocks(64, 64 if rank <= 128 else 32, 8, 2)
 
 
@@ -336,10 +336,13 @@ _backward = operator("low_rank_cross_backward", _backward_now, _backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
+    ctx.set_materialize_grads(False)  # of what is saved there are none
     ctx.save_for_backward(*inputs[:4], *output[1:])
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
     return *_backward(*ctx.saved_tensors, grad.contiguous()), None
 
 

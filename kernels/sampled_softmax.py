@@ -48,6 +48,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.kernels.exclusions import unpacked
 from twotower.kernels.launch import (
     Blocks,
     check_matrices,
@@ -116,22 +117,6 @@ def sampled_softmax_reference(
     return _weighted_mean(loss_B, weight_B)
 
 
-def packed(bits_BN: Tensor) -> Tensor:
-    """Return bits as words (B, N / 32 rounded up), int32: bit j of word w is column 32 w + j."""
-    b, n = bits_BN.shape
-    bits_BW32 = F.pad(bits_BN, (0, -n % 32)).view(b, -1, 32)
-    words_BW = bits_BW32.new_zeros(bits_BW32.shape[:2], dtype=torch.int32)
-    for place in range(32):
-        words_BW |= bits_BW32[:, :, place].int() << place
-    return words_BW
-
-
-def unpacked(words_BW: Tensor, n: int) -> Tensor:
-    """Return the first `n` bits of words, bool (B, N)."""
-    place = torch.arange(32, device=words_BW.device, dtype=torch.int32)
-    return (words_BW[:, :, None] >> place & 1).bool().flatten(1)[:, :n]
-
-
 def _weighted_mean(loss_B: Tensor, weight_B: Tensor | None) -> Tensor:
     if weight_B is None:
         return loss_B.mean()
@@ -176,12 +161,32 @@ def _positives(at, candidate_id, row, B, DIAGONAL: tl.constexpr, HAS_ID: tl.cons
 
 
 @triton.jit
-def _counts(exclude, query_row, candidate_row, B, N, WORDS):
-    """Return which candidates queries do not exclude; rows and columns are given by their axes."""
-    place = query_row.to(tl.int64) * WORDS + candidate_row // 32
-    inside = (query_row < B) & (candidate_row < N)
-    words = tl.load(exclude + place, mask=inside, other=0)
-    return ((words >> (candidate_row % 32)) & 1) == 0
+def _counts(
+    exclude, query_row, first, B, WORDS,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, QUERIES_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Return which of BLOCK_N candidates from `first` on queries do not exclude.
+
+    That is (BLOCK_B, BLOCK_N) or, turned, (BLOCK_N, BLOCK_B). A word is loaded once for its 32
+    candidates.
+    """
+    place = query_row.to(tl.int64) * WORDS + first // 32
+    word = tl.arange(0, BLOCK_N // 32)
+    bit = 1 << tl.arange(0, 32)
+    inside = word < WORDS - first // 32
+    if QUERIES_FIRST:
+        words = tl.load(
+            exclude + place[:, None] + word[None, :],
+            mask=(query_row < B)[:, None] & inside[None, :], other=0,
+        )  # fmt: skip
+        excluded = tl.reshape(words[:, :, None] & bit[None, None, :], [BLOCK_B, BLOCK_N])
+    else:
+        words = tl.load(
+            exclude + place[None, :] + word[:, None],
+            mask=(query_row < B)[None, :] & inside[:, None], other=0,
+        )  # fmt: skip
+        excluded = tl.reshape(words[:, None, :] & bit[None, :, None], [BLOCK_N, BLOCK_B])
+    return excluded == 0
 
 
 @triton.jit
@@ -210,7 +215,7 @@ def _forward_kernel(
         x = tl.dot(q, tl.trans(c), input_precision="tf32x3") * scale - lower[None, :]
         negative = own_id[:, None] != ids[None, :]
         if EXCLUDE:
-            negative &= _counts(exclude, row[:, None], column[None, :], B, N, WORDS)
+            negative &= _counts(exclude, row, start, B, WORDS, BLOCK_B, BLOCK_N, True)
         if SMOOTH:
             counts = negative & (column < N)[None, :]
             summed += tl.sum(tl.where(counts, x, 0.0), 1)
@@ -314,7 +319,7 @@ def _query_gradient_kernel(
         x = tl.dot(q, tl.trans(c), input_precision="tf32x3") * scale - lower[None, :]
         negative = own_id[:, None] != ids[None, :]
         if EXCLUDE:
-            negative &= _counts(exclude, row[:, None], column[None, :], B, N, WORDS)
+            negative &= _counts(exclude, row, start, B, WORDS, BLOCK_B, BLOCK_N, True)
         x = tl.where(negative, x, -float("inf"))
         p = tl.exp2(x - lse_row[:, None])
         if SMOOTH:
@@ -366,7 +371,8 @@ def _candidate_gradient_kernel(
         x = tl.dot(c, tl.trans(q), input_precision="tf32x3") * scale - lower[:, None]
         negative = own_id[:, None] != ids[None, :]
         if EXCLUDE:
-            negative &= _counts(exclude, column[None, :], row[:, None], B, N, WORDS)
+            first_row = tl.program_id(0) * BLOCK_N
+            negative &= _counts(exclude, column, first_row, B, WORDS, BLOCK_B, BLOCK_N, False)
         x = tl.where(negative, x, -float("inf"))
         p = tl.exp2(x - lse_row[None, :])
         if SMOOTH:
@@ -411,8 +417,8 @@ def backward_blocks(width: int, dtype: torch.dtype) -> Blocks:
 
 
 def with_exclusions(tiles: Blocks) -> Blocks:
-    """Return tiles whose threads have room for the words of exclusions beside the logits."""
-    return replace(tiles, warps=max(8, tiles.warps))
+    """Return tiles that hold whole words of exclusions."""
+    return replace(tiles, columns=max(32, tiles.columns))
 
 
 def triton_forward(
@@ -605,8 +611,8 @@ def _forward_now(
     with torch.autocast(query.device.type, enabled=False):
         if runs_triton(query.device):
             return triton_forward(*inputs)
-        none = (query.new_empty(0) for _ in range(2))
-        return *cpu_forward(*inputs, with_gradients), *none
+        kept = cpu_forward(*inputs, with_gradients)
+        return *kept, query.new_empty(0), query.new_empty(0)
 
 
 def _forward_fake(
@@ -618,13 +624,16 @@ def _forward_fake(
     b, n = query.shape[0], candidate.shape[0]
     loss = query.new_empty((), dtype=wide)
     if runs_triton(query.device):
-        lengths = (_whole_tiles(n), _whole_tiles(b), _whole_tiles(b), b, b)
-        return loss, *(query.new_empty(length, dtype=wide) for length in lengths)
-    none = [query.new_empty(0) for _ in range(5)]
-    if not with_gradients:
-        return loss, *none
-    of_scale = query.new_empty((), dtype=wide)
-    return loss, torch.empty_like(query), torch.empty_like(candidate), of_scale, *none[:2]
+        lowered, lse, weighted_lse, slope, uniform = (
+            query.new_empty(length, dtype=wide)
+            for length in (_whole_tiles(n), _whole_tiles(b), _whole_tiles(b), b, b)
+        )
+        return loss, lowered, lse, weighted_lse, slope, uniform
+    of_query, of_candidate, of_scale, *none = (query.new_empty(0) for _ in range(5))
+    if with_gradients:
+        of_query, of_candidate = torch.empty_like(query), torch.empty_like(candidate)
+        of_scale = query.new_empty((), dtype=wide)
+    return loss, of_query, of_candidate, of_scale, none[0], none[1]
 
 
 _forward = operator("sampled_softmax", _forward_now, _forward_fake)
@@ -656,6 +665,7 @@ _backward = operator("sampled_softmax_backward", _backward_now, _backward_fake)
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
     query, candidate, scale, _, candidate_id, weight, at, exclude, _, smoothing, _ = inputs
     _, *kept = output
+    ctx.set_materialize_grads(False)  # of what is kept there are none
     ctx.smoothing, ctx.ready = smoothing, not runs_triton(query.device)
     if ctx.ready:
         ctx.save_for_backward(scale, *kept[:3])
@@ -663,7 +673,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
         ctx.save_for_backward(scale, query, candidate, candidate_id, weight, at, exclude, *kept)
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 11
     scale, *saved = ctx.saved_tensors
     if ctx.ready:
         of_query, of_candidate, of_scale = (g * grad.to(g.dtype) for g in saved)
@@ -709,8 +721,8 @@ def sampled_softmax(
         positive_B: int64 candidate row of each query's positive; 0 to B - 1 by default.
         positive: corrected, uncorrected or outside: its own term in the sum, see above.
         label_smoothing: share of the target that is spread over all candidates that count.
-        exclude_BW: int32 words whose bits (`packed`) say which candidates do not count for a query;
-            its positive does.
+        exclude_BW: int32 words whose bits (see `exclusion_words`) say which candidates do not
+            count for a query; its positive does.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.

@@ -50,7 +50,7 @@ GPU_BLOCK_BYTES = 256 << 20
 SELECT_BLOCK, SELECT_WARPS = 512, 8
 MOST_SELECTED = 256
 # Groups of which the best one's key is looked at first.
-RUN = 16
+RUN = 64
 LOW_32 = 0xFFFFFFFF
 LEAST_KEY = -2139095041 << 32  # of the score -inf, beyond every row
 NO_KEY = -(2**63)  # below every key

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from twotower.kernels.sampled_softmax import sampled_softmax, unpacked
+from twotower.kernels.exclusions import unpacked
+from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.train.config import TrainConfig
 from twotower.train.negatives import Candidates
 

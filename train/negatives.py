@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from twotower.data.batches import Batch, Seen
-from twotower.kernels.sampled_softmax import packed
+from twotower.data.batches import Batch
+from twotower.kernels.exclusions import exclusion_words
 from twotower.train.config import TrainConfig
 
 
@@ -166,8 +166,7 @@ def excluded(batch: Batch, id_N: Tensor, first_N: Tensor | None) -> Tensor | Non
     """Return which candidates do not count for a query, as words of bits (B, W); None for none.
 
     They are those that the batch says that the query's user had taken before, and those that were
-    not there yet at its time. `twotower.kernels.sampled_softmax.packed` says which bit is whose.
-    Nothing waits for a GPU.
+    not there yet at its time, as `exclusion_words` writes them.
 
     Args:
         batch: of the queries of this rank.
@@ -175,26 +174,15 @@ def excluded(batch: Batch, id_N: Tensor, first_N: Tensor | None) -> Tensor | Non
         first_N: when there first was each item of the catalogue, where the batch has times. Of
             fillers, which no softmax counts, it does not matter.
     """
-    bits_BN: Tensor | None = None
-    if batch.seen is not None:
-        bits_BN = _taken(batch.seen, id_N, len(batch.weight_B))
-    if batch.time_B is not None and first_N is not None:
-        later_BN = first_N[id_N] > batch.time_B[:, None]
-        bits_BN = later_BN if bits_BN is None else bits_BN | later_BN
-    return None if bits_BN is None else packed(bits_BN)
-
-
-def _taken(seen: Seen, id_N: Tensor, queries: int) -> Tensor:
-    """Return which candidates queries' users had taken before (B, N)."""
-    sorted_N = id_N.sort().values
-    last = len(id_N) - 1
-    place_S = torch.searchsorted(sorted_N, seen.item_S)
-    found_S = sorted_N[place_S.clamp_max(last)] == seen.item_S
-    # A column more takes what is no candidate.
-    bits_BN = torch.zeros(queries, len(id_N) + 1, dtype=torch.bool, device=id_N.device)
-    bits_BN[seen.query_S, torch.where(found_S, place_S, last + 1)] = True
-    # Candidates of one item share the column of the first.
-    return bits_BN[:, torch.searchsorted(sorted_N, id_N)]
+    seen, time_B = batch.seen, batch.time_B if first_N is not None else None
+    if seen is None and time_B is None:
+        return None
+    return exclusion_words(
+        id_N, len(batch.weight_B),
+        taken_query_S=None if seen is None else seen.query_S,
+        taken_id_S=None if seen is None else seen.item_S,
+        first_N=None if first_N is None or time_B is None else first_N[id_N], time_B=time_B,
+    )  # fmt: skip
 
 
 class CandidateMemory(nn.Module):

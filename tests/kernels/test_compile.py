@@ -28,10 +28,10 @@ SPILLS = {
     ("_forward_kernel", 128): 48, ("_query_gradient_kernel", 64): 8,
     ("_query_gradient_kernel", 128): 124, ("_candidate_gradient_kernel", 128): 40,
 }  # fmt: skip
-# The same with exclusions, whose words take registers; not measured yet.
+# The same with exclusions, whose words take registers: of eight tiles the fastest on an H200.
 EXCLUDING_SPILLS = {
-    ("_query_gradient_kernel", 64): 164, ("_query_gradient_kernel", 128): 64,
-    ("_query_gradient_kernel", 256): 108, ("_candidate_gradient_kernel", 256): 36,
+    ("_forward_kernel", 128): 208, ("_query_gradient_kernel", 64): 48,
+    ("_query_gradient_kernel", 128): 172, ("_candidate_gradient_kernel", 128): 80,
 }  # fmt: skip
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")
 
@@ -154,7 +154,7 @@ def test_the_selection_of_keys_fits_hopper(k) -> None:
 @pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
 def test_dot_interaction_in_bf16_fits_hopper(kernel, features, width, aligned) -> None:
     function = getattr(dot_interaction, kernel)
-    tiles = dot_interaction.tiles(features, width, torch.bfloat16)
+    tiles = dot_interaction.tiles(features, width)
     samples = tiles.rows // features
     constants = {"F": features, "SAMPLES": samples, "BLOCK_S": triton.next_power_of_2(samples),
                  "BLOCK_F": tiles.rows, "BLOCK_D": tiles.columns}  # fmt: skip
@@ -182,5 +182,6 @@ def test_low_rank_cross_in_bf16_fits_hopper(kernel, rank, aligned) -> None:
     assert "wgmma" in ptx, "tensor cores"
     # Shared memory leaves room for two programs a multiprocessor.
     assert shared <= SHARED_BYTES // 2
-    # What is loaded value by value, at the highest rank, is the one tile too many.
-    assert spilled <= (32 if rank == 256 and not aligned else 0)
+    # What is loaded value by value, at the highest rank, is the one tile too many; of rank 64 the
+    # fastest tile on an H200 spills a little.
+    assert spilled <= (32 if rank == 256 and not aligned else 48 if rank == 64 else 0)

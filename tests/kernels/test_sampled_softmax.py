@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 
+from twotower.kernels.exclusions import packed
 from twotower.kernels.sampled_softmax import (
     POSITIVES,
-    packed,
     sampled_softmax,
     sampled_softmax_reference,
-    unpacked,
 )
 
 from .conftest import error, not_interpreted, within
@@ -82,15 +81,6 @@ def test_a_query_whose_only_negatives_are_hits_has_no_loss() -> None:
     same = torch.full((4,), 7)
     loss = sampled_softmax(query, candidate, torch.tensor(0.1), log_q_N=log_q, candidate_id_N=same)
     assert float(loss) == 0.0
-
-
-@pytest.mark.parametrize("columns", [1, 31, 32, 33, 100])
-def test_bits_are_packed_and_unpacked(columns) -> None:
-    bits = exclusions(5, 0, 0, columns - 5) if columns > 5 else torch.ones(5, columns) > 0
-    words = packed(bits)
-    assert words.dtype == torch.int32
-    assert words.shape == (5, -(-columns // 32))
-    assert torch.equal(unpacked(words, columns), bits)
 
 
 def test_what_a_query_excludes_counts_for_it_alone(device) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from twotower.errors import UserError
-from twotower.kernels.sampled_softmax import packed
+from twotower.kernels.exclusions import packed
 from twotower.towers.config import ModelConfig
 from twotower.towers.tower import cut
 from twotower.train.config import TrainConfig

@@ -13,7 +13,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from twotower.data.batches import Batch, Seen
 from twotower.data.listed import Listed, Lists, listed
 from twotower.errors import UserError
-from twotower.kernels.sampled_softmax import sampled_softmax, unpacked
+from twotower.kernels.exclusions import unpacked
+from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.train.config import TrainConfig
 from twotower.train.negatives import (
     FILLER_LOG_Q,
