@@ -156,6 +156,14 @@ class Candidates:
     id_N: Tensor
     log_q_N: Tensor
 
+    def by_id(self, positive_B: Tensor) -> tuple[Candidates, Tensor]:
+        """Return them sorted by catalogue row, and which of them then are the positives."""
+        id_N, order_N = self.id_N.sort(stable=True)
+        place_N = torch.empty_like(order_N)
+        place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+        vector_ND = self.vector_ND.index_select(0, order_N)
+        return Candidates(vector_ND, id_N, self.log_q_N[order_N]), place_N[positive_B]
+
     def of_all_ranks(self) -> Candidates:
         """Return those of all ranks, rank by rank; vectors get the sum of all ranks' gradients."""
         vector_ND: Tensor = _Gather.apply(self.vector_ND)
@@ -170,7 +178,7 @@ def excluded(batch: Batch, id_N: Tensor, first_N: Tensor | None) -> Tensor | Non
 
     Args:
         batch: of the queries of this rank.
-        id_N: catalogue rows of the candidates, -1 for fillers.
+        id_N: catalogue rows of the candidates, sorted; -1 for fillers.
         first_N: when there first was each item of the catalogue, where the batch has times. Of
             fillers, which no softmax counts, it does not matter.
     """

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 from twotower.kernels import (
     dot_interaction,
+    exclusions,
     low_rank_cross,
     sampled_softmax,
     top_k_inner_product,
@@ -47,6 +48,8 @@ SCALARS = {
     "groups_a_program",
     "first_query",
     "stride",
+    "S",
+    "W",
 }
 IDS = {"candidate_id", "item_bits", "required_bits", "exclude_row", "exclude_offset",
        "exclude_owner", "chosen", "at"}  # fmt: skip
@@ -114,6 +117,20 @@ def test_sampled_softmax_in_bf16_fits_hopper(kernel, blocks, width, diagonal, ex
     assert shared <= SHARED_BYTES
     allowed = EXCLUDING_SPILLS if excludes else SPILLS
     assert spilled <= allowed.get((kernel, width), 0), spilled
+
+
+@pytest.mark.parametrize(("kernel", "constants"), [
+    ("_time_kernel", {"BLOCK_B": exclusions.QUERIES, "BLOCK_W": exclusions.WORDS}),
+    ("_taken_kernel", {"BLOCK_S": exclusions.PAIRS, "STRETCH": exclusions.STRETCH}),
+])  # fmt: skip
+def test_exclusions_fit_hopper(kernel, constants) -> None:
+    function = getattr(exclusions, kernel)
+    longs = dict.fromkeys(("first", "time", "query", "low", "high"), "*i64")
+    _, shared, spilled = compiled(
+        function, {**longs, "out": "*i32"}, constants, Blocks(0, 0, 4, 2)
+    )  # fmt: skip
+    assert shared <= SHARED_BYTES // 4
+    assert spilled == 0
 
 
 @pytest.mark.parametrize(("query", "item"), [("bf16", "bf16"), ("bf16", "i8"), ("fp32", "fp32")])

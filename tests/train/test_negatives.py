@@ -19,6 +19,7 @@ from twotower.train.config import TrainConfig
 from twotower.train.negatives import (
     FILLER_LOG_Q,
     CandidateMemory,
+    Candidates,
     PositiveRates,
     excluded,
     log_q,
@@ -201,18 +202,24 @@ def batch_of(queries: int, **more: Any) -> Batch:
 def test_what_users_had_taken_is_left_out_of_their_candidates(candidates, pairs) -> None:
     query, item = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     seen = Seen(torch.from_numpy(query.copy()), torch.from_numpy(item.copy()))
-    id_N = torch.tensor(candidates)
-    words = excluded(batch_of(5, seen=seen), id_N, None)
+    id_N, number_N = torch.tensor(candidates), torch.arange(len(candidates))
+    by_id, place_N = Candidates(number_N[:, None], id_N, number_N).by_id(number_N)
+    assert by_id.id_N.tolist() == sorted(candidates)
+    assert by_id.id_N[place_N].equal(id_N)
+    assert by_id.vector_ND[place_N, 0].equal(number_N)
+    assert by_id.log_q_N[place_N].equal(number_N)
+    words = excluded(batch_of(5, seen=seen), by_id.id_N, None)
     expected = [[(q, c) in pairs for c in candidates] for q in range(5)]
-    assert unpacked(words, len(candidates)).tolist() == expected
+    assert unpacked(words, len(candidates))[:, place_N].tolist() == expected
 
     # What came later is left out beside it; fillers are no matter.
     first = torch.arange(11) * 10
-    words = excluded(batch_of(5, seen=seen, time_B=torch.arange(5) * 20), id_N, first)
+    words = excluded(batch_of(5, seen=seen, time_B=torch.arange(5) * 20), by_id.id_N, first)
     expected = [
         [(q, c) in pairs or c * 10 > q * 20 for c in candidates if c >= 0] for q in range(5)
     ]
-    assert unpacked(words, len(candidates))[:, id_N >= 0].tolist() == expected
+    bits = unpacked(words, len(candidates))[:, place_N]
+    assert bits[:, id_N >= 0].tolist() == expected
 
 
 def test_without_anything_to_leave_out_there_are_no_words() -> None:
