@@ -19,6 +19,10 @@ from twotower.towers.config import EncoderConfig
 # The first bucket is of gaps that are not known, the next below a second, each other to twice the
 # one before: the last begins at 4 years.
 GAP_BOUNDS = [2.0**i for i in range(28)]
+# A step of Adam moves a parameter by its learning rate, whatever the gradient. As terms of scores,
+# whose weights are powers of e, a thousand steps of 0.001 would make a difference hardly show: what
+# is learned of places and of times is counted in units of this.
+BIAS_UNIT = 30.0
 
 
 class Lists:
@@ -141,7 +145,8 @@ class HstuBlock(nn.Module):
         normed_TD = self.entry_norm(x_TD)
         projected = F.silu(self.query_key_value(normed_TD))
         q_BHLK, k_BHLK, v_BHLK = lists.parts(projected, 3, self.heads)
-        score_BHLL = q_BHLK @ k_BHLK.transpose(-1, -2) + self.distance_bias[:, lists.distance_LL]
+        by_distance_HLL = BIAS_UNIT * self.distance_bias[:, lists.distance_LL]
+        score_BHLL = q_BHLK @ k_BHLK.transpose(-1, -2) + by_distance_HLL
         if gap_BHLL is not None:
             score_BHLL = score_BHLL + gap_BHLL
         # Divided by the window, not by how many there are: whether they are many counts.
@@ -217,7 +222,9 @@ class SequenceEncoder(nn.Module):
         layers = len(self.blocks)
         if self.gap_bias is None or age_BL is None:
             return [None] * layers
-        terms_BLLG = F.embedding(gap_buckets(age_BL, self.gap_bounds), self.gap_bias)
+        terms_BLLG = F.embedding(
+            gap_buckets(age_BL, self.gap_bounds), BIAS_UNIT * self.gap_bias
+        )  # fmt: skip
         return list(terms_BLLG.permute(0, 3, 1, 2).chunk(layers, dim=1))
 
     def forward(self, entry_BLD: Tensor, mask_BL: Tensor, age_BL: Tensor | None = None) -> Tensor:

@@ -18,18 +18,11 @@ from torch import Tensor, nn
 from twotower.data.schema import ENCODERS, ID_KINDS, Feature
 from twotower.towers.config import ModelConfig
 from twotower.towers.interaction import CrossInteraction, DotInteraction
-from twotower.towers.sequence import SequenceEncoder, newer_entries
+from twotower.towers.sequence import BIAS_UNIT, SequenceEncoder, newer_entries
 
 
 class AttentionPool(nn.Module):
-    """Weighted mean of a list, by content and by place from its newest entry.
-
-    A step of Adam moves a parameter by its learning rate, whatever the gradient. In weights, which
-    are powers of e, a thousand steps of 0.001 would make a difference of one place hardly show, so
-    places are counted in units of `UNIT`.
-    """
-
-    UNIT = 30.0
+    """Weighted mean of a list, by content and by place from its newest entry."""
 
     def __init__(self, dim: int, length: int) -> None:
         super().__init__()
@@ -39,7 +32,7 @@ class AttentionPool(nn.Module):
     def forward(self, entry_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Return (B, D); an empty list gives zeros."""
         keep_BL = mask_BL.to(entry_BLD.dtype)
-        logits_BL = entry_BLD @ self.content + self.UNIT * self.recency[newer_entries(mask_BL)]
+        logits_BL = entry_BLD @ self.content + BIAS_UNIT * self.recency[newer_entries(mask_BL)]
         logits_BL = logits_BL + (keep_BL - 1) * 1e4
         weight_BL = torch.softmax(logits_BL, dim=1) * keep_BL
         return (entry_BLD * weight_BL.unsqueeze(-1)).sum(1)

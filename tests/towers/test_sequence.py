@@ -13,7 +13,7 @@ from twotower.data.schema import ENCODERS, Feature
 from twotower.errors import UserError
 from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.towers.config import EncoderConfig, ModelConfig, model_config
-from twotower.towers.sequence import GAP_BOUNDS, SequenceEncoder, gap_buckets
+from twotower.towers.sequence import BIAS_UNIT, GAP_BOUNDS, SequenceEncoder, gap_buckets
 from twotower.towers.two_tower import TwoTower
 
 from ..conftest import EVENTS
@@ -31,8 +31,9 @@ def encoder(
     torch.manual_seed(0)
     made = SequenceEncoder(kind, DIM, LENGTH, config, time_gaps=time_gaps).eval()
     with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, parameter in made.named_parameters():
+            unit = BIAS_UNIT if name.endswith(("distance_bias", "gap_bias")) else 1
+            parameter.add_(0.3 * torch.randn_like(parameter) / unit)
     return made
 
 
@@ -168,7 +169,8 @@ def hstu_by_hand(made: SequenceEncoder, entry: torch.Tensor) -> torch.Tensor:
             part = slice(head * width, (head + 1) * width)
             for i in range(len(x)):
                 for j in range(i + 1):
-                    score = q[i, part] @ k[j, part] + block.distance_bias[head, i - j]
+                    score = q[i, part] @ k[j, part]
+                    score = score + BIAS_UNIT * block.distance_bias[head, i - j]
                     out[i, part] += torch.nn.functional.silu(score) / LENGTH * v[j, part]
         x = x + block.joined(block.mixed_norm(out) * u)
     return made.norm(x)
@@ -267,3 +269,21 @@ def test_settings_come_back_from_their_json_form() -> None:
     older = asdict(config)
     del older["encoder"]
     assert model_config(older).encoder == EncoderConfig()
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_in_a_few_hundred_steps_of_adam_time_gaps_are_learned(kind) -> None:
+    """What is older than a minute is to count as if it were not there."""
+    made = encoder(kind, replace(SHAPE, layers=1), time_gaps=True)
+    optimizer = torch.optim.Adam([made.gap_bias], lr=0.001)
+    losses = []
+    for _ in range(300):
+        entry = torch.nn.functional.normalize(torch.randn(64, LENGTH, DIM), dim=-1)
+        age = torch.where(torch.arange(LENGTH) < LENGTH // 2, 5000.0, 10.0).expand(64, LENGTH)
+        age = age + 40 * torch.rand(64, LENGTH)
+        there = torch.ones(64, LENGTH, dtype=torch.bool)
+        losses.append((made(entry, there, age) - made(entry, age < 60, age)).square().mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.1 * losses[0]
