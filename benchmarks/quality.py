@@ -107,6 +107,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "data.query.history.pooling": "transformer", "train.every_position": True,
         "train.batch_size": 64, "train.negatives.exclude_seen": True,
     },
+    "time gaps at every position without seen": {
+        "data.query.history.pooling": "transformer", "data.query.history.time_gaps": True,
+        "train.every_position": True, "train.batch_size": 64, "train.negatives.exclude_seen": True,
+    },
+    "hstu at every position without seen": {
+        "data.query.history.pooling": "hstu", "train.every_position": True,
+        "train.batch_size": 64, "train.negatives.exclude_seen": True,
+    },
     "temperature 0.05": {"model.temperature": 0.05},
     "temperature 0.2": {"model.temperature": 0.2},
 }  # fmt: skip
