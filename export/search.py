@@ -22,9 +22,10 @@ FAISS_KINDS = ("pq", "ivf", "hnsw")
 # Of the catalogue as candidates: beyond, reading all of it is as fast, and misses nothing.
 EXACT_SHARE = 0.25
 ROWS_A_BLOCK = 1 << 16
-# ONNX Runtime's product of two matrices copies all item vectors into an order of its own first;
-# that of one vector does not. Of 100,000 x 64 on one thread, 1, 2, 3 and 4 vectors take 1.0, 3.8,
-# 4.2 and 4.3 ms together, and 1.0 ms each by themselves.
+# ONNX Runtime's product of two matrices copies all item vectors into an order of its own first:
+# once, where there is room for the copy, else at every product but that of one vector. Of 100,000 x
+# 64 on one thread, 1, 2, 3 and 4 vectors then took 1.0, 3.8, 4.2 and 4.3 ms together.
+COPIED_BYTES = 256 << 20
 FEW_VECTORS = 3
 F32 = npt.NDArray[np.float32]
 Found = tuple[F32, npt.NDArray[np.int64]]
@@ -83,21 +84,25 @@ class GraphSearch:
     Args:
         folder: with the bundle's files.
         threads: of a search.
-        few: so many vectors are faster searched one by one.
+        exact: whether the whole vectors are what is searched.
     """
 
-    def __init__(self, folder: Path, threads: int, few: int = 1) -> None:
+    def __init__(self, folder: Path, threads: int, exact: bool = False) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # Prepacking would copy the item vectors, which are mapped from the file.
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        # Threads that wait by spinning take the time of all others: on 2 cores, 200 requests a
+        # second through the gateway had a p99 of 84 ms by 2 threads that did, and 24 by 2 that
+        # slept.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.item_ND = np.load(folder / "item_vectors.npy", mmap_mode="r", allow_pickle=False)
+        copied = exact and self.item_ND.nbytes <= COPIED_BYTES
+        options.add_session_config_entry("session.disable_prepacking", str(int(not copied)))
+        self.few = FEW_VECTORS if exact and not copied else 1
         self.session = ort.InferenceSession(
             str(folder / "index.onnx"), options, providers=["CPUExecutionProvider"]
         )
-        self.item_ND = np.load(folder / "item_vectors.npy", mmap_mode="r", allow_pickle=False)
-        self.few = few
 
     def search(self, vector_BD: F32, k: int) -> Found:
         """Return the best scores and their rows (B, K), best first; k is at most N."""
@@ -177,4 +182,4 @@ def open_search(folder: Path, spec: dict[str, Any], threads: int = 1) -> GraphSe
     """
     if spec["kind"] in FAISS_KINDS:
         return FaissSearch(folder, spec, threads)
-    return GraphSearch(folder, threads, FEW_VECTORS if spec["kind"] == "exact" else 1)
+    return GraphSearch(folder, threads, spec["kind"] == "exact")

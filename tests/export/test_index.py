@@ -84,6 +84,20 @@ def test_any_k_up_to_the_catalogue_is_answered(kind, vectors, queries, tmp_path)
     assert overlap(exact_top_k(vectors[:500], queries, 500)[1], rows) == 1
 
 
+@settings(max_examples=15, deadline=None)
+@given(extra=st.integers(0, 40), spread=st.integers(1, 4), k=st.integers(1, 90))
+def test_of_equal_scores_the_lower_row_comes_first(extra, spread, k, tmp_path_factory) -> None:
+    rng = np.random.default_rng(extra)
+    items = rng.integers(-spread, spread + 1, (2040 + extra, 4)).astype(np.float32)
+    asked = rng.integers(-spread, spread + 1, (5, 4)).astype(np.float32)
+    search = built(tmp_path_factory.mktemp("ties"), items, IndexConfig())
+    for wanted in (k, len(items) - k, len(items)):
+        expected = np.argsort(-(asked @ items.T), axis=1, kind="stable")[:, :wanted]
+        scores, rows = search.search(asked, wanted)
+        np.testing.assert_array_equal(rows, expected)
+        np.testing.assert_array_equal(scores, np.take_along_axis(asked @ items.T, expected, 1))
+
+
 @pytest.mark.parametrize("kind", INDEX_KINDS)
 def test_a_catalogue_of_three_items_has_an_index(kind, vectors, tmp_path) -> None:
     search = built(tmp_path, vectors[:3], IndexConfig(kind=kind))

@@ -1,0 +1,106 @@
+"""The exact index on a CPU beside a product and TopK of ONNX Runtime, and beside faiss.
+
+    python benchmarks/search.py          # about a minute on 2 cores
+
+100,000 random vectors, 64 wide, are searched for the 100 best of one query and of batches, on one
+thread: by a bundle's exact index; by a graph of two nodes, Gemm and TopK, with the options that
+ONNX Runtime has by default; and by faiss's IndexFlatIP. Runs are interleaved and times are medians.
+All give the same rows. The result is written to benchmarks/results/search.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import faiss
+import numpy as np
+import onnxruntime as ort
+from measure import write_result
+from onnx import TensorProto, helper, numpy_helper
+
+from twotower.export.config import IndexConfig
+from twotower.export.id_nodes import IR_VERSION, OPSETS
+from twotower.export.index import VECTORS, build_index, index_spec
+from twotower.export.search import open_search
+from twotower.show import table
+
+ITEMS, WIDTH, K = 100_000, 64, 100
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+Search = Callable[[Any], Any]
+
+
+def two_nodes(item_ND: Any) -> Search:
+    """Return a search by Gemm and TopK alone."""
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["vector", "items"], ["all_scores"], transB=1),
+         helper.make_node("TopK", ["all_scores", "k"], ["scores", "rows"], axis=1)],
+        "two_nodes",
+        [helper.make_tensor_value_info("vector", TensorProto.FLOAT, ["batch", WIDTH])],
+        [helper.make_tensor_value_info("rows", TensorProto.INT64, ["batch", K])],
+        [numpy_helper.from_array(item_ND, "items"),
+         numpy_helper.from_array(np.array([K], np.int64), "k")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return lambda vector_BD: session.run(["rows"], {"vector": vector_BD})[0]
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=30)
+    repeats = parser.parse_args().repeats
+    rng = np.random.default_rng(0)
+    item_ND = rng.standard_normal((ITEMS, WIDTH)).astype(np.float32)
+    faiss.omp_set_num_threads(1)
+    flat = faiss.IndexFlatIP(WIDTH)
+    flat.add(item_ND)
+    with TemporaryDirectory(prefix="twotower-") as work:
+        folder = Path(work)
+        np.save(folder / VECTORS, item_ND)
+        spec = index_spec(IndexConfig(), WIDTH, False)
+        build_index(folder, spec, IndexConfig())
+        own = open_search(folder, asdict(spec), 1)
+        searches: dict[str, Search] = {
+            "twotower": lambda vector_BD: own.search(vector_BD, K)[1],
+            "Gemm and TopK": two_nodes(item_ND),
+            "faiss": lambda vector_BD: flat.search(vector_BD, K)[1],
+        }
+        rows = []
+        for batch in BATCHES:
+            vector_BD = rng.standard_normal((batch, WIDTH)).astype(np.float32)
+            found = {name: search(vector_BD) for name, search in searches.items()}
+            assert all(np.array_equal(found["twotower"], other) for other in found.values())
+            seconds: dict[str, list[float]] = {name: [] for name in searches}
+            for _ in range(repeats):
+                for name, search in searches.items():
+                    started = time.perf_counter()
+                    search(vector_BD)
+                    seconds[name].append(time.perf_counter() - started)
+            rows.append({"batch": batch, "ms": {n: 1000 * median(s) for n, s in seconds.items()}})
+    table(
+        f"{ITEMS:,} x {WIDTH}, top {K}, one thread",
+        [">batch", *(f">{name}, ms" for name in searches), ">times Gemm and TopK", ">times faiss"],
+        [[str(row["batch"]), *(f"{ms:.2f}" for ms in row["ms"].values()),
+          *(f"{row['ms'][name] / row['ms']['twotower']:.2f}"
+            for name in ("Gemm and TopK", "faiss"))] for row in rows],
+    )  # fmt: skip
+    write_result(
+        "search", {"items": ITEMS, "width": WIDTH, "k": K, "repeats": repeats, "rows": rows},
+        ("numpy", "onnxruntime", "faiss-cpu"),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
