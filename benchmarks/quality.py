@@ -137,6 +137,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "movielens-liked": {
         **OPTIONS,
         "256 wide": {"model.dim": 256},
+        "item features without seen": {
+            "data.query.history.item_features": ["genres", "year"],
+            "train.negatives.exclude_seen": True,
+        },
         "half skipped": {"train.negatives": {"in_batch": 0.5, "skipped": 0.5}},
         "a tenth skipped": {"train.negatives": {"in_batch": 0.9, "skipped": 0.1}},
     },

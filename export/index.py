@@ -40,7 +40,7 @@ ONNX_TYPE = {"float32": TensorProto.FLOAT, "int8": TensorProto.INT8}
 # 8 bits in 16, which they would overflow. https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 QUERY_MAX, QUERY_ZERO, ITEM_MAX = 63, 64, 127
 ROWS_A_BLOCK = 1 << 16
-# Of 100,000 scores, groups of 32 took the least time of 32, 64 and 128.
+# Of 100,000 scores, groups of 32 took the least time of 32, 64 and 128; few scores need no groups.
 GROUP, FEWEST_GROUPS = 32, 64
 # Of k-means, which needs no more to place its centroids.
 TRAINED_ON = 1 << 18
@@ -220,7 +220,7 @@ def _best_nodes(k: str, n: int, outputs: list[str], initializers: list[Any]) -> 
 
     The k best groups of neighbouring rows, by their best, hold the k best rows. Groups are taken in
     the order of rows, so that of equal scores the lower row comes first, as in TopK over all, which
-    takes longer (benchmarks/search.py).
+    takes longer (benchmarks/search.py), unless k is above a hundredth of N or so.
     """
     whole = helper.make_node("TopK", ["all_scores", k], outputs, axis=1)
     groups = -(-n // GROUP)

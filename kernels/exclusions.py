@@ -9,7 +9,8 @@ On a GPU a first kernel writes the words, from the times or as zeros, and a seco
 stretch of each pair of a query and an item. Bytes: the words, B N / 8, once; B x N of bytes would
 be eight times as many, and their packing as often again. Among candidates in any order a pair has
 as many places as its item: setting them one by one took an H200 42 ms at B = N = 65,536, and
-looking each bit up in a sorted order 95, where the whole softmax takes 16.
+looking each bit up in a sorted order 95, where the whole softmax takes 16. Stretches were not
+measured there yet.
 
 On a CPU the bits are a B x N of bytes before they are packed.
 
@@ -27,7 +28,8 @@ from torch import Tensor
 
 from twotower.kernels.launch import runs_triton
 
-# Of a tile of words; pairs a program, and words that it sets at a time.
+# Of a tile of words; pairs a program, and words that it sets at a time. Reasoned: 4 or 8 numbers a
+# thread, and most stretches are of a word or two.
 QUERIES, WORDS = 16, 64
 PAIRS, STRETCH = 32, 8
 LONG_AGO = -(2**63)
@@ -96,7 +98,7 @@ def exclusion_words(
     Nothing waits for a GPU. The same on any device, to the bit.
 
     Args:
-        candidate_id_N: int64 ids of the candidates, sorted, which nothing checks.
+        candidate_id_N: int64 ids of the candidates, sorted; of a GPU's, nothing checks it.
         queries: B.
         taken_query_S: int64 place of each pair's query, below B.
         taken_id_S: int64 id of each pair's item, which need not be among the candidates.
@@ -104,7 +106,8 @@ def exclusion_words(
         time_B: int64 time of each query.
 
     Raises:
-        ValueError: of either two that belong together, one is missing, or they differ in length.
+        ValueError: of either two that belong together, one is missing, or they differ in length;
+            ids are not sorted.
     """
     n = len(candidate_id_N)
     for left, one, right, other in (
@@ -121,6 +124,8 @@ def exclusion_words(
     taken_S = () if taken_id_S is None else tuple(
         torch.searchsorted(candidate_id_N, taken_id_S, right=right) for right in (False, True)
     )  # fmt: skip
+    if not candidate_id_N.is_cuda and (candidate_id_N.diff() < 0).any():
+        raise ValueError("candidate_id must be sorted")
     if not runs_triton(candidate_id_N.device):
         return packed(_bits(candidate_id_N, queries, taken_query_S, taken_S, first_N, time_B))
     words = -(-n // 32)
@@ -145,7 +150,7 @@ def _bits(
     candidate_id_N: Tensor, queries: int, query_S: Tensor | None, stretch_S: tuple[Tensor, ...],
     first_N: Tensor | None, time_B: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return the bits (B, N) of pairs, whose items' candidates are from one place to another."""
+    """Return the bits (B, N) by times and by pairs, whose candidates lie between two places."""
     n = len(candidate_id_N)
     bits_BN = torch.zeros(queries, n + 1, dtype=torch.bool)
     if query_S is not None:

@@ -1,4 +1,4 @@
-"""What the kernels' launchers share: where Triton runs, block sizes and splits."""
+"""What the kernels' launchers share: operators, where Triton runs, block sizes and splits."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def operator(
     than what it calls (`launched` in benchmarks/gpu.py).
 
     Args:
-        name: what it is called in the namespace `twotower`.
+        name: what it is called in the namespace `twotower`; that of a gradient, which cannot be
+            differentiated again, ends with `_backward`.
         function: returns new tensors alone and changes none of its inputs.
         fake: returns tensors of the shapes and types that the function would.
     """
@@ -72,8 +73,14 @@ def operator(
     torch.library.define(full, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(full, ("cpu", "cuda"), function)
     torch.library.register_fake(full, fake)
+    if name.endswith("_backward"):
+        torch.library.register_autograd(full, _differentiated_twice)
     overload: torch._ops.OpOverload = getattr(torch.ops.twotower, name).default
     return overload
+
+
+def _differentiated_twice(*_: Any) -> None:
+    raise RuntimeError("twotower's operators can be differentiated once, not twice")
 
 
 def check_matrices(name: str, a: Tensor, other: str, b: Tensor) -> None:

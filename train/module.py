@@ -111,9 +111,9 @@ class RetrievalModule(L.LightningModule):
             # Autocast leaves the vectors in fp32, in which no fused op would be fast.
             query_BD, item_ND = query_BD.bfloat16(), item_ND.bfloat16()
         candidates, positive_B = self._candidates(batch, item_ND)
-        if batch.seen is not None or batch.time_B is not None:
-            candidates, positive_B = candidates.by_id(positive_B)
         with record_function(RANGE + "loss"):
+            if batch.seen is not None or batch.time_B is not None:
+                candidates, positive_B = candidates.by_id(positive_B)
             loss = self._loss(batch, query_BD, candidates, temperature, positive_B)
         if self.step_is_logged:
             self.latest = Latest(

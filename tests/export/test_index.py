@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import twotower.export.search as search_module
 from twotower.errors import UserError
 from twotower.export.compare import overlap
 from twotower.export.config import INDEX_KINDS, IndexConfig
@@ -62,10 +63,12 @@ def test_scores_are_true_and_few_items_are_missed(kind, width, vectors, queries,
         np.testing.assert_array_equal(rows, expected)
 
 
+@pytest.mark.parametrize("copied", [0, search_module.COPIED_BYTES])
 @pytest.mark.parametrize("kind", INDEX_KINDS)
 def test_vectors_are_answered_alike_in_batches_of_any_size(
-    kind, vectors, queries, tmp_path
+    kind, copied, vectors, queries, tmp_path, monkeypatch
 ) -> None:
+    monkeypatch.setattr(search_module, "COPIED_BYTES", copied)
     search = built(tmp_path, vectors, IndexConfig(kind=kind))
     scores, rows = search.search(queries, K)
     for size in (1, 2, 3, 4):

@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import twotower.kernels.exclusions as exclusions_module
 from twotower.kernels.exclusions import exclusion_words, packed, unpacked
 from twotower.kernels.launch import INTERPRET
 
@@ -47,7 +48,22 @@ def exclusions(draw):
 @MANY
 @given(search=exclusions())
 def test_the_words_say_what_does_not_count(device, search) -> None:
-    ids, b, options = search
+    check(device, *search)
+
+
+def test_many_words_and_stretches_of_many(device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    b, n = 2 * exclusions_module.QUERIES + 1, 32 * exclusions_module.WORDS + 500
+    check(device, torch.randint(0, 3, (n,), generator=generator).sort().values, b, {
+        "taken_query_S": torch.randint(0, b, (40,), generator=generator),
+        "taken_id_S": torch.randint(0, 4, (40,), generator=generator),
+        "first_N": torch.randint(0, 9, (n,), generator=generator),
+        "time_B": torch.randint(0, 9, (b,), generator=generator),
+    })  # fmt: skip
+
+
+def check(device, ids, b, options) -> None:
+    """Compare words with what is excluded pair by pair."""
     there = {name: value.to(device) for name, value in options.items()}
     words = exclusion_words(ids.to(device), b, **there).cpu()
     pairs = set()
@@ -79,3 +95,8 @@ def test_the_words_say_what_does_not_count(device, search) -> None:
 def test_what_does_not_belong_together_is_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         exclusion_words(torch.arange(5), 3, **options)
+
+
+def test_ids_that_are_not_sorted_are_refused() -> None:
+    with pytest.raises(ValueError, match="candidate_id must be sorted"):
+        exclusion_words(torch.tensor([1, 0]), 3)

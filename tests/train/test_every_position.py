@@ -39,7 +39,11 @@ def test_two_ranks_train_what_one_does(prepared, tmp_path) -> None:
     }  # fmt: skip
     variants = [
         common,
-        {**common, "pipeline": "on", "negatives": {"in_batch": 0.5, "uniform": 0.5}},
+        {
+            **common,
+            "pipeline": "on",
+            "negatives": {"in_batch": 0.5, "uniform": 0.5, "exclude_seen": True},
+        },
         {
             **common,
             "negatives": {"catalogue": True, "exclude_seen": True, "exclude_unreleased": True},
