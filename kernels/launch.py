@@ -74,12 +74,12 @@ def operator(
     torch.library.impl(full, ("cpu", "cuda"), function)
     torch.library.register_fake(full, fake)
     if name.endswith("_backward"):
-        torch.library.register_autograd(full, _differentiated_twice)
+        torch.library.register_autograd(full, _refuse_second)
     overload: torch._ops.OpOverload = getattr(torch.ops.twotower, name).default
     return overload
 
 
-def _differentiated_twice(*_: Any) -> None:
+def _refuse_second(*_: Any) -> None:
     raise RuntimeError("twotower's operators can be differentiated once, not twice")
 
 

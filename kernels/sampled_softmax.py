@@ -644,7 +644,10 @@ def _backward_now(
     weight: Tensor, at: Tensor | None, exclude: Tensor | None, kept: list[Tensor],
     smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the logits again and return the three gradients."""
+    """Compute the logits again, or scale what the CPU has kept; return the three gradients."""
+    if not runs_triton(query.device):
+        of_query, of_candidate, of_scale = (g * grad.to(g.dtype) for g in kept[:3])
+        return of_query, of_candidate, of_scale
     with torch.autocast(query.device.type, enabled=False):
         return triton_backward(
             query, candidate, scale, grad, candidate_id, weight, at, exclude, kept, smoothing
@@ -656,7 +659,9 @@ def _backward_fake(
     weight: Tensor, at: Tensor | None, exclude: Tensor | None, kept: list[Tensor],
     smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(query), torch.empty_like(candidate), kept[0].new_empty(())
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    of_scale = query.new_empty((), dtype=wide)
+    return torch.empty_like(query), torch.empty_like(candidate), of_scale
 
 
 _backward = operator("sampled_softmax_backward", _backward_now, _backward_fake)
@@ -664,27 +669,19 @@ _backward = operator("sampled_softmax_backward", _backward_now, _backward_fake)
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
     query, candidate, scale, _, candidate_id, weight, at, exclude, _, smoothing, _ = inputs
-    _, *kept = output
     ctx.set_materialize_grads(False)  # of what is kept there are none
-    ctx.smoothing, ctx.ready = smoothing, not runs_triton(query.device)
-    if ctx.ready:
-        ctx.save_for_backward(scale, *kept[:3])
-    else:
-        ctx.save_for_backward(scale, query, candidate, candidate_id, weight, at, exclude, *kept)
+    ctx.smoothing = smoothing
+    ctx.save_for_backward(query, candidate, scale, candidate_id, weight, at, exclude, *output[1:])
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 11
-    scale, *saved = ctx.saved_tensors
-    if ctx.ready:
-        of_query, of_candidate, of_scale = (g * grad.to(g.dtype) for g in saved)
-    else:
-        query, candidate, candidate_id, weight, at, exclude, *kept = saved
-        of_query, of_candidate, of_scale = _backward(
-            query, candidate, scale, grad.float(), candidate_id, weight, at, exclude, kept,
-            ctx.smoothing,
-        )  # fmt: skip
+    query, candidate, scale, candidate_id, weight, at, exclude, *kept = ctx.saved_tensors
+    of_query, of_candidate, of_scale = _backward(
+        query, candidate, scale, grad.to(scale.dtype), candidate_id, weight, at, exclude, kept,
+        ctx.smoothing,
+    )  # fmt: skip
     return of_query, of_candidate, of_scale.to(scale.dtype), *[None] * 8
 
 
