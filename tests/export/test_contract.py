@@ -32,6 +32,7 @@ from twotower.export.halves import (
 from twotower.export.manifest import PRECISIONS
 from twotower.export.parity import event_rows, item_rows
 from twotower.towers.config import INTERACTIONS, EncoderConfig, ModelConfig
+from twotower.towers.sequence import BIAS_UNIT
 from twotower.towers.two_tower import TwoTower
 
 USERS, ITEMS, EVENTS, QUERIES, K = 60, 50, 600, 300, 10
@@ -119,9 +120,10 @@ def towers(data, interaction: str) -> TwoTower:
         encoder=EncoderConfig(layers=1, heads=2),
     )).eval()  # fmt: skip
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+                unit = BIAS_UNIT if name.endswith(("distance_bias", "gap_bias")) else 1
+                parameter.add_(0.1 * torch.randn_like(parameter) / unit)
     return model
 
 
