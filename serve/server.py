@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,6 +66,8 @@ class TritonServer(TritonProcess):
         self._probes = 0
         self._copied = False
         self._answering: tuple[int, set[int]] = (0, set())
+        # Stubs that a reload has replaced, and when they must have ended.
+        self._replaced: tuple[set[int], float] = (set(), 0.0)
 
     @property
     def bundle(self) -> Bundle:
@@ -162,6 +167,7 @@ class TritonServer(TritonProcess):
         Raises:
             UserError: when no answer or a wrong one comes, or a stub has ended.
         """
+        self._end_hung()
         if lost := self.lost():
             raise UserError(f"the stub of pid {', '.join(map(str, sorted(lost)))} has ended")
         self._probes += 1
@@ -204,10 +210,26 @@ class TritonServer(TritonProcess):
             UserError: when Triton does not.
         """
         self._answering = (0, set())
+        before = self._stubs_served()
         for name in self.config.models:
             # Triton skips a load when no file has changed.
             (self.repository / name / str(self.served.version) / "model.py").touch()
             self.load(name, self.served.version)
+        self._replaced = before, time.monotonic() + self.config.drain_s
+
+    def _stubs_served(self) -> set[int]:
+        version = self.served.version
+        return {pid for name in self.config.models for pid in self.stubs(name, version)}
+
+    def _end_hung(self) -> None:
+        """Kill what was replaced and has not ended: Triton lets a hung stub keep its memory."""
+        pids, deadline = self._replaced
+        if pids and time.monotonic() > deadline:
+            for pid in pids & self._stubs_served():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            version, answering = self._answering
+            self._answering, self._replaced = (version, answering - pids), (set(), 0.0)
 
     def restart(self) -> None:
         """Replace the server process, on the same ports.

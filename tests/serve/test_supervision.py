@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from twotower.errors import UserError
@@ -45,6 +46,14 @@ def test_health_says_why_not(served) -> None:
     assert "golden query" in reasons[-1]
     wait_until(lambda: served.get("/healthz")[0] == 200)
     assert served.get("/")[0] == 404
+    # What hung has been replaced, and must not hold its memory.
+    gone, _ = psutil.wait_procs([stub], timeout=20)
+    if not gone:
+        stub.kill()
+    assert gone or stub.status() == psutil.STATUS_ZOMBIE
+    time.sleep(1)  # three probes
+    assert served.get("/healthz") == (200, "ok\n")
+    assert served.metric("twotower_reloads_total") == 1
 
 
 def test_clients_that_heed_health_lose_nothing_when_the_server_stops(served) -> None:
