@@ -74,6 +74,12 @@ LINES: dict[str, dict[str, Any]] = {
     "without seen": {"train.negatives.exclude_seen": True},
 }
 # What any recipe may be given.
+WITHOUT_SEEN: dict[str, Any] = {"train.negatives.exclude_seen": True}
+EVERY_POSITION: dict[str, Any] = {
+    "data.query.history.pooling": "transformer", "train.every_position": True,
+    "train.batch_size": 64,
+}  # fmt: skip
+FILMS: dict[str, Any] = {"data.query.history.item_features": ["genres", "year"]}
 OPTIONS: dict[str, dict[str, Any]] = {
     "recipe": {},
     "without logQ": {"train.log_q": 0},
@@ -85,7 +91,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "half mined": {"train.negatives": {"in_batch": 0.5, "mined": 0.5}},
     "a tenth mined": {"train.negatives": {"in_batch": 0.9, "mined": 0.1}},
     "whole catalogue": {"train.negatives": {"catalogue": True}},
-    "without seen": {"train.negatives.exclude_seen": True},
+    "without seen": WITHOUT_SEEN,
     "without unreleased": {"train.negatives.exclude_unreleased": True},
     "whole catalogue without seen": {
         "train.negatives": {"catalogue": True, "exclude_seen": True}
@@ -99,21 +105,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mean pooling": {"data.query.history.pooling": "mean"},
     "transformer": {"data.query.history.pooling": "transformer"},
     "hstu": {"data.query.history.pooling": "hstu"},
-    "every position": {
-        "data.query.history.pooling": "transformer", "train.every_position": True,
-        "train.batch_size": 64,
-    },
-    "every position without seen": {
-        "data.query.history.pooling": "transformer", "train.every_position": True,
-        "train.batch_size": 64, "train.negatives.exclude_seen": True,
-    },
+    "every position": EVERY_POSITION,
+    "every position without seen": {**EVERY_POSITION, **WITHOUT_SEEN},
     "time gaps at every position without seen": {
-        "data.query.history.pooling": "transformer", "data.query.history.time_gaps": True,
-        "train.every_position": True, "train.batch_size": 64, "train.negatives.exclude_seen": True,
+        **EVERY_POSITION, **WITHOUT_SEEN, "data.query.history.time_gaps": True,
     },
     "hstu at every position without seen": {
-        "data.query.history.pooling": "hstu", "train.every_position": True,
-        "train.batch_size": 64, "train.negatives.exclude_seen": True,
+        **EVERY_POSITION, **WITHOUT_SEEN, "data.query.history.pooling": "hstu",
     },
     "temperature 0.05": {"model.temperature": 0.05},
     "temperature 0.2": {"model.temperature": 0.2},
@@ -124,23 +122,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "ids alone": {"data.item.genres": None, "data.item.year": None},
         "256 wide": {"model.dim": 256},
         "half-life 1 year": {"train.half_life_days": 365},
-        "item features": {"data.query.history.item_features": ["genres", "year"]},
-        "item features without seen": {
-            "data.query.history.item_features": ["genres", "year"],
-            "train.negatives.exclude_seen": True,
-        },
-        "item features at every position": {
-            **OPTIONS["every position"],
-            "data.query.history.item_features": ["genres", "year"],
-        },
+        "item features": FILMS,
+        "item features without seen": {**FILMS, **WITHOUT_SEEN},
+        "item features at every position": {**EVERY_POSITION, **FILMS},
     },
     "movielens-liked": {
         **OPTIONS,
         "256 wide": {"model.dim": 256},
-        "item features without seen": {
-            "data.query.history.item_features": ["genres", "year"],
-            "train.negatives.exclude_seen": True,
-        },
+        "item features without seen": {**FILMS, **WITHOUT_SEEN},
         "half skipped": {"train.negatives": {"in_batch": 0.5, "skipped": 0.5}},
         "a tenth skipped": {"train.negatives": {"in_batch": 0.9, "skipped": 0.1}},
     },

@@ -22,6 +22,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +147,14 @@ def _external(path: Path, name: str) -> Any:
     return tensor
 
 
+def _numbers(initializers: list[Any], name: str, *values: int) -> str:
+    """Add a constant of whole numbers (V,), and return its name."""
+    return constant(name, np.array(values, np.int64), initializers)
+
+
 def _cut_nodes(spec: IndexSpec, nodes: list[Any], initializers: list[Any]) -> str:
     """Add nodes for `cut_vectors`, and return the name of what they make."""
-
-    def numbers(name: str, *values: int) -> str:
-        return constant(name, np.array(values, np.int64), initializers)
-
+    numbers = partial(_numbers, initializers)
     first, axis = spec.width - spec.bias, numbers("axis", 1)
     nodes += [
         helper.make_node("Slice", ["vector", numbers("zero", 0), numbers("first", first), axis],
@@ -198,10 +201,7 @@ def _int8_nodes(vector: str, initializers: list[Any]) -> list[Any]:
 
 def _rescored_nodes(n: int, rescore: int, initializers: list[Any]) -> list[Any]:
     """Return nodes for: `rescore` candidates a result, then their order by the whole vectors."""
-
-    def numbers(name: str, value: int) -> str:
-        return constant(name, np.array([value], np.int64), initializers)
-
+    numbers = partial(_numbers, initializers)
     return [
         helper.make_node("Mul", ["k", numbers("rescore", rescore)], ["wanted"]),
         helper.make_node("Min", ["wanted", numbers("all", n)], ["candidates"]),
@@ -222,14 +222,10 @@ def _best_nodes(k: str, n: int, outputs: list[str], initializers: list[Any]) -> 
     the order of rows, so that of equal scores the lower row comes first, as in TopK over all, which
     takes longer (benchmarks/search.py), unless k is above a hundredth of N or so.
     """
-    whole = helper.make_node("TopK", ["all_scores", k], outputs, axis=1)
     groups = -(-n // GROUP)
     if groups < FEWEST_GROUPS:
-        return [whole]
-
-    def numbers(name: str, *values: int) -> str:
-        return constant(name, np.array(values, np.int64), initializers)
-
+        return [helper.make_node("TopK", ["all_scores", k], outputs, axis=1)]
+    numbers = partial(_numbers, initializers)
     nodes, scores = [], "all_scores"
     if n % GROUP:
         lowest = constant("lowest", np.array(-np.inf, np.float32), initializers)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels.launch import runs_triton
+from twotower.kernels.launch import check_together, runs_triton
 
 # Of a tile of words; pairs a program, and words that it sets at a time. Reasoned: 4 or 8 numbers a
 # thread, and most stretches are of a word or two.
@@ -110,22 +110,19 @@ def exclusion_words(
             ids are not sorted.
     """
     n = len(candidate_id_N)
-    for left, one, right, other in (
-        ("taken_query", taken_query_S, "taken_id", taken_id_S), ("first", first_N, "time", time_B)
-    ):  # fmt: skip
-        if (one is None) != (other is None):
-            raise ValueError(f"{left} and {right} belong together, got one of them")
+    check_together("taken_query", taken_query_S, "taken_id", taken_id_S)
+    check_together("first", first_N, "time", time_B)
     for name, value, length in (
         ("taken_id", taken_id_S, 0 if taken_query_S is None else len(taken_query_S)),
         ("first", first_N, n), ("time", time_B, queries),
     ):  # fmt: skip
         if value is not None and len(value) != length:
             raise ValueError(f"{name} must have {length} values, got {len(value)}")
+    if not candidate_id_N.is_cuda and (candidate_id_N.diff() < 0).any():
+        raise ValueError("candidate_id must be sorted")
     taken_S = () if taken_id_S is None else tuple(
         torch.searchsorted(candidate_id_N, taken_id_S, right=right) for right in (False, True)
     )  # fmt: skip
-    if not candidate_id_N.is_cuda and (candidate_id_N.diff() < 0).any():
-        raise ValueError("candidate_id must be sorted")
     if not runs_triton(candidate_id_N.device):
         return packed(_bits(candidate_id_N, queries, taken_query_S, taken_S, first_N, time_B))
     words = -(-n // 32)

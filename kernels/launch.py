@@ -83,6 +83,16 @@ def _refuse_second(*_: Any) -> None:
     raise RuntimeError("twotower's operators can be differentiated once, not twice")
 
 
+def check_together(left: str, one: Tensor | None, right: str, other: Tensor | None) -> None:
+    """Refuse one of two arguments that mean nothing without each other.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if (one is None) != (other is None):
+        raise ValueError(f"{left} and {right} belong together, got one of them")
+
+
 def check_matrices(name: str, a: Tensor, other: str, b: Tensor) -> None:
     """Refuse what cannot be multiplied row by row.
 

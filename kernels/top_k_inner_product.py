@@ -29,6 +29,7 @@ from torch import Tensor
 from twotower.kernels.launch import (
     INTERPRET,
     check_matrices,
+    check_together,
     operator,
     pointer,
     power_of_two,
@@ -555,10 +556,8 @@ def _validate(
         raise ValueError(f"k must be in 1..{n} (items), got {k}")
     if n > MAX_ITEMS:
         raise ValueError(f"item must have at most {MAX_ITEMS} rows, got {n}: search it in shards")
-    for pair in (("item_bits", item_bits, "required_bits", required_bits),
-                 ("exclude_row", exclude_row, "exclude_offset", exclude_offset)):  # fmt: skip
-        if (pair[1] is None) != (pair[3] is None):
-            raise ValueError(f"{pair[0]} and {pair[2]} belong together, got one of them")
+    check_together("item_bits", item_bits, "required_bits", required_bits)
+    check_together("exclude_row", exclude_row, "exclude_offset", exclude_offset)
     rows = exclude_row.shape[0] if exclude_row is not None and exclude_row.ndim else 0
     for name, value, size, dtype in (
         ("item_scale", item_scale, n, torch.float32), ("item_bits", item_bits, n, torch.int64),

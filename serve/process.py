@@ -27,7 +27,7 @@ from tritonclient.utils import InferenceServerException
 from twotower.errors import UserError
 from twotower.serve.config import ServeConfig
 from twotower.serve.hold import REPOSITORY
-from twotower.serve.procfs import command_of, descendants
+from twotower.serve.procfs import command_of, descendants, kill
 from twotower.serve.repository import TARGET
 from twotower.serve.runtime import Runtime, find_runtime
 from twotower.serve.transport import channel_options
@@ -192,9 +192,7 @@ class TritonProcess:
             reason = (error.message() or str(error)).strip().splitlines()[0]
             if error.status() == "StatusCode.DEADLINE_EXCEEDED":
                 reason = f"not ready within serve.load_timeout_s={timeout_s:g}"
-                for pid in self.stubs(model, version):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                kill(self.stubs(model, version))
             raise UserError(
                 f"Triton did not load version {version}: {reason}; its log is {self.log}"
             ) from None

@@ -1,8 +1,10 @@
-"""What Linux says of the processes below Triton, and is told of our own memory."""
+"""The processes below Triton: what Linux says of them, and their end; and our own memory."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -49,6 +51,13 @@ def memory_bytes(pids: Iterable[int]) -> int:
             continue
         total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
     return total
+
+
+def kill(pids: Iterable[int]) -> None:
+    """Kill processes, of which some may have ended meanwhile."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def share_free_memory() -> None:

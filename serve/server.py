@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import threading
 import time
 from contextlib import suppress
@@ -22,6 +20,7 @@ from twotower.serve.client import RecommendClient
 from twotower.serve.config import MODEL, ServeConfig
 from twotower.serve.hold import STATE
 from twotower.serve.process import PORTS, TritonProcess, choose_ports
+from twotower.serve.procfs import kill
 from twotower.serve.rendered import copy_rendered
 from twotower.serve.repository import render_model
 from twotower.serve.request import Recommendation
@@ -225,9 +224,7 @@ class TritonServer(TritonProcess):
         """Kill what was replaced and has not ended: Triton lets a hung stub keep its memory."""
         pids, deadline = self._replaced
         if pids and time.monotonic() > deadline:
-            for pid in pids & self._stubs_served():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            kill(pids & self._stubs_served())
             version, answering = self._answering
             self._answering, self._replaced = (version, answering - pids), (set(), 0.0)
 

@@ -182,15 +182,12 @@ def excluded(batch: Batch, id_N: Tensor, first_N: Tensor | None) -> Tensor | Non
         first_N: when there first was each item of the catalogue, where the batch has times. Of
             fillers, which no softmax counts, it does not matter.
     """
-    seen, time_B = batch.seen, batch.time_B if first_N is not None else None
-    if seen is None and time_B is None:
-        return None
-    return exclusion_words(
-        id_N, len(batch.weight_B),
-        taken_query_S=None if seen is None else seen.query_S,
-        taken_id_S=None if seen is None else seen.item_S,
-        first_N=None if first_N is None or time_B is None else first_N[id_N], time_B=time_B,
-    )  # fmt: skip
+    left_out: dict[str, Tensor] = {}
+    if batch.seen is not None:
+        left_out |= {"taken_query_S": batch.seen.query_S, "taken_id_S": batch.seen.item_S}
+    if batch.time_B is not None and first_N is not None:
+        left_out |= {"first_N": first_N[id_N], "time_B": batch.time_B}
+    return exclusion_words(id_N, len(batch.weight_B), **left_out) if left_out else None
 
 
 class CandidateMemory(nn.Module):
