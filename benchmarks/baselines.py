@@ -1,4 +1,4 @@
-"""What `quality.py` compares the towers with: popularity, co-occurrence, ALS and EASE.
+"""What `quality.py` compares the towers with: popularity, co-occurrence, ALS, EASE and SASRec.
 
 All learn from the training events alone, with repeated pairs of a user and an item counted once,
 and answer the same queries as the towers: from the history of each, without what is in it. A query
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
+from sasrec import fit_sasrec
 
 from twotower.data.prepared import PreparedDataset
 from twotower.data.queries import Queries
@@ -116,16 +117,16 @@ def _best(score: npt.NDArray[Any], history: sp.csr_matrix, k: int) -> I64:
 
 
 def baselines(
-    data: PreparedDataset, validation: Queries, test: Queries, k: int, metric: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each baseline's name and its row of the table, as soon as it is known.
+    data: PreparedDataset, validation: Queries, test: Queries, k: int, sasrec: dict[str, Any] | None
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return each baseline's name and what measures its row of the table.
 
     Args:
         data: the dataset.
-        validation: queries that settings are chosen by.
+        validation: queries that settings are chosen by, by their NDCG.
         test: queries that are reported.
         k: cut-off.
-        metric: that settings are chosen by.
+        sasrec: settings of SASRec; without them it is left out.
     """
     taken, size = training_matrix(data), 2048
 
@@ -136,22 +137,29 @@ def baselines(
             rows[new] = answer_by_popularity(data, queries, k, size)[new]
         return score_answers(rows, queries, data, [k])
 
-    def row(started: float, metrics: dict[str, float], **more: Any) -> dict[str, Any]:
+    def on_validation(answer: Answer) -> float:
+        return score(answer, validation)[f"ndcg@{k}"]
+
+    def row(fit: Callable[[], Answer], **more: Any) -> dict[str, Any]:
+        started = time.monotonic()
+        metrics = score(fit(), test)
         return {"seconds": round(time.monotonic() - started, 1), "metrics": metrics, **more}
 
-    for name, simple in (
-        ("popularity", answer_by_popularity), ("co-occurrence", answer_by_cooccurrence)
-    ):  # fmt: skip
-        started = time.monotonic()
-        yield name, row(started, score(lambda q, k, f=simple: f(data, q, k, size), test))  # type: ignore[misc]
-    for name, fit, grid in (("ALS", fit_als, ALS_GRID), ("EASE", fit_ease, EASE_GRID)):
-        best, tried = climb(
-            grid,
-            lambda s, fit=fit: score(fit(taken, **s), validation)[f"{metric}@{k}"],  # type: ignore[misc]
+    def searched(fit: Callable[..., Answer], grid: dict[str, tuple[float, ...]]) -> dict[str, Any]:
+        best, tried = climb(grid, lambda settings: on_validation(fit(taken, **settings)))
+        return row(lambda: fit(taken, **best), settings=best, tried=tried)
+
+    out: dict[str, Callable[[], dict[str, Any]]] = {
+        "popularity": lambda: row(lambda: lambda q, k: answer_by_popularity(data, q, k, size)),
+        "co-occurrence": lambda: row(lambda: lambda q, k: answer_by_cooccurrence(data, q, k, size)),
+        "ALS": lambda: searched(fit_als, ALS_GRID),
+        "EASE": lambda: searched(fit_ease, EASE_GRID),
+    }
+    if sasrec is not None:
+        out["SASRec"] = lambda: row(
+            lambda: fit_sasrec(data, on_validation, **sasrec), settings=sasrec
         )
-        started = time.monotonic()
-        metrics = score(fit(taken, **best), test)
-        yield name, row(started, metrics, settings=best, tried=tried)
+    return out
 
 
 def climb(

@@ -23,6 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ import torch
 import yaml
 from baselines import baselines
 from measure import RESULTS, ROOT, write_result
-from user_lines import write_user_lines
+from stand_ins import write_next_items, write_user_lines
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
@@ -40,23 +43,63 @@ from twotower.train.checkpoint.towers import load_towers
 from twotower.train.config import EvaluateConfig
 from twotower.train.evaluation import evaluate_towers, judged_queries
 
-K = 20
 # Of validation, what the settings of ALS and EASE are chosen by.
 SETTINGS_QUERIES = 2000
 # The plain in-batch model, whose candidates are all of a step's items.
 PLAIN: dict[str, Any] = {"train.negatives.exclude_seen": False}
 PLAIN_FILMS = {**PLAIN, "data.query.history.item_features": []}
-# Where a recipe is, the folder of its data below --data, and what of it is changed for all rows:
-# skipped events are those below a label, so they need a recipe that is judged by the others.
+# Skipped events are those below a label, so they need a recipe that is judged by the others.
 LIKED = {"data.columns.label": "rating", "data.columns.positive_from": 4, **PLAIN_FILMS}
-RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "movielens": ("configs/movielens.yaml", "ml-latest-small", PLAIN_FILMS),
-    "movielens-liked": ("configs/movielens.yaml", "ml-latest-small", LIKED),
-    "kuairand": ("configs/benchmarks/kuairand.yaml", "kuairand-pure", PLAIN),
-    # Of KuaiRand's histories: see user_lines.py.
-    "user-lines": ("configs/benchmarks/gowalla.yaml", "kuairand-pure", {}),
-    "user-lines-sparse": ("configs/benchmarks/gowalla.yaml", "kuairand-pure", {}),
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A recipe, and what it is compared by.
+
+    Attributes:
+        job: its YAML.
+        data: folder of its data below --data.
+        changes: for all rows, see VARIANTS.
+        k: cut-off of the metrics.
+        stand_in: writes the data from a file of that folder to another folder.
+        sasrec: settings of SASRec, where it is among the baselines.
+    """
+
+    job: str
+    data: str = "kuairand-pure"
+    changes: dict[str, Any] = field(default_factory=dict)
+    k: int = 20
+    stand_in: Callable[[Path, Path], None] | None = None
+    sasrec: dict[str, Any] | None = None
+
+
+RECIPES = {
+    "movielens": Recipe(
+        job="configs/movielens.yaml", data="ml-latest-small", changes=PLAIN_FILMS,
+        sasrec={"length": 50, "dropout": 0.2},
+    ),
+    "movielens-liked": Recipe(
+        job="configs/movielens.yaml", data="ml-latest-small", changes=LIKED
+    ),
+    # Narrower than the recipe, of which every row would take 40 minutes.
+    "kuairand": Recipe(
+        job="configs/benchmarks/kuairand.yaml", changes={**PLAIN, "model.dim": 64}
+    ),
+    "user-lines": Recipe(
+        job="configs/benchmarks/gowalla.yaml", stand_in=partial(write_user_lines, sparse=False)
+    ),
+    "user-lines-sparse": Recipe(
+        job="configs/benchmarks/gowalla.yaml", stand_in=partial(write_user_lines, sparse=True)
+    ),
+    "next-item": Recipe(
+        job="configs/benchmarks/ml-1m.yaml", changes={"data.interactions": "log.txt"}, k=10,
+        stand_in=partial(write_next_items, sparse=False), sasrec={"length": 50, "dropout": 0.2},
+    ),
+    "next-item-sparse": Recipe(
+        job="configs/benchmarks/beauty.yaml", changes={"data.interactions": "log.txt"}, k=10,
+        stand_in=partial(write_next_items, sparse=True), sasrec={"length": 50, "dropout": 0.5},
+    ),
+}  # fmt: skip
 SEQUENCES = "train_user_sequences.parquet"
 HISTORY = {"name": "history", "kind": "history", "length": 200, "table": "item_id",
            "pooling": "mean"}  # fmt: skip
@@ -73,6 +116,20 @@ LINES: dict[str, dict[str, Any]] = {
     "bilateral": {"train.loss": {"kind": "bilateral"}},
     "without seen": {"train.negatives.exclude_seen": True},
 }
+NEXT_ITEM: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "64 wide": {"model.dim": 64},
+    "without dropout": {"model.dropout": 0},
+    "temperature 0.1": {"model.temperature": 0.1},
+    "temperature 0.2": {"model.temperature": 0.2},
+    "with seen": {"train.negatives.exclude_seen": False},
+    "whole catalogue": {"train.negatives": {"catalogue": True, "exclude_seen": True}},
+    "item bias": {"model.item_bias": True},
+    "Transformer at every position": {
+        "data.query.history.pooling": "transformer", "train.every_position": True,
+        "train.batch_size": 128, "train.max_epochs": 40, "model.dim": 64,
+    },
+}  # fmt: skip
 # What any recipe may be given.
 WITHOUT_SEEN: dict[str, Any] = {"train.negatives.exclude_seen": True}
 EVERY_POSITION: dict[str, Any] = {
@@ -100,7 +157,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bce": {"train.loss": {"kind": "bce"}},
     "item bias": {"model.item_bias": True},
     "layer norm": {"model.layer_norm": True},
-    "widths 16, 32": {"model.widths": [16, 32]},
+    "widths 16 and 32": {"model.widths": [16, 32]},
     "id dropout": {"train.id_dropout": 0.1},
     "mean pooling": {"data.query.history.pooling": "mean"},
     "transformer": {"data.query.history.pooling": "transformer"},
@@ -136,7 +193,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "kuairand": {
         **OPTIONS,
         "ids alone": {"data.item.author_id": None, "data.item.tag": None},
-        "64 wide": {"model.dim": 64},
+        "256 wide without seen": {"model.dim": 256, **WITHOUT_SEEN},
         "half-life 1 day": {"train.half_life_days": 1},
         "item features": {"data.query.history.item_features": ["author_id", "tag"]},
         "heads": {
@@ -149,6 +206,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "user-lines": LINES,
     "user-lines-sparse": LINES,
+    "next-item": NEXT_ITEM,
+    "next-item-sparse": NEXT_ITEM,
 }
 
 
@@ -192,16 +251,16 @@ def run(command: str, config: dict[str, Any], folder: Path) -> float:
 
 
 def measure_variant(
-    changes: dict[str, Any], config: dict[str, Any], folder: Path, queries: Queries
+    changes: dict[str, Any], config: dict[str, Any], folder: Path, queries: Queries, k: int
 ) -> dict[str, Any]:
     """Train a variant and judge it by `queries`; returns its row."""
     run("prepare", config, folder)
     seconds = run("train", config, folder)
-    data, judge = PreparedDataset(folder / "prepared"), EvaluateConfig(k=[K])
+    data, judge = PreparedDataset(folder / "prepared"), EvaluateConfig(k=[k])
     if not _same(queries, judged_queries(data, 2, judge, config["seed"])):
         raise SystemExit(f"{changes}: has other test queries than the recipe")
     metrics = evaluate_towers(
-        load_towers(folder / "train"), BatchBuilder(data), queries, [K], judge.batch_size,
+        load_towers(folder / "train"), BatchBuilder(data), queries, [k], judge.batch_size,
         torch.device("cpu"),
     )  # fmt: skip
     return {"changes": changes, "seconds": round(seconds, 1), "metrics": metrics}
@@ -212,7 +271,7 @@ def add(name: str, row: dict[str, Any], result: dict[str, Any]) -> None:
     result["rows"][name] = row
     packages = ("twotower", "torch", "implicit", "scipy")
     write_result(f"quality-{result['recipe']}", result, packages)
-    recall, ndcg = (row["metrics"][f"{m}@{K}"] for m in ("recall", "ndcg"))
+    recall, ndcg = (row["metrics"][f"{m}@{result['k']}"] for m in ("recall", "ndcg"))
     more = " ".join(f"{k}={v:g}" for k, v in row.get("settings", {}).items())
     print(f"{name:20} {recall:9.4f} {ndcg:9.4f} {row['seconds']:8.0f}  {more}", flush=True)
 
@@ -230,50 +289,48 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data",
                         help="folder of the data sets' folders")  # fmt: skip
     arguments = parser.parse_args()
-    path, below, common = RECIPES[arguments.recipe]
-    variants = VARIANTS[arguments.recipe]
+    recipe, variants = RECIPES[arguments.recipe], VARIANTS[arguments.recipe]
     names = arguments.variants.split(",") if arguments.variants else list(variants)
     for name in names:
         if name not in variants:
             raise SystemExit(f"no variant '{name}', expected some of {', '.join(variants)}")
-    text = (ROOT / path).read_text()
+    text = (ROOT / recipe.job).read_text()
     result: dict[str, Any] = {
-        "recipe": arguments.recipe, "job": changed(yaml.safe_load(text), common), "queries": 0,
-        "rows": {},
+        "recipe": arguments.recipe, "job": changed(yaml.safe_load(text), recipe.changes),
+        "k": recipe.k, "queries": 0, "rows": {},
     }  # fmt: skip
     file = RESULTS / f"quality-{arguments.recipe}.json"
     if arguments.keep and file.exists():
         before = json.loads(file.read_text())
         if before["job"] == result["job"]:
             result["rows"] = before["rows"]
-    print(f"{arguments.recipe:20} {'recall@20':>9} {'NDCG@20':>9} {'seconds':>8}")
-    judge = EvaluateConfig(k=[K])
+    print(f"{arguments.recipe:20} {f'recall@{recipe.k}':>9} {f'NDCG@{recipe.k}':>9} {'seconds':>8}")
+    judge = EvaluateConfig(k=[recipe.k])
     with tempfile.TemporaryDirectory() as folder:
-        root = arguments.data / below
-        if variants is LINES:
-            sparse = arguments.recipe.endswith("sparse")
-            write_user_lines(root / SEQUENCES, Path(folder), sparse=sparse)
+        root = arguments.data / recipe.data
+        if recipe.stand_in is not None:
+            recipe.stand_in(root / SEQUENCES, Path(folder))
             root = Path(folder)
         jobs = {
             name: changed(
-                yaml.safe_load(text), {"data.root": str(root), **common, **variants[name]}
+                yaml.safe_load(text), {"data.root": str(root), **recipe.changes, **variants[name]}
             )
             for name in [*variants][:1] + names
         }
         plain, *_ = jobs.values()
         run("prepare", plain, Path(folder, "plain"))
         data = PreparedDataset(Path(folder, "plain", "prepared"))
-        few = EvaluateConfig(k=[K], max_queries=SETTINGS_QUERIES)
+        few = EvaluateConfig(k=[recipe.k], max_queries=SETTINGS_QUERIES)
         validation = judged_queries(data, 1, few, plain["seed"])
         test = judged_queries(data, 2, judge, plain["seed"])
         result["queries"] = len(test.event)
-        if not {"popularity", "EASE"} <= set(result["rows"]):
-            for name, row in baselines(data, validation, test, K, "ndcg"):
-                add(name, row, result)
+        for name, measured in baselines(data, validation, test, recipe.k, recipe.sasrec).items():
+            if name not in result["rows"]:
+                add(name, measured(), result)
         for number, name in enumerate(names):
             if name not in result["rows"]:
                 where = Path(folder, str(number))
-                row = measure_variant(variants[name], jobs[name], where, test)
+                row = measure_variant(variants[name], jobs[name], where, test, recipe.k)
                 add(name, row, result)
 
 

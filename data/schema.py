@@ -27,7 +27,9 @@ KINDS = ("id", "ids", "history", "number", "vector")
 ID_KINDS = ("id", "ids", "history")
 # A history's encoders read it entry by entry, in order.
 ENCODERS = ("transformer", "hstu")
-POOLINGS = ("mean", "sum", "attention", *ENCODERS)
+# What of a history is known at each of its entries from that and earlier ones.
+CAUSAL = ("attention", *ENCODERS)
+POOLINGS = ("mean", "sum", *CAUSAL)
 SPLITS = ("temporal", "leave_last_out", "given")
 # Formats without column names and times: a row's place in the log is its time.
 LINE_FORMATS = ("user_lines", "pair_lines")

@@ -2,8 +2,8 @@
 
 A user's training items, those from before the log included, are cut into windows of a history's
 length, the newest whole. In a window, each entry but the last of all is a query whose positive is
-the next one (Kang and McAuley 2018), so that a history of L items costs one pass of its encoder,
-not L.
+the next one (Kang and McAuley 2018), so that a history of L items is looked up and read once, not L
+times.
 
 Shape legend: `W` windows, `S` windows of a batch, `B` queries, `N` items.
 """
@@ -16,7 +16,7 @@ import torch
 
 from twotower.data.batches import Batch, BatchBuilder, Entries
 from twotower.data.prepared import PreparedDataset, gather
-from twotower.data.schema import ENCODERS, Feature
+from twotower.data.schema import CAUSAL, Feature
 from twotower.errors import UserError
 
 I64 = npt.NDArray[np.int64]
@@ -101,20 +101,20 @@ class Windows:
 
 
 def _history_of(features: list[Feature], ordered: bool) -> Feature:
-    """Return the history that an encoder reads, refusing features that entries have not."""
+    """Return the history that is read entry by entry, refusing features that entries have not."""
     key = "train.every_position"
     if not ordered:
         raise UserError(
             f"{key} predicts what comes next, and data.ordered is false: set it to true"
         )
-    encoded = [f for f in features if f.pooling in ENCODERS]
-    if len(encoded) != 1:
+    causal = [f for f in features if f.kind == "history" and f.pooling in CAUSAL]
+    if len(causal) != 1:
         raise UserError(
-            f"{key} needs one history in data.query whose pooling is {' or '.join(ENCODERS)}, "
-            f"got {len(encoded)}"
+            f"{key} needs one history in data.query whose pooling is {' or '.join(CAUSAL)}, "
+            f"got {len(causal)}"
         )
     for f in features:
-        if f.kind == "history" and f is not encoded[0]:
+        if f.kind == "history" and f is not causal[0]:
             raise UserError(
                 f"{key}: history '{f.name}' is pooled by {f.pooling}, which would show an entry "
                 f"what came after it: remove it, or set {key} to false"
@@ -124,7 +124,7 @@ def _history_of(features: list[Feature], ordered: bool) -> Feature:
                 f"{key}: feature '{f.name}' is of the event, and a history's entries do not keep "
                 f"theirs: remove it, or set {key} to false"
             )
-    return encoded[0]
+    return causal[0]
 
 
 def _refuse_late_training(data: PreparedDataset) -> None:

@@ -1,6 +1,8 @@
 """The recipes of configs/benchmarks, end to end, on stand-ins for data that is not at hand."""
 
 import json
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import yaml
 
 from twotower.cli import build_parser
 from twotower.data.prepared import PreparedDataset
-from twotower.data.queries import Queries
+from twotower.data.queries import Queries, split_queries
 from twotower.job import Job
 
 from .conftest import ROOT
@@ -61,17 +63,40 @@ def test_every_variant_of_the_quality_benchmark_is_a_job(tmp_path, monkeypatch) 
     import quality
 
     parser = build_parser()
-    for recipe, (path, _, common) in quality.RECIPES.items():
+    for recipe, compared in quality.RECIPES.items():
         jobs = []
         for name, changes in quality.VARIANTS[recipe].items():
-            config = yaml.safe_load((ROOT / path).read_text())
+            assert "," not in name, "--variants has commas between the names"
+            config = yaml.safe_load((ROOT / compared.job).read_text())
             file = tmp_path / "job.yaml"
-            file.write_text(yaml.safe_dump(quality.changed(config, {**common, **changes})))
+            changes = {**compared.changes, **changes}
+            file.write_text(yaml.safe_dump(quality.changed(config, changes)))
             options = parser.instantiate(parser.parse_args(["train", "--config", str(file)]))
             job = Job(**{k: v for k, v in vars(options["train"]).items() if k != "config"})
             job.validate()
             assert job not in jobs, f"{recipe}: {name} changes nothing"
             jobs.append(job)
+
+
+def test_the_benchmarks_sasrec_learns_what_comes_next(tmp_path, monkeypatch, twotower) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import sasrec
+
+    # Whatever a user began with, the item after i is i + 1 of 30.
+    lines = (f"u{u} " + " ".join(f"i{(u + k) % 30}" for k in range(9 + u % 9)) for u in range(300))
+    (tmp_path / "ml-1m.txt").write_text("\n".join(lines) + "\n")
+    job = ["--config", RECIPES / "ml-1m.yaml", "--data.root=.", "--data.format=user_lines"]
+    done = twotower("prepare", *job, "--run_dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    data = PreparedDataset(tmp_path / "run" / "prepared")
+    validation, test = (split_queries(data, split, 1000, 0) for split in (1, 2))
+
+    def hits(queries: Queries, answer: Any) -> float:
+        return float((answer(queries, 1)[:, 0] == queries.relevant).mean())
+
+    monkeypatch.setattr(sasrec, "EPOCHS", 40)
+    answer = sasrec.fit_sasrec(data, partial(hits, validation), length=8, dropout=0.0)
+    assert hits(test, answer) > 0.95
 
 
 @pytest.mark.parametrize("users", [6, 30])

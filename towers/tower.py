@@ -37,6 +37,23 @@ class AttentionPool(nn.Module):
         weight_BL = torch.softmax(logits_BL, dim=1) * keep_BL
         return (entry_BLD * weight_BL.unsqueeze(-1)).sum(1)
 
+    def encode(self, entry_BLD: Tensor, mask_BL: Tensor, age_BL: None = None) -> Tensor:
+        """Return of each entry (B, L, D) what `forward` gives for it and those before it.
+
+        Args:
+            entry_BLD: embeddings, oldest first.
+            mask_BL: which of them there are: those of a list lie side by side. What is returned of
+                the others means nothing.
+            age_BL: nothing; see `SequenceEncoder.encode`.
+        """
+        place_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+        newer_LL = place_L[:, None] - place_L
+        recency_LL = BIAS_UNIT * self.recency[newer_LL.clamp_min(0)]
+        logits_BLL = (entry_BLD @ self.content).unsqueeze(1) + recency_LL
+        read_BLL = mask_BL.unsqueeze(1) & (newer_LL >= 0)
+        weight_BLL = torch.softmax(logits_BLL.masked_fill(~read_BLL, -1e4), dim=2)
+        return weight_BLL @ entry_BLD
+
 
 class EntryFeatures(nn.Module):
     """What the catalogue knows of a history's entries, as one vector each.
@@ -152,7 +169,7 @@ class Tower(nn.Module):
     def states(
         self, feature: Feature, entry_BLD: Tensor, mask_BL: Tensor, age_BL: Tensor | None
     ) -> Tensor:
-        """Return the state of every entry (B, L, D) of a history that an encoder reads."""
+        """Return the state of every entry (B, L, D) of a history, from it and those before."""
         encoder: Any = self.pools[f"pool_{feature.name}"]
         state_BLD: Tensor = encoder.encode(entry_BLD, mask_BL, age_BL)
         return state_BLD

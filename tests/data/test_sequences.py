@@ -170,7 +170,7 @@ def test_without_an_order_a_history_holds_the_others_and_never_the_target(make, 
 @pytest.mark.parametrize(
     ("query", "split", "message"),
     [
-        ([USER], "leave_last_out", "needs one history in data.query whose pooling is transformer"),
+        ([USER], "leave_last_out", "needs one history in data.query whose pooling is attention or"),
         ([history(pooling="mean")], "leave_last_out", "needs one history .* got 0"),
         ([history(), Feature(name="device", kind="id")], "leave_last_out",
          "feature 'device' is of the event"),

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.schema import Feature
 from twotower.errors import UserError
 from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.towers.config import INTERACTIONS, ModelConfig
+from twotower.towers.sequence import BIAS_UNIT
 from twotower.towers.tower import AttentionPool
 from twotower.towers.two_tower import TwoTower
 
@@ -100,6 +103,27 @@ def test_attention_learns_which_place_counts_in_a_few_hundred_steps_of_adam() ->
         loss.backward()
         optimizer.step()
     assert loss < 0.05, "of a variance of 1, the mean's 0.83"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4), shift=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_attention_at_each_entry_is_attention_to_it_and_those_before(lengths, shift, seed) -> None:
+    torch.manual_seed(seed)
+    pool = AttentionPool(8, 9)
+    with torch.no_grad():
+        pool.content.normal_()
+        pool.recency.normal_(std=1 / BIAS_UNIT)
+    place = torch.arange(9) - shift
+    mask = (place >= 0) & (place < torch.tensor(lengths)[:, None])
+    entries = torch.randn(len(lengths), 9, 8)
+    state = pool.encode(entries, mask)
+    for row, last in mask.nonzero().tolist():
+        until = mask[row : row + 1] & (torch.arange(9) <= last)
+        expected = pool(entries[row : row + 1], until)[0]
+        torch.testing.assert_close(state[row, last], expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_context_feature_changes_the_query_but_not_the_item(make) -> None:

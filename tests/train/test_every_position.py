@@ -16,16 +16,19 @@ from ..conftest import QUICKSTART
 
 QUERY = (
     "--data.query=[{name: user_id, kind: id}, {name: age, kind: number}, {name: history, "
-    "kind: history, length: 12, table: item_id, pooling: transformer}]"
+    "kind: history, length: 12, table: item_id, pooling: POOLING}]"
 )
 
 
-@pytest.fixture(scope="module")
-def prepared(demo_log: Path, tmp_path_factory: pytest.TempPathFactory, twotower) -> Path:
+@pytest.fixture(scope="module", params=["transformer", "attention"])
+def prepared(
+    request: pytest.FixtureRequest, demo_log: Path, tmp_path_factory: pytest.TempPathFactory,
+    twotower,
+) -> Path:  # fmt: skip
     cwd = tmp_path_factory.mktemp("positions")
     done = twotower(
-        "prepare", "--config", QUICKSTART, "--run_dir=job", f"--data.root={demo_log}", QUERY,
-        cwd=cwd,
+        "prepare", "--config", QUICKSTART, "--run_dir=job", f"--data.root={demo_log}",
+        QUERY.replace("POOLING", request.param), cwd=cwd,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return cwd / "job" / "prepared"
