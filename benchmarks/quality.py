@@ -125,10 +125,11 @@ NEXT_ITEM: dict[str, dict[str, Any]] = {
     "with seen": {"train.negatives.exclude_seen": False},
     "whole catalogue": {"train.negatives": {"catalogue": True, "exclude_seen": True}},
     "item bias": {"model.item_bias": True},
-    "Transformer at every position": {
-        "data.query.history.pooling": "transformer", "train.every_position": True,
-        "train.batch_size": 128, "train.max_epochs": 40, "model.dim": 64,
+    "Transformer": {
+        "data.query.history.pooling": "transformer", "train.batch_size": 128,
+        "train.max_epochs": 40, "model.dim": 64,
     },
+    "event by event": {"train.every_position": False, "train.batch_size": 2048},
 }  # fmt: skip
 # What any recipe may be given.
 WITHOUT_SEEN: dict[str, Any] = {"train.negatives.exclude_seen": True}
@@ -164,6 +165,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hstu": {"data.query.history.pooling": "hstu"},
     "every position": EVERY_POSITION,
     "every position without seen": {**EVERY_POSITION, **WITHOUT_SEEN},
+    "attention at every position without seen": {
+        **EVERY_POSITION, **WITHOUT_SEEN, "data.query.history.pooling": "attention",
+    },
     "time gaps at every position without seen": {
         **EVERY_POSITION, **WITHOUT_SEEN, "data.query.history.time_gaps": True,
     },
@@ -182,6 +186,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "item features": FILMS,
         "item features without seen": {**FILMS, **WITHOUT_SEEN},
         "item features at every position": {**EVERY_POSITION, **FILMS},
+        "item features and attention at every position without seen": {
+            **EVERY_POSITION, **FILMS, **WITHOUT_SEEN, "data.query.history.pooling": "attention",
+        },
     },
     "movielens-liked": {
         **OPTIONS,
