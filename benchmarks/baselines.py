@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,13 +118,19 @@ def _best(score: npt.NDArray[Any], history: sp.csr_matrix, k: int) -> I64:
 
 
 def baselines(
-    data: PreparedDataset, validation: Queries, test: Queries, k: int, sasrec: dict[str, Any] | None
+    data: PreparedDataset,
+    few: Queries,
+    validation: Queries,
+    test: Queries,
+    k: int,
+    sasrec: dict[str, Any] | None,
 ) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return each baseline's name and what measures its row of the table.
 
     Args:
         data: the dataset.
-        validation: queries that settings are chosen by, by their NDCG.
+        few: queries that the settings of ALS and EASE are chosen by, by their NDCG.
+        validation: those that SASRec's best epoch is.
         test: queries that are reported.
         k: cut-off.
         sasrec: settings of SASRec; without them it is left out.
@@ -137,8 +144,8 @@ def baselines(
             rows[new] = answer_by_popularity(data, queries, k, size)[new]
         return score_answers(rows, queries, data, [k])
 
-    def on_validation(answer: Answer) -> float:
-        return score(answer, validation)[f"ndcg@{k}"]
+    def ndcg(queries: Queries, answer: Answer) -> float:
+        return score(answer, queries)[f"ndcg@{k}"]
 
     def row(fit: Callable[[], Answer], **more: Any) -> dict[str, Any]:
         started = time.monotonic()
@@ -146,7 +153,7 @@ def baselines(
         return {"seconds": round(time.monotonic() - started, 1), "metrics": metrics, **more}
 
     def searched(fit: Callable[..., Answer], grid: dict[str, tuple[float, ...]]) -> dict[str, Any]:
-        best, tried = climb(grid, lambda settings: on_validation(fit(taken, **settings)))
+        best, tried = climb(grid, lambda settings: ndcg(few, fit(taken, **settings)))
         return row(lambda: fit(taken, **best), settings=best, tried=tried)
 
     out: dict[str, Callable[[], dict[str, Any]]] = {
@@ -157,7 +164,7 @@ def baselines(
     }
     if sasrec is not None:
         out["SASRec"] = lambda: row(
-            lambda: fit_sasrec(data, on_validation, **sasrec), settings=sasrec
+            lambda: fit_sasrec(data, partial(ndcg, validation), **sasrec), settings=sasrec
         )
     return out
 

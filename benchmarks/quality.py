@@ -187,7 +187,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "item features without seen": {**FILMS, **WITHOUT_SEEN},
         "item features at every position": {**EVERY_POSITION, **FILMS},
         "item features and attention at every position without seen": {
-            **EVERY_POSITION, **FILMS, **WITHOUT_SEEN, "data.query.history.pooling": "attention",
+            **EVERY_POSITION,
+            **FILMS,
+            **WITHOUT_SEEN,
+            "data.query.history.pooling": "attention",
         },
     },
     "movielens-liked": {
@@ -327,11 +330,14 @@ def main() -> None:
         plain, *_ = jobs.values()
         run("prepare", plain, Path(folder, "plain"))
         data = PreparedDataset(Path(folder, "plain", "prepared"))
-        few = EvaluateConfig(k=[recipe.k], max_queries=SETTINGS_QUERIES)
-        validation = judged_queries(data, 1, few, plain["seed"])
+        few = judged_queries(
+            data, 1, EvaluateConfig(k=[recipe.k], max_queries=SETTINGS_QUERIES), plain["seed"]
+        )
+        validation = judged_queries(data, 1, judge, plain["seed"])
         test = judged_queries(data, 2, judge, plain["seed"])
         result["queries"] = len(test.event)
-        for name, measured in baselines(data, validation, test, recipe.k, recipe.sasrec).items():
+        known = baselines(data, few, validation, test, recipe.k, recipe.sasrec)
+        for name, measured in known.items():
             if name not in result["rows"]:
                 add(name, measured(), result)
         for number, name in enumerate(names):
