@@ -204,6 +204,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         **OPTIONS,
         "ids alone": {"data.item.author_id": None, "data.item.tag": None},
         "256 wide without seen": {"model.dim": 256, **WITHOUT_SEEN},
+        "256 wide and attention at every position without seen": {
+            **EVERY_POSITION, **WITHOUT_SEEN, "data.query.history.pooling": "attention",
+            "model.dim": 256,
+        },
         "half-life 1 day": {"train.half_life_days": 1},
         "item features": {"data.query.history.item_features": ["author_id", "tag"]},
         "heads": {
