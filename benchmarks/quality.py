@@ -79,8 +79,7 @@ class Recipe:
 
 RECIPES = {
     "movielens": Recipe(
-        job="configs/movielens.yaml", data="ml-latest-small", changes=PLAIN_FILMS,
-        sasrec={"length": 50, "dropout": 0.2},
+        job="configs/movielens.yaml", data="ml-latest-small", changes=PLAIN_FILMS
     ),
     "movielens-liked": Recipe(
         job="configs/movielens.yaml", data="ml-latest-small", changes=LIKED
