@@ -231,6 +231,8 @@ def hook(event, args):
     if event == "open" and str(args[0]).endswith("rank-00000.safetensors") and not sent:
         sent.append(event)
         os.kill(os.getpid(), signal.SIGINT)
+# Python has no handler where it was started with the signal ignored, as in a shell's background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.addaudithook(hook)
 try:
     storage.save(path, {"t": torch.ones(5_000_000)}, {})
