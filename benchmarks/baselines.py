@@ -118,13 +118,9 @@ def _best(score: npt.NDArray[Any], history: sp.csr_matrix, k: int) -> I64:
 
 
 def baselines(
-    data: PreparedDataset,
-    few: Queries,
-    validation: Queries,
-    test: Queries,
-    k: int,
+    data: PreparedDataset, few: Queries, validation: Queries, test: Queries, k: int,
     sasrec: dict[str, Any] | None,
-) -> dict[str, Callable[[], dict[str, Any]]]:
+) -> dict[str, Callable[[], dict[str, Any]]]:  # fmt: skip
     """Return each baseline's name and what measures its row of the table.
 
     Args:
@@ -152,13 +148,16 @@ def baselines(
         metrics = score(fit(), test)
         return {"seconds": round(time.monotonic() - started, 1), "metrics": metrics, **more}
 
+    def simple(answer: Callable[..., I64]) -> dict[str, Any]:
+        return row(lambda: lambda queries, k: answer(data, queries, k, size))
+
     def searched(fit: Callable[..., Answer], grid: dict[str, tuple[float, ...]]) -> dict[str, Any]:
         best, tried = climb(grid, lambda settings: ndcg(few, fit(taken, **settings)))
         return row(lambda: fit(taken, **best), settings=best, tried=tried)
 
     out: dict[str, Callable[[], dict[str, Any]]] = {
-        "popularity": lambda: row(lambda: lambda q, k: answer_by_popularity(data, q, k, size)),
-        "co-occurrence": lambda: row(lambda: lambda q, k: answer_by_cooccurrence(data, q, k, size)),
+        "popularity": lambda: simple(answer_by_popularity),
+        "co-occurrence": lambda: simple(answer_by_cooccurrence),
         "ALS": lambda: searched(fit_als, ALS_GRID),
         "EASE": lambda: searched(fit_ease, EASE_GRID),
     }

@@ -122,7 +122,7 @@ NEXT_ITEM: dict[str, dict[str, Any]] = {
     "without dropout": {"model.dropout": 0},
     "temperature 0.1": {"model.temperature": 0.1},
     "temperature 0.2": {"model.temperature": 0.2},
-    "with seen": {"train.negatives.exclude_seen": False},
+    "with seen": PLAIN,
     "whole catalogue": {"train.negatives": {"catalogue": True, "exclude_seen": True}},
     "item bias": {"model.item_bias": True},
     "Transformer": {
@@ -136,6 +136,9 @@ WITHOUT_SEEN: dict[str, Any] = {"train.negatives.exclude_seen": True}
 EVERY_POSITION: dict[str, Any] = {
     "data.query.history.pooling": "transformer", "train.every_position": True,
     "train.batch_size": 64,
+}  # fmt: skip
+ATTENTION_AT_EVERY_POSITION = {
+    **EVERY_POSITION, **WITHOUT_SEEN, "data.query.history.pooling": "attention",
 }  # fmt: skip
 FILMS: dict[str, Any] = {"data.query.history.item_features": ["genres", "year"]}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -165,9 +168,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hstu": {"data.query.history.pooling": "hstu"},
     "every position": EVERY_POSITION,
     "every position without seen": {**EVERY_POSITION, **WITHOUT_SEEN},
-    "attention at every position without seen": {
-        **EVERY_POSITION, **WITHOUT_SEEN, "data.query.history.pooling": "attention",
-    },
+    "attention at every position without seen": ATTENTION_AT_EVERY_POSITION,
     "time gaps at every position without seen": {
         **EVERY_POSITION, **WITHOUT_SEEN, "data.query.history.time_gaps": True,
     },
@@ -187,10 +188,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "item features without seen": {**FILMS, **WITHOUT_SEEN},
         "item features at every position": {**EVERY_POSITION, **FILMS},
         "item features and attention at every position without seen": {
-            **EVERY_POSITION,
+            **ATTENTION_AT_EVERY_POSITION,
             **FILMS,
-            **WITHOUT_SEEN,
-            "data.query.history.pooling": "attention",
         },
     },
     "movielens-liked": {
@@ -205,9 +204,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "ids alone": {"data.item.author_id": None, "data.item.tag": None},
         "256 wide without seen": {"model.dim": 256, **WITHOUT_SEEN},
         "256 wide and attention at every position without seen": {
-            **EVERY_POSITION,
-            **WITHOUT_SEEN,
-            "data.query.history.pooling": "attention",
+            **ATTENTION_AT_EVERY_POSITION,
             "model.dim": 256,
         },
         "half-life 1 day": {"train.half_life_days": 1},

@@ -80,7 +80,7 @@ class SASRec(nn.Module):
 
 def padded(sequences: Sequence[Any], length: int) -> Tensor:
     """Return the newest items of sequences (B, L), the last of each at the end."""
-    longest = min(length, max(1, *map(len, sequences))) if sequences else 1
+    longest = min(length, max(1, *map(len, sequences)))
     out = np.full((len(sequences), longest), NOTHING, np.int64)
     for row, items in enumerate(sequences):
         newest = items[-longest:]

@@ -81,6 +81,11 @@ class Feature:
         return self.column or self.name
 
     @property
+    def is_causal(self) -> bool:
+        """Whether each entry of it is known from that and earlier ones: a history of `CAUSAL`."""
+        return self.kind == "history" and self.pooling in CAUSAL
+
+    @property
     def times_name(self) -> str:
         """Name of the tensor of a history's times, where it has `time_gaps`."""
         return f"{self.name}_times"

@@ -107,7 +107,7 @@ def _history_of(features: list[Feature], ordered: bool) -> Feature:
         raise UserError(
             f"{key} predicts what comes next, and data.ordered is false: set it to true"
         )
-    causal = [f for f in features if f.kind == "history" and f.pooling in CAUSAL]
+    causal = [f for f in features if f.is_causal]
     if len(causal) != 1:
         raise UserError(
             f"{key} needs one history in data.query whose pooling is {' or '.join(CAUSAL)}, "

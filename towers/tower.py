@@ -37,14 +37,13 @@ class AttentionPool(nn.Module):
         weight_BL = torch.softmax(logits_BL, dim=1) * keep_BL
         return (entry_BLD * weight_BL.unsqueeze(-1)).sum(1)
 
-    def encode(self, entry_BLD: Tensor, mask_BL: Tensor, age_BL: None = None) -> Tensor:
+    def encode(self, entry_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Return of each entry (B, L, D) what `forward` gives for it and those before it.
 
         Args:
             entry_BLD: embeddings, oldest first.
             mask_BL: which of them there are: those of a list lie side by side. What is returned of
                 the others means nothing.
-            age_BL: nothing; see `SequenceEncoder.encode`.
         """
         place_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
         newer_LL = place_L[:, None] - place_L
@@ -171,7 +170,8 @@ class Tower(nn.Module):
     ) -> Tensor:
         """Return the state of every entry (B, L, D) of a history, from it and those before."""
         encoder: Any = self.pools[f"pool_{feature.name}"]
-        state_BLD: Tensor = encoder.encode(entry_BLD, mask_BL, age_BL)
+        ages = [age_BL] if feature.time_gaps else []
+        state_BLD: Tensor = encoder.encode(entry_BLD, mask_BL, *ages)
         return state_BLD
 
     @staticmethod

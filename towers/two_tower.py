@@ -27,7 +27,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from twotower.data.batches import Batch, Entries
-from twotower.data.schema import CAUSAL, ID_KINDS, DataConfig, Feature
+from twotower.data.schema import ID_KINDS, DataConfig, Feature
 from twotower.towers.config import ModelConfig
 from twotower.towers.dynamic import DynamicSlots
 from twotower.towers.dynamic_tables import DynamicBags, DynamicLists, plain_tables
@@ -213,7 +213,7 @@ class TwoTower(nn.Module):
         inputs: dict[str, Tensor] = {}
         for f in self.query.features:
             key = f"query.{f.name}"
-            if f.kind == "history" and f.pooling in CAUSAL:
+            if f.is_causal:
                 entry_HLD, mask_HL = self._entries(f, key, batch, found, rows, longest)
                 age_HL = batch.dense.get(f"query.{f.times_name}")
                 state_HLD = self.query.states(
