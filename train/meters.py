@@ -142,8 +142,8 @@ class Meters(L.Callback):
             self.sample = self._start_profiler()
         if self.sample or self.tracing:
             self.step_name = f"{STEP} {trainer.global_step}"
-            self.frame.enter_context(record_function(self.step_name))
             self.began = time.perf_counter()
+            self.frame.enter_context(record_function(self.step_name))
 
     def on_before_backward(self, *_: Any) -> None:
         """Mark the backward pass in a trace."""

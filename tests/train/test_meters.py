@@ -64,22 +64,16 @@ def test_every_tenth_step_is_logged(logged) -> None:
     assert 0 <= accuracy[0] < accuracy[-1] <= 1
 
 
-def test_the_parts_of_a_profiled_step_add_up_to_the_clocks_time(logged, finished_run) -> None:
-    alone = read_metrics(finished_run.run_dir / "train")
-    for series in (logged, alone):
+def test_the_parts_of_a_profiled_step_are_the_clocks_time(logged, finished_run) -> None:
+    for series in (logged, read_metrics(finished_run.run_dir / "train")):
         # The first steps warm up; at least the one behind them is profiled.
         assert min(series["step/profiled_ms"]) == 19
         for step, clock_ms in series["step/profiled_ms"].items():
-            parts = {part: series[f"step/{part}_ms"][step] for part in PARTS}
-            # The clock is read a little outside of the profiler's range.
-            assert sum(parts.values()) == pytest.approx(clock_ms, rel=0.02, abs=0.5)
-            assert min(parts.values()) > 0
-            assert parts["other"] < clock_ms / 2, "most of it is known"
-    shares = [
-        sum(series["step/communication_ms"].values()) / sum(series["step/profiled_ms"].values())
-        for series in (alone, logged)
-    ]
-    assert shares[0] < 0.1 < shares[1]
+            parts_ms = [series[f"step/{part}_ms"][step] for part in PARTS]
+            assert min(parts_ms) > 0
+            # The clock is read outside of the profiler's range, and is another clock than its: a
+            # busy machine may pause between the two readings, but not for most of a step.
+            assert clock_ms / 10 < sum(parts_ms) < clock_ms * 1.001
 
 
 def test_learning_rates_follow_the_schedule(logged) -> None:
@@ -114,6 +108,12 @@ def test_a_trace_of_the_wanted_steps_names_what_a_step_does(trained) -> None:
             assert names.count(RANGE + name) == 3, name
         assert any(name.startswith("[lookup]") for name in names)
         assert any("sampled_softmax" in event.get("name", "") for event in events)
+        for name in steps:
+            (range_us,) = [event["dur"] for event in events if event.get("name") == name]
+            parts_ms = split_step({"traceEvents": events}, name)
+            assert list(parts_ms) == ["lookup", "dense", "communication", "other"]
+            assert sum(parts_ms.values()) == pytest.approx(range_us / 1000, rel=1e-6)
+            assert min(parts_ms.values()) > 0
     assert [file.name for file in sorted((trained / "trace").iterdir())] == [
         "rank0.json.gz", "rank1.json.gz",
     ]  # fmt: skip
