@@ -1,13 +1,13 @@
 """The served model's throughput beside the same without batching, and beside ONNX Runtime alone.
 
-    python benchmarks/serving.py         # about 5 minutes on 2 cores
+    python benchmarks/serving.py         # about 9 minutes on 2 cores
 
 A bundle of the demo log's towers, 64 wide, grown to 100,000 items, answers the top 100 to 32
-clients of a closed loop over gRPC, on one instance of one thread; client and server share the
-machine. In turn, and again: the server as it is configured by default; the same with batches of 1;
-and, in this process, ONNX Runtime's runs of both graphs on prepared tensors, at the batch sizes
-that the server has just had. Ratios are taken within a round, and their medians over the rounds are
-the result.
+clients of a closed loop over gRPC; client and server share the machine. In turn, and again: the
+server as it is configured by default, one instance of one thread; the same with two instances; the
+same with batches of 1; and, in this process, ONNX Runtime's runs of both graphs on prepared tensors
+by one thread, at the batch sizes that each server has just had, and by two such threads at once for
+two instances. Ratios are taken within a round, and their medians over the rounds are the result.
 
 Then a single client asks with tensors in the request, and with tensors in shared memory, in turn;
 and `embed_query` alone is asked by 8 clients as fast as it goes, then at half of that rate, its
@@ -22,6 +22,8 @@ import os
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,6 +52,12 @@ from twotower.show import table
 
 K, CLIENTS, RUNS, REQUESTS, BLOCK = 100, 32, 15, 4000, 200
 SERVE = ServeConfig(default_k=K)
+SERVERS = {
+    "batches of 1": replace(SERVE, max_batch_size=1),
+    "default": SERVE,
+    "two instances": replace(SERVE, instances=2),
+}
+TWICE = "in process, two threads at once, at the sizes of two instances"
 # The model's results are of one shape: scores, ids of 11 characters with their length, and version.
 OUTPUTS = {"scores": 4 * K, "item_ids": 64 * K, "version": 8}
 
@@ -70,59 +78,80 @@ def make_bundle(folder: Path, items: int) -> Bundle:
     return read_bundle(folder / "run" / "bundles" / "2")
 
 
-def in_process_rate(bundle: Bundle, features: list[Any], batches: dict[int, int]) -> float:
-    """Return the rows a second of both graphs at the batch sizes that occurred."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = SERVE.threads
-    query = ort.InferenceSession(
-        str(bundle.path / "query.onnx"), options, providers=["CPUExecutionProvider"]
-    )
-    search = open_search(bundle.path, asdict(bundle.manifest.index), SERVE.threads).search
-    spent = 0.0
-    for size, runs in batches.items():
-        feed = raw_tensors(
-            bundle.manifest.query, [features[i % len(features)] for i in range(size)]
+class Towers:
+    """Both graphs of a bundle, for one thread of this process."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = SERVE.threads
+        self.query = ort.InferenceSession(
+            str(bundle.path / "query.onnx"), options, providers=["CPUExecutionProvider"]
         )
-        seconds = []
-        for _ in range(RUNS):
-            started = time.perf_counter()
-            search(query.run(["vector"], feed)[0], K)
-            seconds.append(time.perf_counter() - started)
-        spent += runs * statistics.median(seconds)
-    return sum(size * runs for size, runs in batches.items()) / spent
+        self.spec = bundle.manifest.query
+        self.features = [g.features for g in bundle.golden()]
+        self.index = open_search(bundle.path, asdict(bundle.manifest.index), SERVE.threads)
+
+    def seconds(self, batches: dict[int, int]) -> float:
+        """Return how long batches take, from size -> number, by the median of each size's runs."""
+        spent = 0.0
+        for size, runs in batches.items():
+            rows = [self.features[i % len(self.features)] for i in range(size)]
+            feed = raw_tensors(self.spec, rows)
+            seconds = []
+            for _ in range(RUNS):
+                started = time.perf_counter()
+                self.index.search(self.query.run(["vector"], feed)[0], K)
+                seconds.append(time.perf_counter() - started)
+            spent += runs * statistics.median(seconds)
+        return spent
+
+
+def in_process_rate(threads: list[Towers], batches: dict[int, int]) -> float:
+    """Return the rows a second of threads that run the same batches at once."""
+    rows = sum(size * runs for size, runs in batches.items())
+    with ThreadPoolExecutor(len(threads)) as pool:
+        return sum(rows / seconds for seconds in pool.map(lambda t: t.seconds(batches), threads))
 
 
 def rounds(bundle: Bundle, seconds: float, repeats: int) -> list[dict[str, Any]]:
-    """Measure the three in turn."""
-    features = [g.features for g in bundle.golden()]
+    """Measure the servers and this process in turn."""
+    towers = [Towers(bundle), Towers(bundle)]
 
     def load(server: TritonServer) -> Measurement:
         target = Target(
             url=server.grpc_url, proxy=False, deadline_s=10.0, k=K,
-            requests=[(f, []) for f in features],
+            requests=[(features, []) for features in towers[0].features],
         )  # fmt: skip
         with LoadGenerator(target, 0, 0) as generator:
             return generator.closed_loop(CLIENTS, seconds, warmup_seconds=1.0)
 
     found = []
-    with (
-        passing_server(bundle, SERVE) as batched,
-        passing_server(bundle, replace(SERVE, max_batch_size=1)) as single,
-    ):
+    with ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(passing_server(bundle, config))
+            for name, config in SERVERS.items()
+        }
         for number in range(repeats):
-            # Whichever is first in one round is second in the next.
-            order = (batched, single) if number % 2 == 0 else (single, batched)
-            by_server = {server: load(server) for server in order}
-            ours, alone = by_server[batched], by_server[single]
-            own = in_process_rate(bundle, features, ours.batches)
-            found.append({
-                "batched": asdict(ours), "alone": asdict(alone), "in_process_rate": own,
-                "times_alone": ours.answered_rate / alone.answered_rate,
-                "share_of_in_process": ours.answered_rate / own, "mean_batch": ours.mean_batch,
-                "load": psutil.getloadavg()[0],
-            })  # fmt: skip
-            rates = (ours.answered_rate, alone.answered_rate, own)
-            print(f"round {number + 1}, batched, alone, in process: {np.round(rates)}", flush=True)
+            each: dict[str, Any] = {"load": psutil.getloadavg()[0]}
+            # Whichever is first in one round is last in the next.
+            for name in sorted(servers, reverse=number % 2 == 1):
+                measured = load(servers[name])
+                each[name] = asdict(measured) | {"mean_batch": measured.mean_batch}
+                each[f"in process, at the sizes of {name}"] = in_process_rate(
+                    towers[:1], measured.batches
+                )
+            own = {name: each[f"in process, at the sizes of {name}"] for name in servers}
+            each[TWICE] = in_process_rate(towers, each["two instances"]["batches"])
+            rate = {name: each[name]["answered_rate"] for name in servers}
+            each["ratios"] = {
+                "default / batches of 1": rate["default"] / rate["batches of 1"],
+                "default / in process": rate["default"] / own["default"],
+                "two instances / in process": rate["two instances"] / own["two instances"],
+                "two instances / two threads": rate["two instances"] / each[TWICE],
+            }
+            found.append(each)
+            print(f"round {number + 1}: {'; '.join(f'{n} {r:,.0f}' for n, r in rate.items())}",
+                  {n: round(r, 2) for n, r in each["ratios"].items()}, flush=True)  # fmt: skip
     return found
 
 
@@ -236,22 +265,25 @@ def main() -> None:
                 for _ in range(options.repeats)
             ]
 
-    def middle(name: str) -> float:
-        return statistics.median(each[name] for each in found)
-
-    rates = {name: [each[name]["answered_rate"] for each in found] for name in ("batched", "alone")}
-    rates["in process"] = [each["in_process_rate"] for each in found]
+    rates = {name: [each[name]["answered_rate"] for each in found] for name in SERVERS}
+    rates |= {name: [each[name] for each in found] for name in found[0] if "in process" in name}
     table(
         f"{size[0]:,} x {size[1]}, top {K}, gRPC, {CLIENTS} clients, {options.repeats} rounds",
         ["", ">answers/s, median", ">least", ">most"],
         [[name, f"{statistics.median(r):,.0f}", f"{min(r):,.0f}", f"{max(r):,.0f}"]
          for name, r in rates.items()],
     )  # fmt: skip
-    summary = {
-        "times_alone": middle("times_alone"),
-        "share_of_in_process": middle("share_of_in_process"), "mean_batch": middle("mean_batch"),
-    }  # fmt: skip
-    print({name: round(value, 3) for name, value in summary.items()}, memory)
+    summary: dict[str, Any] = {
+        "rates": {name: statistics.median(r) for name, r in rates.items()},
+        "ratios": {
+            name: statistics.median(each["ratios"][name] for each in found)
+            for name in found[0]["ratios"]
+        },
+        "mean_batch": {
+            name: statistics.median(each[name]["mean_batch"] for each in found) for name in SERVERS
+        },
+    }
+    print({name: round(value, 3) for name, value in summary["ratios"].items()}, memory)
     median = {n: statistics.median(each[n] for each in vectors) for n in vectors[0]}
     print("embed_query, at half of its rate:", {n: round(v, 2) for n, v in median.items()})
     write_result(
