@@ -1,12 +1,13 @@
 """The whole path, JSON → gateway → Redis → Triton → JSON, at a rate that does not wait for answers.
 
-    python benchmarks/gateway.py         # about 3 minutes on 2 cores, most of it making the bundle
+    python benchmarks/gateway.py         # about 5 minutes on 2 cores, most of it making the bundle
 
 The towers are the demo log's, trained for one epoch; its catalogue is grown by `twotower index
 --update` to 100,000 items more. The store is a real Redis, the server a real Triton, each a process
 of its own on this machine, as is the gateway; this process is the client. Requests name a user of
 the log and ask for k items without those seen. They arrive as a Poisson process, and a latency is
-counted from the moment at which a request was due, so that queueing shows. The result is written to
+counted from the moment at which a request was due, so that queueing shows. It is measured before
+a server of one instance, then before one of two. The result is written to
 benchmarks/results/gateway.json.
 """
 
@@ -70,6 +71,8 @@ def redis_server() -> str:
 @contextmanager
 def running(command: list[str], cwd: Path, ready: Path | None = None) -> Iterator[None]:
     """Run a process until the block ends; begins once its state file is there."""
+    if ready is not None:
+        ready.unlink(missing_ok=True)  # of one before
     with (cwd / f"{Path(command[0]).name}-{command[-1].strip('-')[:8]}.log").open("w") as log:
         process = subprocess.Popen(command, cwd=cwd, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -128,12 +131,42 @@ def spent(url: str) -> dict[str, tuple[float, float]]:
     return found
 
 
+def measured(
+    folder: Path, store: str, instances: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Measure the gateway before a server of so many instances."""
+    results = []
+    with ExitStack() as stack:
+        server = [f"--serve.{name}_port=0" for name in ("http", "grpc", "metrics", "health")]
+        server.append(f"--serve.instances={instances}")
+        state = folder / "run" / "server" / "server.json"
+        stack.enter_context(running([*COMMAND, "serve", *JOB, *server], folder, state))
+        state = folder / "run" / "gateway" / "gateway.json"
+        gateway = [*COMMAND, "gateway", *JOB, store, "--gateway.port=0"]
+        stack.enter_context(running(gateway, folder, state))
+        url = json.loads(state.read_text())["url"]
+        for rate, k in product(options.rate, options.k):
+            load = os.getloadavg()[0]
+            psutil.cpu_percent()
+            found: dict[str, Any] = {"instances": instances, "rate": rate, "k": k}
+            before = spent(url)
+            found |= asyncio.run(ask(url, rate, options.seconds, k))
+            for part, (seconds, count) in spent(url).items():
+                more = count - before[part][1]
+                found[f"{part}_mean_ms"] = round((seconds - before[part][0]) / more * 1000, 2)
+            found |= {"cpu_percent": psutil.cpu_percent(), "load_before": round(load, 1)}
+            results.append(found)
+            print(found, flush=True)
+    return results
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--rate", type=float, nargs="+", default=[200.0], help="requests a second")
     parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--instances", type=int, nargs="+", default=[1, 2], help="of the server")
     parser.add_argument("-k", type=int, nargs="+", default=[20, 100], help="items of an answer")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="twotower-") as work, ExitStack() as stack:
@@ -146,26 +179,9 @@ def main() -> None:
         stack.enter_context(running([redis_server(), *redis], folder))
         store = f"--gateway.store=redis://127.0.0.1:{port}/0"
         subprocess.run([*COMMAND, "load-store", *JOB, store], cwd=folder, check=True)
-        free_ports = [f"--serve.{name}_port=0" for name in ("http", "grpc", "metrics")]
-        state = folder / "run" / "server" / "server.json"
-        stack.enter_context(running([*COMMAND, "serve", *JOB, *free_ports], folder, state))
-        state = folder / "run" / "gateway" / "gateway.json"
-        gateway = [*COMMAND, "gateway", *JOB, store, "--gateway.port=0"]
-        stack.enter_context(running(gateway, folder, state))
-        url = json.loads(state.read_text())["url"]
         results = []
-        for rate, k in product(options.rate, options.k):
-            load = os.getloadavg()[0]
-            psutil.cpu_percent()
-            found = {"rate": rate, "k": k}
-            before = spent(url)
-            found |= asyncio.run(ask(url, rate, options.seconds, k))
-            for part, (seconds, count) in spent(url).items():
-                more = count - before[part][1]
-                found[f"{part}_mean_ms"] = round((seconds - before[part][0]) / more * 1000, 2)
-            found |= {"cpu_percent": psutil.cpu_percent(), "load_before": round(load, 1)}
-            results.append(found)
-            print(found)
+        for instances in options.instances:
+            results += measured(folder, store, instances, options)
     write_result(
         "gateway", {"items": options.items, "runs": results},
         ("twotower", "fastapi", "uvicorn", "redis", "tritonclient"),
