@@ -13,6 +13,8 @@ Shape legend: `B` queries, `N` candidates, `D` width.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from twotower.kernels.exclusions import unpacked
 from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.train.config import TrainConfig
-from twotower.train.negatives import Candidates
+from twotower.train.negatives import Candidates, scaled_gradient
 
 # Queries of which bce holds the scores of all candidates at once.
 BLOCK = 1024
@@ -43,11 +45,14 @@ def retrieval_loss(
         items: size of the catalogue.
         exclude_BW: candidates that do not count for a query, see `sampled_softmax`.
     """
-    loss = config.loss
+    loss, item_ND = config.loss, candidates.vector_ND
+    if candidates.push_N is not None:
+        pushed_ND = scaled_gradient(item_ND, candidates.push_N)
+        candidates = replace(candidates, vector_ND=pushed_ND)
     if loss.kind == "bce":
         return _calibrated_bce(
-            query_BD, candidates, temperature, positive_B, weight_B, items, loss.calibration,
-            exclude_BW,
+            query_BD, candidates, temperature, item_ND[positive_B], positive_B, weight_B, items,
+            loss.calibration, exclude_BW,
         )  # fmt: skip
     uncorrected = "corrected" if config.correct_positive else "uncorrected"
     value = sampled_softmax(
@@ -62,18 +67,24 @@ def retrieval_loss(
         label_smoothing=loss.label_smoothing,
         exclude_BW=exclude_BW,
     )
+    pull = 1 / temperature
     if loss.kind == "bilateral" and loss.positive_temperature is not None:
-        own_B = (query_BD.float() * candidates.vector_ND[positive_B].float()).sum(1)
-        own = (own_B * weight_B).sum() / weight_B.sum().clamp_min(1e-12)
-        value = value + own * (1 / temperature - 1 / loss.positive_temperature)
-    return value
+        pull = torch.full_like(pull, 1 / loss.positive_temperature)
+    elif candidates.push_N is None:
+        return value
+    # In place of the op's term of the positives, through which they would be pulled by `push_N`.
+    query_BD = query_BD.float()
+    by_op_B = (query_BD * candidates.vector_ND[positive_B].float()).sum(1) / temperature
+    own_B = (query_BD * item_ND[positive_B].float()).sum(1) * pull
+    return value + ((by_op_B - own_B) * weight_B).sum() / weight_B.sum().clamp_min(1e-12)
 
 
 def _calibrated_bce(
-    query_BD: Tensor, candidates: Candidates, temperature: Tensor, positive_B: Tensor,
-    weight_B: Tensor, items: int, calibration: float,
+    query_BD: Tensor, candidates: Candidates, temperature: Tensor, own_BD: Tensor,
+    positive_B: Tensor, weight_B: Tensor, items: int, calibration: float,
     exclude_BW: Tensor | None,
 ) -> Tensor:  # fmt: skip
+    # The positives' vectors beside the candidates', whose gradients may be scaled.
     value_N = (-candidates.log_q_N).exp()  # 0 of fillers
     number = (value_N > 0).sum()
     value_N = value_N * (number / value_N.sum().clamp_min(1e-12))
@@ -81,21 +92,22 @@ def _calibrated_bce(
     power = 1 - calibration * (1 - share)
 
     def block(
-        query: Tensor, vector_ND: Tensor, scale: Tensor, own: Tensor, exclude: Tensor | None
-    ) -> Tensor:
+        query: Tensor, vector_ND: Tensor, own_BD: Tensor, scale: Tensor, own: Tensor,
+        exclude: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         score = (query @ vector_ND.T).float() * scale
         hit = candidates.id_N[own, None] == candidates.id_N[None, :]
         if exclude is not None:
             hit |= unpacked(exclude, len(vector_ND))
         negative = (F.softplus(score) * value_N).masked_fill(hit, 0).sum(1)
-        at_own = score[torch.arange(len(own), device=own.device), own]
+        at_own = (query.float() * own_BD.float()).sum(1) * scale
         return (power * F.softplus(-at_own) + negative) / (number + 1)
 
     scale = temperature.reciprocal()
     loss_B = torch.cat([
         checkpoint(
-            block, query_BD[start : start + BLOCK], candidates.vector_ND, scale,
-            positive_B[start : start + BLOCK],
+            block, query_BD[start : start + BLOCK], candidates.vector_ND,
+            own_BD[start : start + BLOCK], scale, positive_B[start : start + BLOCK],
             None if exclude_BW is None else exclude_BW[start : start + BLOCK], use_reentrant=False,
         )
         for start in range(0, len(query_BD), BLOCK)

@@ -30,6 +30,7 @@ from twotower.train.negatives import (
     excluded,
     log_q,
     log_q_of,
+    push_of,
     share_of_weight,
 )
 from twotower.train.optimizers import Optimizers, fuse_table_optimizer
@@ -159,7 +160,8 @@ class RetrievalModule(L.LightningModule):
         if negatives.in_batch == 0 and not shared:
             # Its own query's positive alone, which is not corrected.
             log_q_N[:own] = FILLER_LOG_Q
-        found, positive_B = Candidates(item_ND, batch.item_N, log_q_N), batch.positive_B
+        push_N = None if self.memory is None else self._push(batch.item_N, batch.listed)
+        found, positive_B = Candidates(item_ND, batch.item_N, log_q_N, push_N), batch.positive_B
         if self.trainer.world_size > 1:
             found = found.of_all_ranks()
             if not shared:
@@ -177,20 +179,32 @@ class RetrievalModule(L.LightningModule):
         if not self.rates.learned and listed is None:
             counted_N: Tensor = self.log_q_N[id_N]
             return counted_N
-        rate_N, items = self.rates.gap_N[id_N].reciprocal(), len(self.rates.gap_N)
-        listed_N = 0 if listed is None else listed.of(id_N)
-        now_N = log_q_of(rate_N, self.config, self.queries, items, listed_N)
+        now_N = log_q_of(**self._rates(id_N, listed))
         return now_N.masked_fill(id_N < 0, FILLER_LOG_Q)
+
+    def _push(self, id_N: Tensor, listed: Listed | None) -> Tensor:
+        """Return what the gradients of candidates are multiplied by beside those of a memory."""
+        return push_of(**self._rates(id_N, listed))
+
+    def _rates(self, id_N: Tensor, listed: Listed | None) -> dict[str, Any]:
+        """Return how often items are expected, as `log_q_of` and `push_of` take it."""
+        return {
+            "rate_N": self.rates.gap_N[id_N].reciprocal(), "config": self.config,
+            "queries": self.queries, "items": len(self.rates.gap_N),
+            "listed_N": 0 if listed is None else listed.of(id_N),
+        }  # fmt: skip
 
     def _with_memory(
         self, memory: CandidateMemory, now: Candidates, own: int, listed: Listed | None
     ) -> Candidates:
         """Return candidates with those of the steps before, and remember this step's positives."""
         id_M = memory.id_M.clone()
+        assert now.push_N is not None
         found = Candidates(
             torch.cat([now.vector_ND, memory.vector_MD.to(now.vector_ND.dtype)]),
             torch.cat([now.id_N, id_M]),
             torch.cat([now.log_q_N, self._log_q(id_M, listed)]),
+            torch.cat([now.push_N, torch.ones_like(memory.vector_MD[:, 0])]),
         )
         # Every rank's own queries' are its first.
         ranks = self.trainer.world_size

@@ -83,18 +83,38 @@ def log_q_of(
 
     To their expectation that of a step's own lists (`twotower.data.listed`), `listed_N`, is added.
     """
+    now_N, before_N = _expected(rate_N, config, queries, items, listed_N)
+    return config.log_q * (now_N + before_N).log().float()
+
+
+def push_of(
+    rate_N: Tensor, config: TrainConfig, queries: float, items: int, listed_N: Tensor | float = 0
+) -> Tensor:
+    """Return what the gradients of candidates of a step are multiplied by as negatives, (N,).
+
+    Those of the memory have none: an item would be pulled by all of its positives, but pushed only
+    by the part of its negatives that is not there, and popular items would rise without end. The
+    candidates of the step itself push for them too, so that the mean push is that of all. The
+    arguments are those of `log_q_of`.
+    """
+    now_N, before_N = _expected(rate_N, config, queries, items, listed_N)
+    return (1 + before_N / now_N.clamp_min(1e-12)).float()
+
+
+def _expected(
+    rate_N: Tensor, config: TrainConfig, queries: float, items: int, listed_N: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Return how often items are expected among the candidates of a step, and in the memory."""
     if config.negatives.catalogue:
-        expected_N = torch.ones_like(rate_N)
-    else:
-        sizes = config.negatives.sizes(queries)
-        share_N = rate_N / queries
-        # A query's own positive is none of its negatives.
-        in_batch = max(0, sizes["in_batch"] - 1)
-        expected_N = in_batch * share_N
-        if config.every_position:  # each once, however many queries have it
-            expected_N = -torch.expm1(in_batch * torch.log1p(-share_N.clamp_max(1 - 1e-9)))
-        expected_N = expected_N + sizes["memory"] * share_N + sizes["uniform"] / items
-    return config.log_q * (expected_N + listed_N).log().float()
+        return torch.ones_like(rate_N), torch.zeros_like(rate_N)
+    sizes = config.negatives.sizes(queries)
+    share_N = rate_N / queries
+    # A query's own positive is none of its negatives.
+    in_batch = max(0, sizes["in_batch"] - 1)
+    expected_N = in_batch * share_N
+    if config.every_position:  # each once, however many queries have it
+        expected_N = -torch.expm1(in_batch * torch.log1p(-share_N.clamp_max(1 - 1e-9)))
+    return expected_N + sizes["uniform"] / items + listed_N, sizes["memory"] * share_N
 
 
 class PositiveRates(nn.Module):
@@ -150,11 +170,13 @@ class Candidates:
         vector_ND: their vectors.
         id_N: their catalogue rows, -1 for fillers.
         log_q_N: the log of how often each one's item is expected among them.
+        push_N: what its gradient is multiplied by as a negative, see `push_of`; None for 1.
     """
 
     vector_ND: Tensor
     id_N: Tensor
     log_q_N: Tensor
+    push_N: Tensor | None = None
 
     def by_id(self, positive_B: Tensor) -> tuple[Candidates, Tensor]:
         """Return them sorted by catalogue row, and which of them then are the positives."""
@@ -162,12 +184,34 @@ class Candidates:
         place_N = torch.empty_like(order_N)
         place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
         vector_ND = self.vector_ND.index_select(0, order_N)
-        return Candidates(vector_ND, id_N, self.log_q_N[order_N]), place_N[positive_B]
+        push_N = None if self.push_N is None else self.push_N[order_N]
+        return Candidates(vector_ND, id_N, self.log_q_N[order_N], push_N), place_N[positive_B]
 
     def of_all_ranks(self) -> Candidates:
         """Return those of all ranks, rank by rank; vectors get the sum of all ranks' gradients."""
         vector_ND: Tensor = _Gather.apply(self.vector_ND)
-        return Candidates(vector_ND, all_rows(self.id_N), all_rows(self.log_q_N))
+        push_N = None if self.push_N is None else all_rows(self.push_N)
+        return Candidates(vector_ND, all_rows(self.id_N), all_rows(self.log_q_N), push_N)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """See `scaled_gradient`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, factor_N: Tensor) -> Tensor:
+        ctx.save_for_backward(factor_N)
+        return rows_ND.view_as(rows_ND)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+        (factor_N,) = ctx.saved_tensors
+        return (grad_ND * factor_N[:, None]).to(grad_ND.dtype), None
+
+
+def scaled_gradient(rows_ND: Tensor, factor_N: Tensor) -> Tensor:
+    """Return rows (N, D) as they are, whose gradients are multiplied by factors (N,)."""
+    rows: Tensor = _ScaledGradient.apply(rows_ND, factor_N)
+    return rows
 
 
 def excluded(batch: Batch, id_N: Tensor, first_N: Tensor | None) -> Tensor | None:

@@ -87,6 +87,41 @@ def test_losses_are_their_formulas_and_their_gradients_too(options, monkeypatch)
     assert torch.autograd.gradcheck(loss, inputs, eps=1e-3, atol=2e-3, rtol=2e-2)
 
 
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{"kind": "softmax"}, {"kind": "softmax", "label_smoothing": 0.1}, {"kind": "bilateral"},
+     {"kind": "bilateral", "positive_temperature": 0.2}, {"kind": "bce", "calibration": 0.9}],
+)  # fmt: skip
+def test_what_pushes_for_the_memory_pulls_as_before(options, corrected) -> None:
+    config = TrainConfig(loss=LossConfig(**options), correct_positive=corrected)
+    query, found, positive, weight = case()
+
+    def slope(push: float) -> tuple[float, Tensor]:
+        vector = found.vector_ND.clone().requires_grad_()
+        push_N = torch.full((12,), push, dtype=torch.float64)
+        loss = retrieval_loss(
+            config, query, Candidates(vector, found.id_N, found.log_q_N, push_N),
+            torch.tensor(TEMPERATURE, dtype=torch.float64), positive, weight.double(), ITEMS,
+        )  # fmt: skip
+        loss.backward()
+        assert vector.grad is not None
+        return float(loss.detach()), vector.grad
+
+    (value, once), (same, thrice), (_, pull) = slope(1), slope(3), slope(0)
+    assert same == pytest.approx(value, rel=1e-6)
+    # Of pull + push, the push alone is multiplied.
+    torch.testing.assert_close(thrice, pull + 3 * (once - pull), rtol=1e-5, atol=1e-6)
+    others = torch.ones(12, dtype=torch.bool)
+    others[positive] = False
+    assert not pull[others].any()
+    if options["kind"] != "bce":
+        temperature = options.get("positive_temperature", TEMPERATURE)
+        expected = torch.zeros_like(pull)
+        expected.index_add_(0, positive, -query * (weight / weight.sum() / temperature)[:, None])
+        torch.testing.assert_close(pull, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_vectors_that_are_cut_are_vectors_of_their_own() -> None:
     whole = torch.nn.functional.normalize(torch.randn(5, 8, generator=torch.manual_seed(0)))
     torch.testing.assert_close(cut(whole, 3, False).norm(dim=1), torch.ones(5))

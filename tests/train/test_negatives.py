@@ -16,6 +16,7 @@ from twotower.errors import UserError
 from twotower.kernels.exclusions import unpacked
 from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.train.config import TrainConfig
+from twotower.train.losses import retrieval_loss
 from twotower.train.negatives import (
     FILLER_LOG_Q,
     CandidateMemory,
@@ -24,6 +25,7 @@ from twotower.train.negatives import (
     excluded,
     log_q,
     log_q_of,
+    push_of,
 )
 from twotower.train.negatives_config import LISTED, MiningConfig, NegativesConfig
 
@@ -58,10 +60,14 @@ def gradient(query: Tensor, item: Tensor, positive: int, config: TrainConfig, dr
     own = int(positive_B)
     if config.negatives.in_batch == 0 and not config.negatives.catalogue:
         corrections[own] = FILLER_LOG_Q
-    sampled_softmax(
-        query, leaf[id_N], TEMPERATURE, log_q_N=corrections, candidate_id_N=id_N,
-        positive_B=positive_B, positive="corrected" if config.correct_positive else "uncorrected",
-    ).backward()  # fmt: skip
+    vector_ND, push_N = leaf[id_N], None
+    if memory := config.negatives.sizes(BATCH)["memory"]:
+        vector_ND = torch.cat([vector_ND[:-memory], item[id_N[-memory:]]])
+        push_N = push_of(rates(world()[2])[id_N], config, BATCH, ITEMS)
+    candidates = Candidates(vector_ND, id_N, corrections, push_N)
+    retrieval_loss(
+        config, query, candidates, TEMPERATURE, positive_B, torch.ones(1), ITEMS
+    ).backward()
     assert leaf.grad is not None
     return leaf.grad
 
@@ -74,11 +80,12 @@ def drawing(config: TrainConfig, rng: np.random.Generator):
     def draw(positive: int) -> tuple[Tensor, Tensor]:
         if config.negatives.catalogue:
             return torch.arange(ITEMS), torch.tensor([positive])
-        popular = max(0, sizes["in_batch"] - 1) + sizes["memory"]
+        popular = frequency.numpy()
         drawn = [
             [positive],
-            rng.choice(ITEMS, popular, p=frequency.numpy()),
+            rng.choice(ITEMS, max(0, sizes["in_batch"] - 1), p=popular),
             rng.integers(0, ITEMS, sizes["uniform"]),
+            rng.choice(ITEMS, sizes["memory"], p=popular),  # which has no gradient
         ]
         return torch.from_numpy(np.concatenate(drawn)), torch.tensor([0])
 
