@@ -25,7 +25,7 @@ from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.train.config import TrainConfig
 from twotower.train.negatives import Candidates, scaled_gradient
 
-# Queries of which bce holds the scores of all candidates at once.
+# Queries whose scores of all candidates are held at once, by bce and beside a memory.
 BLOCK = 1024
 
 
@@ -72,11 +72,40 @@ def retrieval_loss(
         pull = torch.full_like(pull, 1 / loss.positive_temperature)
     elif candidates.push_N is None:
         return value
-    # In place of the op's term of the positives, through which they would be pulled by `push_N`.
+    # In place of the op's term of the positives. A query's own is there at every draw: it is pulled
+    # and pushed once, whatever the gradients of candidates are multiplied by.
+    share_B = weight_B
+    if loss.kind == "softmax":
+        own_B = _share_of_own(
+            query_BD, item_ND, candidates, temperature, positive_B, config.correct_positive,
+            exclude_BW,
+        )  # fmt: skip
+        share_B = weight_B * (1 - loss.label_smoothing - own_B)
     query_BD = query_BD.float()
     by_op_B = (query_BD * candidates.vector_ND[positive_B].float()).sum(1) / temperature
-    own_B = (query_BD * item_ND[positive_B].float()).sum(1) * pull
-    return value + ((by_op_B - own_B) * weight_B).sum() / weight_B.sum().clamp_min(1e-12)
+    plain_B = (query_BD * item_ND[positive_B].float()).sum(1) * pull
+    return value + ((by_op_B - plain_B) * share_B).sum() / weight_B.sum().clamp_min(1e-12)
+
+
+@torch.no_grad()
+def _share_of_own(
+    query_BD: Tensor, vector_ND: Tensor, candidates: Candidates, temperature: Tensor,
+    positive_B: Tensor, corrected: bool, exclude_BW: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Return the share (B,) of the softmax that is the positives' own."""
+    shares = []
+    for start in range(0, len(query_BD), BLOCK):
+        block = slice(start, start + BLOCK)
+        own, query = positive_B[block], query_BD[block]
+        logits = (query @ vector_ND.T).float() / temperature - candidates.log_q_N
+        hit = candidates.id_N[own, None] == candidates.id_N[None, :]
+        if exclude_BW is not None:
+            hit |= unpacked(exclude_BW[block], len(vector_ND))
+        at_own = logits[torch.arange(len(own), device=own.device), own]
+        if not corrected:
+            at_own = at_own + candidates.log_q_N[own]
+        shares.append(torch.sigmoid(at_own - logits.masked_fill(hit, -torch.inf).logsumexp(1)))
+    return torch.cat(shares)
 
 
 def _calibrated_bce(

@@ -93,7 +93,7 @@ def test_losses_are_their_formulas_and_their_gradients_too(options, monkeypatch)
     [{"kind": "softmax"}, {"kind": "softmax", "label_smoothing": 0.1}, {"kind": "bilateral"},
      {"kind": "bilateral", "positive_temperature": 0.2}, {"kind": "bce", "calibration": 0.9}],
 )  # fmt: skip
-def test_what_pushes_for_the_memory_pulls_as_before(options, corrected) -> None:
+def test_what_pushes_for_the_memory_moves_positives_as_before(options, corrected) -> None:
     config = TrainConfig(loss=LossConfig(**options), correct_positive=corrected)
     query, found, positive, weight = case()
 
@@ -108,18 +108,27 @@ def test_what_pushes_for_the_memory_pulls_as_before(options, corrected) -> None:
         assert vector.grad is not None
         return float(loss.detach()), vector.grad
 
-    (value, once), (same, thrice), (_, pull) = slope(1), slope(3), slope(0)
+    (value, once), (same, thrice), (_, own) = slope(1), slope(3), slope(0)
     assert same == pytest.approx(value, rel=1e-6)
-    # Of pull + push, the push alone is multiplied.
-    torch.testing.assert_close(thrice, pull + 3 * (once - pull), rtol=1e-5, atol=1e-6)
+    # Of what moves candidates, what pushes them as others' negatives alone is multiplied.
+    torch.testing.assert_close(thrice, own + 3 * (once - own), rtol=1e-5, atol=1e-6)
     others = torch.ones(12, dtype=torch.bool)
     others[positive] = False
-    assert not pull[others].any()
-    if options["kind"] != "bce":
-        temperature = options.get("positive_temperature", TEMPERATURE)
-        expected = torch.zeros_like(pull)
-        expected.index_add_(0, positive, -query * (weight / weight.sum() / temperature)[:, None])
-        torch.testing.assert_close(pull, expected, rtol=1e-5, atol=1e-6)
+    if "label_smoothing" in options:
+        return
+    assert not own[others].any()
+    if options["kind"] == "bce":
+        return
+    row = torch.arange(7)
+    logits = query @ found.vector_ND.T / TEMPERATURE - found.log_q_N
+    logits[row, positive] += found.log_q_N[positive] * (not corrected)
+    hit = found.id_N[positive, None] == found.id_N
+    hit[row, positive] = False
+    share = logits.masked_fill(hit, -torch.inf).softmax(1)[row, positive]
+    share = share if options["kind"] == "softmax" else torch.zeros(7)
+    slope_B = (share - 1) * weight / weight.sum() / options.get("positive_temperature", TEMPERATURE)
+    expected = torch.zeros_like(own).index_add(0, positive, query * slope_B[:, None])
+    torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_vectors_that_are_cut_are_vectors_of_their_own() -> None:
