@@ -73,7 +73,7 @@ def test_the_parts_of_a_profiled_step_are_the_clocks_time(logged, finished_run) 
             assert min(parts_ms) > 0
             # The clock is read outside of the profiler's range, and is another clock than its: a
             # busy machine may pause between the two readings, but not for most of a step.
-            assert clock_ms / 10 < sum(parts_ms) < clock_ms * 1.001
+            assert clock_ms / 10 < sum(parts_ms) < clock_ms * 1.01
 
 
 def test_learning_rates_follow_the_schedule(logged) -> None:
