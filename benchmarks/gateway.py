@@ -1,6 +1,6 @@
 """The whole path, JSON → gateway → Redis → Triton → JSON, at a rate that does not wait for answers.
 
-    python benchmarks/gateway.py         # about 5 minutes on 2 cores, most of it making the bundle
+    python benchmarks/gateway.py         # about 5 minutes on 2 cores
 
 The towers are the demo log's, trained for one epoch; its catalogue is grown by `twotower index
 --update` to 100,000 items more. The store is a real Redis, the server a real Triton, each a process

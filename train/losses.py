@@ -67,10 +67,7 @@ def retrieval_loss(
         label_smoothing=loss.label_smoothing,
         exclude_BW=exclude_BW,
     )
-    pull = 1 / temperature
-    if loss.kind == "bilateral" and loss.positive_temperature is not None:
-        pull = torch.full_like(pull, 1 / loss.positive_temperature)
-    elif candidates.push_N is None:
+    if candidates.push_N is None and loss.positive_temperature is None:
         return value
     # In place of the op's term of the positives. A query's own is there at every draw: it is pulled
     # and pushed once, whatever the gradients of candidates are multiplied by.
@@ -83,7 +80,8 @@ def retrieval_loss(
         share_B = weight_B * (1 - loss.label_smoothing - own_B)
     query_BD = query_BD.float()
     by_op_B = (query_BD * candidates.vector_ND[positive_B].float()).sum(1) / temperature
-    plain_B = (query_BD * item_ND[positive_B].float()).sum(1) * pull
+    plain_B = (query_BD * item_ND[positive_B].float()).sum(1)
+    plain_B = plain_B / (loss.positive_temperature or temperature)
     return value + ((by_op_B - plain_B) * share_B).sum() / weight_B.sum().clamp_min(1e-12)
 
 
@@ -96,16 +94,28 @@ def _share_of_own(
     shares = []
     for start in range(0, len(query_BD), BLOCK):
         block = slice(start, start + BLOCK)
-        own, query = positive_B[block], query_BD[block]
-        logits = (query @ vector_ND.T).float() / temperature - candidates.log_q_N
-        hit = candidates.id_N[own, None] == candidates.id_N[None, :]
-        if exclude_BW is not None:
-            hit |= unpacked(exclude_BW[block], len(vector_ND))
+        own = positive_B[block]
+        score, hit = _scored(
+            query_BD[block], vector_ND, temperature.reciprocal(), candidates.id_N, own,
+            None if exclude_BW is None else exclude_BW[block],
+        )  # fmt: skip
+        logits = score - candidates.log_q_N
         at_own = logits[torch.arange(len(own), device=own.device), own]
         if not corrected:
             at_own = at_own + candidates.log_q_N[own]
         shares.append(torch.sigmoid(at_own - logits.masked_fill(hit, -torch.inf).logsumexp(1)))
     return torch.cat(shares)
+
+
+def _scored(
+    query_BD: Tensor, vector_ND: Tensor, scale: Tensor, id_N: Tensor, own_B: Tensor,
+    exclude_BW: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return scores (B, N), and which candidates are no negatives of a query."""
+    hit_BN = id_N[own_B, None] == id_N[None, :]
+    if exclude_BW is not None:
+        hit_BN |= unpacked(exclude_BW, len(vector_ND))
+    return (query_BD @ vector_ND.T).float() * scale, hit_BN
 
 
 def _calibrated_bce(
@@ -124,10 +134,7 @@ def _calibrated_bce(
         query: Tensor, vector_ND: Tensor, own_BD: Tensor, scale: Tensor, own: Tensor,
         exclude: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        score = (query @ vector_ND.T).float() * scale
-        hit = candidates.id_N[own, None] == candidates.id_N[None, :]
-        if exclude is not None:
-            hit |= unpacked(exclude, len(vector_ND))
+        score, hit = _scored(query, vector_ND, scale, candidates.id_N, own, exclude)
         negative = (F.softplus(score) * value_N).masked_fill(hit, 0).sum(1)
         at_own = (query.float() * own_BD.float()).sum(1) * scale
         return (power * F.softplus(-at_own) + negative) / (number + 1)

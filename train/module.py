@@ -160,7 +160,9 @@ class RetrievalModule(L.LightningModule):
         if negatives.in_batch == 0 and not shared:
             # Its own query's positive alone, which is not corrected.
             log_q_N[:own] = FILLER_LOG_Q
-        push_N = None if self.memory is None else self._push(batch.item_N, batch.listed)
+        push_N = None
+        if self.memory is not None:
+            push_N = push_of(**self._rates(batch.item_N, batch.listed))
         found, positive_B = Candidates(item_ND, batch.item_N, log_q_N, push_N), batch.positive_B
         if self.trainer.world_size > 1:
             found = found.of_all_ranks()
@@ -181,10 +183,6 @@ class RetrievalModule(L.LightningModule):
             return counted_N
         now_N = log_q_of(**self._rates(id_N, listed))
         return now_N.masked_fill(id_N < 0, FILLER_LOG_Q)
-
-    def _push(self, id_N: Tensor, listed: Listed | None) -> Tensor:
-        """Return what the gradients of candidates are multiplied by beside those of a memory."""
-        return push_of(**self._rates(id_N, listed))
 
     def _rates(self, id_N: Tensor, listed: Listed | None) -> dict[str, Any]:
         """Return how often items are expected, as `log_q_of` and `push_of` take it."""
