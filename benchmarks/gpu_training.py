@@ -158,7 +158,7 @@ class Training:
             self.optimizers.zero_grad()
             self.optimizers.set_rates(0)
             with torch.autocast(self.device.type, torch.bfloat16):
-                query_BD, item_BD, temperature = self.model(batch)
+                query_BD, item_BD, temperature, _ = self.model(batch)
             with stage("loss"):
                 loss = sampled_softmax(
                     query_BD.bfloat16(), item_BD.bfloat16(), temperature,

@@ -191,7 +191,7 @@ def _table(state: dict[str, Any], name: str) -> Tensor:
 
 @torch.no_grad()
 def _our_loss(module: Any, batch: Batch) -> Tensor:
-    query_BD, item_BD, temperature = module.model(batch)
+    query_BD, item_BD, temperature, _ = module.model(batch)
     return sampled_softmax(
         query_BD, item_BD, temperature, log_q_N=module.log_q_N[batch.item_N],
         candidate_id_N=batch.item_N, weight_B=batch.weight_B,

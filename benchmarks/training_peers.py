@@ -82,7 +82,7 @@ class Peer:
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of a batch."""
-        query_BD, item_BD, temperature = self.model(batch)
+        query_BD, item_BD, temperature, _ = self.model(batch)
         with stage("loss"):
             log_q_B = self.log_q_N[batch.item_N]
             return naive_loss(query_BD, item_BD, temperature, log_q_B, batch.item_N)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from twotower.data.batches import Batch, Entries
+from twotower.data.log.sources import is_own_id
 from twotower.data.schema import ID_KINDS, DataConfig, Feature
 from twotower.towers.config import ModelConfig
 from twotower.towers.dynamic import DynamicSlots
@@ -36,6 +37,22 @@ from twotower.towers.tower import EntryFeatures, Tower
 # torch refuses modules named like its own attributes, `type` for instance.
 PREFIX = "table_"
 COLLECTIONS = ("bags", "lists", "dynamic_bags", "dynamic_lists")
+
+
+class Vectors(NamedTuple):
+    """What the towers make of a batch.
+
+    Attributes:
+        query_BD: the query vectors.
+        item_ND: the item vectors.
+        temperature: what their inner products are divided by.
+        own_ND: the embedding of each item's own id; None where the item tower has none.
+    """
+
+    query_BD: Tensor
+    item_ND: Tensor
+    temperature: Tensor
+    own_ND: Tensor | None
 
 
 class TwoTower(nn.Module):
@@ -95,6 +112,8 @@ class TwoTower(nn.Module):
             k: kind for kind in tables for t in tables[kind] for k in t.feature_names
         }
         self.dim, self.widths, self.item_bias = config.dim, config.widths, config.item_bias
+        own = [f.name for f in data.item if is_own_id(data, "item", f)]
+        self.own_id = own[0] if own else None
         self.query = Tower(data.query, config)
         self.item = Tower(data.item, config, is_item=True)
         self.entry_features = nn.ModuleDict({
@@ -104,15 +123,16 @@ class TwoTower(nn.Module):
         log_temperature = torch.tensor(config.temperature).log()
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=config.learn_temperature)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the query vectors (B, D), the item vectors (N, D) and the temperature."""
+    def forward(self, batch: Batch) -> Vectors:
+        """Return the vectors of a training batch."""
         found = self._look_up(batch)
         if batch.entries is None:
             query_BD = self._run(self.query, "query", batch, found, len(batch.weight_B))
         else:
             query_BD = self._run_at_entries(batch, found, batch.entries)
-        item_ND = self._run(self.item, "item", batch, found, len(batch.item_N))
-        return query_BD, item_ND, self.log_temperature.exp()
+        inputs = self._inputs(self.item, "item", batch, found, len(batch.item_N))
+        own_ND = inputs[self.own_id] if self.own_id is not None else None
+        return Vectors(query_BD, self.item(inputs), self.log_temperature.exp(), own_ND)
 
     def collections(self) -> dict[str, Any]:
         """Return the collections of tables that there are, of `COLLECTIONS`."""
@@ -200,12 +220,17 @@ class TwoTower(nn.Module):
         self, tower: Tower, side: str, batch: Batch, found: dict[str, Any], rows: int | None = None
     ) -> Tensor:
         """Return the vectors of a tower's first rows, of all by default."""
-        inputs = {
+        vector_BD: Tensor = tower(self._inputs(tower, side, batch, found, rows))
+        return vector_BD
+
+    def _inputs(
+        self, tower: Tower, side: str, batch: Batch, found: dict[str, Any], rows: int | None
+    ) -> dict[str, Tensor]:
+        """Return what enters a tower, of its first rows."""
+        return {
             f.name: self._input(tower, f, f"{side}.{f.name}", batch, found, rows)
             for f in tower.features
         }
-        vector_BD: Tensor = tower(inputs)
-        return vector_BD
 
     def _run_at_entries(self, batch: Batch, found: dict[str, Any], entries: Entries) -> Tensor:
         """Return the vectors (B, D) of queries that are entries of histories."""

@@ -94,6 +94,9 @@ class TrainConfig:
     """Steps whose gradients one update of the dense parameters adds; tables learn at every step."""
     id_dropout: float = 0.0
     """Share of items whose own id is hidden in a step, so that their features must tell them."""
+    item_l2: float = 0.0
+    """Pull of the embeddings of items' own ids towards 0, so that an item with few events is what
+    its features tell; the same for every item, however often it occurs."""
     half_life_days: float | None = None
     """Days after which an event counts half, so that what is taken now counts more."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -169,6 +172,8 @@ class TrainConfig:
                 raise UserError(f"train.{name} must be > 0, got {value}")
         if not 0 <= self.id_dropout < 1:
             raise UserError(f"train.id_dropout must be in [0, 1), got {self.id_dropout:g}")
+        if self.item_l2 < 0:
+            raise UserError(f"train.item_l2 must be >= 0, got {self.item_l2:g}")
         if not 0 <= self.log_q <= 2:
             raise UserError(f"train.log_q must be an exponent from 0 to 2, got {self.log_q:g}")
         self.loss.validate()

@@ -27,7 +27,9 @@ from twotower.train.negatives import (
     Candidates,
     PositiveRates,
     all_rows,
+    catalogue_sum,
     excluded,
+    expected,
     log_q,
     log_q_of,
     push_of,
@@ -107,7 +109,7 @@ class RetrievalModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this rank's share of the loss of the step's batch."""
         with record_function(RANGE + "towers"):
-            query_BD, item_ND, temperature = self.model(batch)
+            query_BD, item_ND, temperature, own_ND = self.model(batch)
         if self.config.precision == "bf16":
             # Autocast leaves the vectors in fp32, in which no fused op would be fast.
             query_BD, item_ND = query_BD.bfloat16(), item_ND.bfloat16()
@@ -123,6 +125,8 @@ class RetrievalModule(L.LightningModule):
             )  # fmt: skip
         if self.trainer.world_size > 1:
             loss = loss * share_of_weight(batch.weight_B)
+        if self.config.item_l2:
+            loss = loss + self.config.item_l2 * self._item_l2(batch, own_ND)
         if self.heads is not None and batch.outcome_BH is not None:
             own_BD = candidates.vector_ND[positive_B]
             loss_H = self.heads.losses(query_BD, own_BD, batch.outcome_BH, batch.weight_B)
@@ -151,11 +155,31 @@ class RetrievalModule(L.LightningModule):
             )  # fmt: skip
         return torch.stack(losses).mean()
 
+    def _item_l2(self, batch: Batch, own_ND: Tensor) -> Tensor:
+        """Return this rank's share of the catalogue's squared embeddings, by training event.
+
+        What an epoch adds up to is the log of a normal prior of each item's embedding, beside the
+        likelihood of its events. Of a step's items it is an estimate, see `catalogue_sum`.
+        """
+        expected_N = expected(**self._rates(batch.item_N, batch.listed))[0]
+        counts_N = batch.item_N >= 0
+        if self.config.negatives.in_batch == 0 and not self._shares_positives:
+            counts_N[: len(batch.weight_B)] = False  # positives, which are not expected
+        square_N = own_ND.float().square().sum(1)
+        sum_of_rank = catalogue_sum(square_N[counts_N], expected_N[counts_N])
+        # The mean over ranks of what each multiplies by their number is their sum.
+        share: Tensor = sum_of_rank * self.trainer.world_size / (self.queries * self.rates.steps)
+        return share
+
+    @property
+    def _shares_positives(self) -> bool:
+        """Whether positives are places among the items of all ranks, which each has once."""
+        return self.config.negatives.catalogue or self.config.every_position
+
     def _candidates(self, batch: Batch, item_ND: Tensor) -> tuple[Candidates, Tensor]:
         """Return what the queries are scored against, and which of it are their positives."""
         negatives, own = self.config.negatives, len(batch.weight_B)
-        # Otherwise positives are places among the items of all ranks already.
-        shared = negatives.catalogue or self.config.every_position
+        shared = self._shares_positives
         log_q_N = self._log_q(batch.item_N, batch.listed)
         if negatives.in_batch == 0 and not shared:
             # Its own query's positive alone, which is not corrected.

@@ -83,7 +83,7 @@ def log_q_of(
 
     To their expectation that of a step's own lists (`twotower.data.listed`), `listed_N`, is added.
     """
-    now_N, before_N = _expected(rate_N, config, queries, items, listed_N)
+    now_N, before_N = expected(rate_N, config, queries, items, listed_N)
     return config.log_q * (now_N + before_N).log().float()
 
 
@@ -97,14 +97,17 @@ def push_of(
     candidates of the step itself push for them too, so that the mean push is that of all. The
     arguments are those of `log_q_of`.
     """
-    now_N, before_N = _expected(rate_N, config, queries, items, listed_N)
+    now_N, before_N = expected(rate_N, config, queries, items, listed_N)
     return (1 + before_N / now_N.clamp_min(1e-12)).float()
 
 
-def _expected(
+def expected(
     rate_N: Tensor, config: TrainConfig, queries: float, items: int, listed_N: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Return how often items are expected among the candidates of a step, and in the memory."""
+    """Return how often items are expected among the candidates of a step, and in the memory.
+
+    The arguments are those of `log_q_of`.
+    """
     if config.negatives.catalogue:
         return torch.ones_like(rate_N), torch.zeros_like(rate_N)
     sizes = config.negatives.sizes(queries)
@@ -115,6 +118,15 @@ def _expected(
     if config.every_position:  # each once, however many queries have it
         expected_N = -torch.expm1(in_batch * torch.log1p(-share_N.clamp_max(1 - 1e-9)))
     return expected_N + sizes["uniform"] / items + listed_N, sizes["memory"] * share_N
+
+
+def catalogue_sum(value_N: Tensor, expected_N: Tensor) -> Tensor:
+    """Return an estimate of a sum over the catalogue from the items that a step has.
+
+    Each counts by the inverse of how often it is expected there, so that the mean over steps is the
+    sum over all items (Horvitz and Thompson 1952).
+    """
+    return (value_N / expected_N.to(value_N.dtype)).sum()
 
 
 class PositiveRates(nn.Module):
@@ -136,7 +148,8 @@ class PositiveRates(nn.Module):
 
     def __init__(self, count_N: Tensor, steps: int, learned: bool) -> None:
         super().__init__()
-        self.learned = learned
+        self.steps: int
+        self.steps, self.learned = steps, learned
         gap_N = steps / count_N.double().clamp_min(1)
         if learned:
             gap_N = torch.full_like(gap_N, float(steps))

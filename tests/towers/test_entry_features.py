@@ -115,7 +115,7 @@ def test_a_step_teaches_what_entries_bring(pooling, make) -> None:
     past = replace(PAST, pooling=pooling)
     data = make(EVENTS, items=ITEMS, query=[past], item=[ITEM, TAGS, PRICE])
     model = build(data).train()
-    query, _, _ = model(BatchBuilder(data).events(np.arange(10)))
+    query, *_ = model(BatchBuilder(data).events(np.arange(10)))
     (query * torch.randn_like(query)).sum().backward()
     learned: list[nn.Parameter] = [model.entry_features["of_past"].joined.weight]
     learned += [model.table_weight("tags"), model.table_weight("item_id")]

@@ -34,7 +34,7 @@ def test_vectors_have_unit_length_for_any_history(make, pooling) -> None:
     builder, model = BatchBuilder(data), build(data)
     batch = builder.events(np.arange(10))
     assert 0 in batch.ids["query.history"].lengths(), "a user's first event has no history"
-    query, item, temperature = model(batch)
+    query, item, temperature, _ = model(batch)
     for vectors in (query, item):
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(10))
     assert float(temperature.detach()) == pytest.approx(0.1)
@@ -54,7 +54,7 @@ def test_towers_share_the_table_that_they_name(make) -> None:
     data = make(EVENTS, query=[history("mean")])
     model = build(data)
     assert model.table_names() == ["table_item_id"]
-    query, item, _ = model(BatchBuilder(data).events(np.arange(10)))
+    query, item, *_ = model(BatchBuilder(data).events(np.arange(10)))
     weight = model.table_weight("item_id")
     for vectors in (query, item):
         (gradient,) = torch.autograd.grad(vectors.sum(), weight, retain_graph=True)
@@ -132,10 +132,10 @@ def test_a_context_feature_changes_the_query_but_not_the_item(make) -> None:
     data = make(events, query=features, item=[ITEM])
     model, builder = build(data), BatchBuilder(data)
     batch = builder.events(np.arange(4))
-    query, item, _ = model(batch)
+    query, item, _, _ = model(batch)
     values = batch.ids["query.device"].values()
     values.copy_(values.flip(0) + 0)
-    other_query, other_item, _ = model(batch)
+    other_query, other_item, _, _ = model(batch)
     assert not torch.allclose(query, other_query)
     assert torch.equal(item, other_item)
 
@@ -172,7 +172,7 @@ def test_a_few_steps_lower_the_loss(interaction, make) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = []
     for _ in range(20):
-        loss = sampled_softmax(*model(batch), candidate_id_N=batch.item_N)
+        loss = sampled_softmax(*model(batch)[:3], candidate_id_N=batch.item_N)
         losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()

@@ -22,7 +22,9 @@ from twotower.train.negatives import (
     CandidateMemory,
     Candidates,
     PositiveRates,
+    catalogue_sum,
     excluded,
+    expected,
     log_q,
     log_q_of,
     push_of,
@@ -167,8 +169,8 @@ def test_lists_that_follow_from_the_queries_bias_nothing(shares) -> None:
 
     def off(known: bool) -> float:
         leaf.grad = None
-        for id_N, expected in steps:
-            more = expected.of(id_N) if known else 0
+        for id_N, listing in steps:
+            more = listing.of(id_N) if known else 0
             sampled_softmax(
                 user[:1], leaf[id_N], TEMPERATURE,
                 log_q_N=log_q_of(rate[id_N], config, BATCH, ITEMS, more), candidate_id_N=id_N,
@@ -182,6 +184,26 @@ def test_lists_that_follow_from_the_queries_bias_nothing(shares) -> None:
     # As of the other mixtures; without the lists' own expectation it is far off.
     assert off(known=True) < 0.015
     assert off(known=False) > 0.1
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_sum_over_the_catalogue_is_told_by_the_items_of_steps(name) -> None:
+    count = world()[2]
+    config = TrainConfig(batch_size=BATCH, negatives=MIXTURES[name], correct_positive=False)
+    rng = np.random.default_rng(0)
+    draw, now_N = drawing(config, rng), expected(rates(count), config, BATCH, ITEMS, 0.0)[0]
+    value = torch.rand(ITEMS, generator=torch.Generator().manual_seed(1)) + torch.arange(ITEMS)
+    positives = rng.choice(ITEMS, 2000, p=(count / count.sum()).numpy())
+    found = []
+    for positive in positives:
+        id_N, _ = draw(int(positive))
+        if memory := config.negatives.sizes(BATCH)["memory"]:
+            id_N = id_N[:-memory]
+        if name == "uniform":
+            id_N = id_N[1:]
+        found.append(catalogue_sum(value[id_N], now_N[id_N]))
+    # The query's own positive is one candidate more than is expected of negatives.
+    torch.testing.assert_close(torch.stack(found).mean(), value.sum(), rtol=0.01, atol=0)
 
 
 def test_a_corrected_positive_of_a_rare_item_pushes_its_negatives_less() -> None:

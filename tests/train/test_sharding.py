@@ -111,13 +111,15 @@ def test_mixed_negatives_are_the_same_on_two_ranks(prepared, tmp_path) -> None:
     ]
     variants[0]["log_q_from"] = "stream"
     variants[-1]["pipeline"] = "on"
-    variants += [{**COMMON, **SGD, "max_steps": 8}]
+    names = [*mixtures, "mixed, with an L2"]
+    variants.append({**variants[0], "log_q_from": "counts", "item_l2": 20.0})
+    variants.append({**COMMON, **SGD, "max_steps": 8})
     for ranks in (1, 2):
         cwd = tmp_path / str(ranks)
         cwd.mkdir()
         run_on_ranks(ranks, "train", {"prepared": str(prepared), "settings": variants}, cwd)
-    plain = weights(tmp_path / "1" / str(len(mixtures)))
-    for number, name in enumerate(mixtures):
+    plain = weights(tmp_path / "1" / str(len(names)))
+    for number, name in enumerate(names):
         expected = weights(tmp_path / "1" / str(number))
         for key, value in weights(tmp_path / "2" / str(number)).items():
             torch.testing.assert_close(
