@@ -163,6 +163,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "layer norm": {"model.layer_norm": True},
     "widths 16 and 32": {"model.widths": [16, 32]},
     "id dropout": {"train.id_dropout": 0.1},
+    "item L2 of 10": {"train.item_l2": 10.0},
+    "item L2 of 100": {"train.item_l2": 100.0},
     "mean pooling": {"data.query.history.pooling": "mean"},
     "transformer": {"data.query.history.pooling": "transformer"},
     "hstu": {"data.query.history.pooling": "hstu"},
@@ -186,6 +188,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "half-life 1 year": {"train.half_life_days": 365},
         "item features": FILMS,
         "item features without seen": {**FILMS, **WITHOUT_SEEN},
+        "item features without seen; item L2 of 10": {
+            **FILMS,
+            **WITHOUT_SEEN,
+            "train.item_l2": 10.0,
+        },
         "item features at every position": {**EVERY_POSITION, **FILMS},
         "item features and attention at every position without seen": {
             **ATTENTION_AT_EVERY_POSITION,

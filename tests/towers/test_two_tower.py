@@ -132,10 +132,10 @@ def test_a_context_feature_changes_the_query_but_not_the_item(make) -> None:
     data = make(events, query=features, item=[ITEM])
     model, builder = build(data), BatchBuilder(data)
     batch = builder.events(np.arange(4))
-    query, item, _, _ = model(batch)
+    query, item, *_ = model(batch)
     values = batch.ids["query.device"].values()
     values.copy_(values.flip(0) + 0)
-    other_query, other_item, _, _ = model(batch)
+    other_query, other_item, *_ = model(batch)
     assert not torch.allclose(query, other_query)
     assert torch.equal(item, other_item)
 
@@ -152,7 +152,7 @@ def test_an_items_bias_is_the_last_coordinate_and_is_added_to_every_score(make) 
     data = make(EVENTS, query=[history("mean")])
     builder, model = BatchBuilder(data), build(data, item_bias=True)
     with torch.no_grad():
-        query, item, _ = model(builder.events(np.arange(10), extra=np.array([1, 0])))
+        query, item, *_ = model(builder.events(np.arange(10), extra=np.array([1, 0])))
     for vectors in (query, item):
         torch.testing.assert_close(vectors[:, :-1].norm(dim=1), torch.ones(len(vectors)))
     assert query[:, -1].tolist() == [1.0] * 10
