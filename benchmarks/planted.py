@@ -67,7 +67,7 @@ Answer = Callable[[Queries], I64]
 COLD: dict[str, dict[str, Any]] = {
     "id dropout 0": {"train.id_dropout": 0.0},
     "id dropout 0.1": {"train.id_dropout": 0.1},
-    "no item id": {"train.id_dropout": 0.0, "data.item.item_id": None},
+    "no item id": {"train.id_dropout": 0.0, "train.item_l2": 0.0, "data.item.item_id": None},
     "id dropout 0.3": {"train.id_dropout": 0.3},
 }
 
