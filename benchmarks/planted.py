@@ -63,7 +63,11 @@ BLOCK = 1024
 I64 = npt.NDArray[np.int64]
 # From queries to the items answered (Q, K).
 Answer = Callable[[Queries], I64]
-# Of the table of cold start: changes of the recipe.
+# Changes of the recipe: of the table beside the best possible, and of that of cold start.
+PLANTED: dict[str, dict[str, Any]] = {
+    "two towers": {},
+    "without item_l2": {"train.item_l2": 0.0},
+}
 COLD: dict[str, dict[str, Any]] = {
     "id dropout 0": {"train.id_dropout": 0.0},
     "id dropout 0.1": {"train.id_dropout": 0.1},
@@ -245,7 +249,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="of training, with commas between")
     arguments = parser.parse_args()
     text = arguments.config.read_text()
-    variants = COLD if arguments.cold else {"two towers": {}}
+    variants = COLD if arguments.cold else PLANTED
     with tempfile.TemporaryDirectory() as folder:
         log = DemoLogConfig(
             output=f"{folder}/log", users=arguments.users, items=arguments.items,

@@ -30,6 +30,8 @@ ENCODERS = ("transformer", "hstu")
 # What of a history is known at each of its entries from that and earlier ones.
 CAUSAL = ("attention", *ENCODERS)
 POOLINGS = ("mean", "sum", *CAUSAL)
+# Tables beside the log, one row a user or an item.
+ENTITIES = ("users", "items")
 SPLITS = ("temporal", "leave_last_out", "given")
 # Formats without column names and times: a row's place in the log is its time.
 LINE_FORMATS = ("user_lines", "pair_lines")
@@ -458,3 +460,12 @@ class TensorSpec:
     def is_list(self) -> bool:
         """Whether the number of entries varies from request to request."""
         return self.kind in ("ids", "history", "times")
+
+
+def is_own_id(config: DataConfig, tower: str, feature: Feature) -> bool:
+    """Whether a feature is the user's or the item's id itself, which needs no table."""
+    own = config.columns.user if tower == "query" else config.columns.item
+    return (
+        feature.kind == "id" and feature.pattern is None and feature.source_column == own
+        and feature.source in (None, *ENTITIES)
+    )  # fmt: skip

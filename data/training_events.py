@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from twotower.data.batches import Batch, id_keys
-from twotower.data.log.sources import is_own_id
 from twotower.data.prepared import PreparedDataset
+from twotower.data.schema import is_own_id
 from twotower.errors import UserError
 
 I64 = npt.NDArray[np.int64]

@@ -21,8 +21,7 @@ from twotower.data.encode import arrow_type
 from twotower.data.log.checks import Spot, as_ids
 from twotower.data.log.chunk import BadRows, Chunk
 from twotower.data.log.features import raw_feature
-from twotower.data.log.sources import is_own_id
-from twotower.data.schema import DataConfig, TensorSpec
+from twotower.data.schema import DataConfig, TensorSpec, is_own_id
 from twotower.errors import UserError, did_you_mean
 from twotower.export.golden import raw_tensors, session
 

@@ -56,6 +56,12 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
     "times of a wrong type": (
         GOOD | {"timestamp": ["soon"] * 10}, None, JOB, ["column 'timestamp'", "soon"],
     ),
+    "pull without an item id": (
+        GOOD, None,
+        job(item=[{"name": "letter", "kind": "id", "column": "item_id", "buckets": 4}])
+        | {"train": {"item_l2": 1.0}},
+        ["train.item_l2", "no feature of data.item is the item's own id", "set it to 0"],
+    ),
     "null user": (changed("user_id", 4, None), None, JOB, ["'user_id'", "row 5", "null"]),
     "null item": (changed("item_id", 2, None), None, JOB, ["'item_id'", "row 3", "null"]),
     "empty item id": (changed("item_id", 2, ""), None, JOB, ["'item_id'", "row 3", "empty"]),

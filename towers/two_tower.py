@@ -27,8 +27,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from twotower.data.batches import Batch, Entries
-from twotower.data.log.sources import is_own_id
-from twotower.data.schema import ID_KINDS, DataConfig, Feature
+from twotower.data.schema import ID_KINDS, DataConfig, Feature, is_own_id
 from twotower.towers.config import ModelConfig
 from twotower.towers.dynamic import DynamicSlots
 from twotower.towers.dynamic_tables import DynamicBags, DynamicLists, plain_tables

@@ -162,11 +162,11 @@ class RetrievalModule(L.LightningModule):
         likelihood of its events. Of a step's items it is an estimate, see `catalogue_sum`.
         """
         expected_N = expected(**self._rates(batch.item_N, batch.listed))[0]
-        counts_N = batch.item_N >= 0
+        # Of fillers, and of positives where they are no candidates, nothing is expected to count.
+        expected_N = expected_N.masked_fill(batch.item_N < 0, torch.inf)
         if self.config.negatives.in_batch == 0 and not self._shares_positives:
-            counts_N[: len(batch.weight_B)] = False  # positives, which are not expected
-        square_N = own_ND.float().square().sum(1)
-        sum_of_rank = catalogue_sum(square_N[counts_N], expected_N[counts_N])
+            expected_N[: len(batch.weight_B)] = torch.inf
+        sum_of_rank = catalogue_sum(own_ND.float().square().sum(1), expected_N)
         # The mean over ranks of what each multiplies by their number is their sum.
         share: Tensor = sum_of_rank * self.trainer.world_size / (self.queries * self.rates.steps)
         return share

@@ -130,8 +130,6 @@ def train(
     rows = {table: info["rows"] for table, info in data.summary["tables"].items()}
     kind = TABLE_TYPES[config.table_precision]
     towers = TwoTower(data.config, rows, model, table_device="meta", table_type=kind)
-    if config.item_l2 and towers.own_id is None:
-        raise UserError("train.item_l2: no feature of data.item is the item's own id: set it to 0")
     workers = config.workers if config.workers is not None else 2 * cuda
     loader: Any = TrainLoader(
         data, config.batch_size, seed, rank=place.rank, ranks=place.ranks, workers=workers,

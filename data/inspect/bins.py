@@ -15,8 +15,7 @@ import pyarrow as pa
 
 from twotower.data.inspect.psi import Array, explained_by_chance, stability_terms
 from twotower.data.inspect.sides import F32, Sides, double
-from twotower.data.log.sources import is_own_id
-from twotower.data.schema import Feature
+from twotower.data.schema import Feature, is_own_id
 from twotower.data.vocabulary import Vocabulary
 
 TOP = 20

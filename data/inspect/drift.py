@@ -16,8 +16,7 @@ from twotower.data.inspect.bins import compare_feature
 from twotower.data.inspect.config import InspectConfig
 from twotower.data.inspect.sides import Sides
 from twotower.data.log.scan import SPLIT_NAMES
-from twotower.data.log.sources import is_own_id
-from twotower.data.schema import DataConfig, Feature, Split
+from twotower.data.schema import DataConfig, Feature, Split, is_own_id
 
 if TYPE_CHECKING:
     from twotower.data.prepared import PreparedDataset

@@ -25,9 +25,8 @@ from typing import Any
 
 from twotower.data.engine import one_value, quoted
 from twotower.data.inspect.tables import hashed, missing
-from twotower.data.log.sources import is_own_id
 from twotower.data.prepare.entities import count_rows
-from twotower.data.schema import DataConfig, Feature
+from twotower.data.schema import DataConfig, Feature, is_own_id
 
 
 def make_prior(connection: Any) -> None:

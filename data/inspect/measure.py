@@ -10,10 +10,9 @@ import numpy as np
 from twotower.data.engine import one_value, table_names
 from twotower.data.inspect.tables import Counted, count, missing, raw_column
 from twotower.data.log.scan import SPLIT_NAMES
-from twotower.data.log.sources import is_own_id
 from twotower.data.prepare.entities import count_rows
 from twotower.data.prepare.split import NEVER, Cuts
-from twotower.data.schema import DataConfig, Feature
+from twotower.data.schema import DataConfig, Feature, is_own_id
 
 DAY_US = 86_400_000_000
 CURVE_POINTS = 200

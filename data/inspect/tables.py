@@ -18,9 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.data.engine import arrow_batches, column, one_value, quoted
-from twotower.data.log.sources import is_own_id
 from twotower.data.prepare.split import Cuts, find_cuts
-from twotower.data.schema import DataConfig, Feature
+from twotower.data.schema import DataConfig, Feature, is_own_id
 
 Array = npt.NDArray[Any]
 

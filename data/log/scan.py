@@ -35,8 +35,8 @@ from twotower.data.log.chunk import BadRows, Chunk
 from twotower.data.log.features import raw_feature
 from twotower.data.log.id_types import IdTypes
 from twotower.data.log.read import read_chunks
-from twotower.data.log.sources import ENTITIES, Source, is_own_id, locations, resolve_sources
-from twotower.data.schema import LINE_FORMATS, DataConfig, Earlier, Feature
+from twotower.data.log.sources import Source, locations, resolve_sources
+from twotower.data.schema import ENTITIES, LINE_FORMATS, DataConfig, Earlier, Feature, is_own_id
 from twotower.errors import UserError
 
 SPLIT_NAMES = ("train", "validation", "test")

@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 
 from twotower.data.log.files import LogFile, list_files, locate
 from twotower.data.log.read import column_names
-from twotower.data.schema import LINE_FORMATS, DataConfig, Feature
+from twotower.data.schema import ENTITIES, LINE_FORMATS, DataConfig, Feature, is_own_id
 from twotower.errors import UserError, did_you_mean
-
-ENTITIES = ("users", "items")
 
 
 @dataclass(frozen=True)
@@ -55,15 +53,6 @@ def find_sources(config: DataConfig) -> list[Source]:
         for key, place in locations(config).items()
         for table, split in [TABLES[key]]
     ]
-
-
-def is_own_id(config: DataConfig, tower: str, feature: Feature) -> bool:
-    """Whether a feature is the user's or the item's id itself, which needs no table."""
-    own = config.columns.user if tower == "query" else config.columns.item
-    return (
-        feature.kind == "id" and feature.pattern is None and feature.source_column == own
-        and feature.source in (None, *ENTITIES)
-    )  # fmt: skip
 
 
 def _first_names(source: Source) -> list[str]:

@@ -13,12 +13,11 @@ import pyarrow.compute as pc
 from twotower.data.encode import Normaliser
 from twotower.data.engine import arrow_batches, quoted, table_names
 from twotower.data.log.id_types import IdTypes
-from twotower.data.log.sources import is_own_id
 from twotower.data.prepare.entities import context_ids
 from twotower.data.prepare.spool import Spool, read_arrow
 from twotower.data.prepare.vocabularies import PIECE, Seen
 from twotower.data.prepared import array
-from twotower.data.schema import DataConfig, Feature
+from twotower.data.schema import DataConfig, Feature, is_own_id
 from twotower.data.vocabulary import DynamicIds, Vocabulary, murmur3
 from twotower.errors import UserError
 

@@ -18,10 +18,9 @@ import pyarrow as pa
 
 from twotower.data.engine import arrow_batches, one_value, quoted
 from twotower.data.log.id_types import IdTypes
-from twotower.data.log.sources import is_own_id
 from twotower.data.prepare.entities import context_ids, count_rows
 from twotower.data.prepare.spool import Spool
-from twotower.data.schema import ID_KINDS, DataConfig, Feature
+from twotower.data.schema import ID_KINDS, DataConfig, Feature, is_own_id
 from twotower.data.vocabulary import Vocabulary
 from twotower.errors import UserError
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from twotower.data.inspect.config import InspectConfig
-from twotower.data.schema import DataConfig
+from twotower.data.schema import DataConfig, is_own_id
 from twotower.errors import UserError, did_you_mean
 from twotower.export.config import ExportConfig
 from twotower.files import partial_path
@@ -79,6 +79,11 @@ class Job:
                     f"which are kept with the events{did_you_mean(head.column, known)}: name it "
                     "there too"
                 )
+        own = any(is_own_id(self.data, "item", f) for f in self.data.item)
+        if self.train.item_l2 and not own:
+            raise UserError(
+                "train.item_l2: no feature of data.item is the item's own id: set it to 0"
+            )
         self.export.validate([*self.model.widths, self.model.dim])
         check_space(self)
 

@@ -151,6 +151,7 @@ def test_vectors_that_are_cut_are_vectors_of_their_own() -> None:
         (TrainConfig(loss=LossConfig(kind="bce", calibration=2)), r"calibration must be in \[0, 1"),
         (TrainConfig(loss=LossConfig(kind="bilateral", positive_temperature=0)), "must be > 0"),
         (TrainConfig(id_dropout=1), r"train.id_dropout must be in \[0, 1\), got 1"),
+        (TrainConfig(item_l2=-1), "train.item_l2 must be >= 0, got -1"),
         (TrainConfig(half_life_days=0), "train.half_life_days must be > 0, got 0"),
         (ModelConfig(widths=[32, 16]), r"model.widths must rise and stay below model.dim \(64\)"),
         (ModelConfig(widths=[64]), r"model.widths must rise and stay below model.dim \(64\)"),

@@ -14,7 +14,6 @@ from twotower.data.batches import Batch, Seen
 from twotower.data.listed import Listed, Lists, listed
 from twotower.errors import UserError
 from twotower.kernels.exclusions import unpacked
-from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.train.config import TrainConfig
 from twotower.train.losses import retrieval_loss
 from twotower.train.negatives import (
@@ -171,11 +170,14 @@ def test_lists_that_follow_from_the_queries_bias_nothing(shares) -> None:
         leaf.grad = None
         for id_N, listing in steps:
             more = listing.of(id_N) if known else 0
-            sampled_softmax(
-                user[:1], leaf[id_N], TEMPERATURE,
-                log_q_N=log_q_of(rate[id_N], config, BATCH, ITEMS, more), candidate_id_N=id_N,
-                positive_B=torch.tensor([0]), positive="uncorrected",
-            ).backward()  # fmt: skip
+            told, vector_ND, push_N = (rate[id_N], config, BATCH, ITEMS, more), leaf[id_N], None
+            if memory := sizes["memory"]:
+                vector_ND = torch.cat([vector_ND[:-memory], item[id_N[-memory:]]])
+                push_N = push_of(*told)
+            candidates = Candidates(vector_ND, id_N, log_q_of(*told), push_N)
+            retrieval_loss(
+                config, user[:1], candidates, TEMPERATURE, torch.tensor([0]), torch.ones(1), ITEMS
+            ).backward()
         assert leaf.grad is not None
         assert full.grad is not None
         error = (leaf.grad / len(steps) - full.grad)[negative]
