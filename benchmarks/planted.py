@@ -18,9 +18,9 @@ Judged are all test queries, and with the columns `known` those for items that t
 answered from such items alone by every row. `cold` and `warm` are the recall of items without and
 with a training event when the whole catalogue is answered from.
 
-With --cold the rows are those of cold start: shares of `train.id_dropout`, and no item id at all,
-for each seed of training. Every row is written as it comes, to benchmarks/results/planted.json or
-planted-cold.json.
+With --cold the rows are those of cold start: shares of `train.id_dropout`, no `train.item_l2`, and
+no item id at all, for each seed of training. Every row is written as it comes, to
+benchmarks/results/planted.json or planted-cold.json.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ PLANTED: dict[str, dict[str, Any]] = {
     "without item_l2": {"train.item_l2": 0.0},
 }
 COLD: dict[str, dict[str, Any]] = {
+    "id dropout 0, no item_l2": {"train.id_dropout": 0.0, "train.item_l2": 0.0},
     "id dropout 0": {"train.id_dropout": 0.0},
     "id dropout 0.1": {"train.id_dropout": 0.1},
     "no item id": {"train.id_dropout": 0.0, "train.item_l2": 0.0, "data.item.item_id": None},
