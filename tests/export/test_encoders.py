@@ -48,8 +48,8 @@ def test_a_graph_of_the_usual_size_agrees_and_fits_tensorrt(kind) -> None:
 def test_a_trained_encoder_passes_the_parity_gate(kind, demo_log, tmp_path, twotower) -> None:
     job = tmp_path / "job.yaml"
     text = QUICKSTART.read_text()
-    assert "pooling: attention" in text
-    job.write_text(text.replace("pooling: attention", f"pooling: {kind}"))
+    assert "table: item_id, pooling: sum" in text
+    job.write_text(text.replace("pooling: sum", f"pooling: {kind}"))
     options = [
         "--run_dir=run", f"--data.root={demo_log}", "--train.batch_size=256",
         "--train.max_steps=60", "--model.encoder.heads=2",
@@ -68,5 +68,5 @@ def test_heads_that_do_not_divide_are_one_line(demo_log, tmp_path, twotower) -> 
         "--model.encoder.heads=5", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2
-    expected = "model.encoder.heads must divide model.dim (64), got 5: change one"
+    expected = "model.encoder.heads must divide model.dim (128), got 5: change one"
     assert done.stderr.strip().splitlines()[-1].endswith(expected)

@@ -92,7 +92,7 @@ def test_time_gaps_that_cannot_be_are_refused(features, words, make) -> None:
 
 def test_towers_train_on_the_terms_of_time(make, tmp_path) -> None:
     data, model, _ = timed_bundle(make, tmp_path)
-    query, _, _ = model.train()(BatchBuilder(data).events(np.arange(200, 300)))
+    query, *_ = model.train()(BatchBuilder(data).events(np.arange(200, 300)))
     query.square().mul(torch.randn_like(query)).sum().backward()
     for kind in ENCODERS:
         gradient = model.query.pools[f"pool_{kind}"].gap_bias.grad

@@ -27,7 +27,8 @@ NOT_FOR_LISTS = ("table_row_wise", "data_parallel")
 
 
 def spread(kind: str) -> dict[str, object]:
-    tables = {"item_id": {"sharding": "row_wise"}} if kind in NOT_FOR_LISTS else {}
+    by_row = {"sharding": "row_wise"}
+    tables = {"item_id": by_row, "tags": by_row} if kind in NOT_FOR_LISTS else {}
     return {**COMMON, "sharding": kind, "tables": tables}
 
 

@@ -48,7 +48,7 @@ def judge_heads(
     builder, parts = BatchBuilder(data), []
     for start in range(0, len(rows), config.batch_size):
         block = rows[start : start + config.batch_size]
-        query_BD, item_BD, _ = model(builder.events(block[part_of_rank(len(block))]).to(device))
+        query_BD, item_BD, *_ = model(builder.events(block[part_of_rank(len(block))]).to(device))
         parts.append(gather_parts(heads.predictions(query_BD, item_BD), len(block)).cpu().numpy())
     metrics: dict[str, float] = {}
     predicted_EH = np.concatenate(parts).astype(np.float64)
