@@ -106,7 +106,7 @@ def test_a_job_with_heads_learns_them_and_reports_them(job, twotower) -> None:
     names = {"train/liked_loss", "train/watch_loss", "val/liked_auc", "val/watch_mae"}
     assert names <= set(logged.split(","))
     assert not any("heads" in name for name in load_towers(run / "train").state_dict())
-    assert load_heads(run / "train", data, 63, _configs()).weight_HF.abs().max() > 0
+    assert load_heads(run / "train", data, 127, _configs()).weight_HF.abs().max() > 0
 
 
 def _configs() -> dict[str, HeadConfig]:
