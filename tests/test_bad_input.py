@@ -57,8 +57,8 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
         GOOD | {"timestamp": ["soon"] * 10}, None, JOB, ["column 'timestamp'", "soon"],
     ),
     "pull without an item id": (
-        GOOD, None,
-        job(item=[{"name": "letter", "kind": "id", "column": "item_id", "buckets": 4}])
+        GOOD, ITEMS,
+        job(items="items.parquet", item=[{"name": "price", "kind": "number"}])
         | {"train": {"item_l2": 1.0}},
         ["train.item_l2", "no feature of data.item is the item's own id", "set it to 0"],
     ),
