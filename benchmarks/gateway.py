@@ -41,7 +41,7 @@ from measure import ROOT, write_result
 
 COMMAND = [sys.executable, "-m", "twotower"]
 JOB = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--data.root=log", "--run_dir=run",
-       "--train.max_epochs=1", "--tracking.wandb=off"]  # fmt: skip
+       "--train.max_epochs=1", "--tracking.wandb=off", "--model.dim=64"]  # fmt: skip
 USERS, WARM_UP_S = 4000, 3.0
 
 

@@ -86,7 +86,7 @@ def update_times(items: int, added: int) -> list[dict[str, Any]]:
         for name, rows in (("grown", items), ("new", added)):
             pq.write_table(grown_items(folder / "log", rows, name), folder / f"{name}.parquet")
         job = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--data.root=log",
-               "--train.max_epochs=1", "--tracking.wandb=off"]  # fmt: skip
+               "--train.max_epochs=1", "--tracking.wandb=off", "--model.dim=64"]  # fmt: skip
         kinds = ("exact", "int8", "ivf")
         for kind in kinds:
             own = [*job, f"--run_dir={kind}", f"--export.index.kind={kind}"]
