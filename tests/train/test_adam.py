@@ -26,13 +26,15 @@ ADAM = {"table_optimizer": "adam", "table_lr": 0.01}
 COMMON = {"batch_size": 250, "max_epochs": 9, "patience": 9}
 MEAN = (
     "--data.query=[{name: history, kind: history, length: 20, table: item_id, pooling: mean}, "
-    "{name: country, kind: id}]"
+    "{name: country, kind: id}]",
+    "--data.item=[{name: item_id, kind: id}, {name: genre, kind: id}, {name: tags, kind: ids, "
+    "length: 5}, {name: price, kind: number}]",
 )
 
 
 @pytest.fixture(scope="module")
 def cwd(demo_log: Path, tmp_path_factory: pytest.TempPathFactory, twotower) -> Path:
-    """A folder with a job whose history is pooled by the mean, prepared and trained by Adam."""
+    """A folder with a job whose lists are pooled by the mean, prepared and trained by Adam."""
     cwd = tmp_path_factory.mktemp("adam")
     for step in ("prepare", "train"):
         done = twotower(step, *arguments(demo_log, "unbroken"), cwd=cwd)
@@ -42,7 +44,7 @@ def cwd(demo_log: Path, tmp_path_factory: pytest.TempPathFactory, twotower) -> P
 
 def arguments(log: Path, run_dir: str) -> list[str]:
     return [
-        "--config", str(QUICKSTART), f"--data.root={log}", f"--run_dir={run_dir}", MEAN,
+        "--config", str(QUICKSTART), f"--data.root={log}", f"--run_dir={run_dir}", *MEAN,
         "--tracking.wandb=off", "--train.batch_size=250", "--train.max_epochs=2",
         "--train.table_optimizer=adam", "--train.table_lr=0.01", "--train.checkpoint_every_steps=5",
     ]  # fmt: skip
