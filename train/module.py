@@ -209,7 +209,7 @@ class RetrievalModule(L.LightningModule):
         return now_N.masked_fill(id_N < 0, FILLER_LOG_Q)
 
     def _rates(self, id_N: Tensor, listed: Listed | None) -> dict[str, Any]:
-        """Return how often items are expected, as `log_q_of` and `push_of` take it."""
+        """Return how often items are positives, as `expected`, `log_q_of` and `push_of` take it."""
         return {
             "rate_N": self.rates.gap_N[id_N].reciprocal(), "config": self.config,
             "queries": self.queries, "items": len(self.rates.gap_N),
