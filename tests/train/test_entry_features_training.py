@@ -29,7 +29,7 @@ def prepared(demo_log: Path, tmp_path_factory: pytest.TempPathFactory, twotower)
 
 def test_two_ranks_train_what_one_does(prepared, tmp_path) -> None:
     common = {
-        "max_epochs": 9, "max_steps": 12, "patience": 9, "table_optimizer": "sgd", "table_lr": 2.0,
+        "max_epochs": 9, "max_steps": 6, "patience": 9, "table_optimizer": "sgd", "table_lr": 2.0,
         "model": {"encoder": {"dropout": 0.0, "layers": 1}}, "dense_optimizer": "sgd",
         "dense_lr": 0.1,
     }  # fmt: skip
