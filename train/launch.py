@@ -37,6 +37,9 @@ GRACE_S = 10.0
 MARGIN_S = 2.0
 POLL_S = 0.05
 LAUNCHED = "TWOTOWER_LAUNCHED"
+# The socket at which rank 0 of such ranks meets the others, listening since before they started:
+# a port that was free a moment ago may be taken.
+LISTENER = "TWOTOWER_LISTENER"
 PR_SET_PDEATHSIG = 1
 USER_ERROR = 2
 
@@ -247,23 +250,25 @@ class _Workers:
         self.errors: dict[int, IO[bytes]] = {}
 
     def __enter__(self) -> _Workers:
+        # Open here no longer than until rank 0 has it, or the others would wait for a lost rank 0.
         with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        common = os.environ | {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(self.size),
-            "LOCAL_WORLD_SIZE": str(self.size), LAUNCHED: str(os.getpid()),
-        }  # fmt: skip
-        # Cores are shared, or each process would start a thread on every one.
-        common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.size)))
-        try:
-            for rank in range(self.size):
-                self._start(rank, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        except BaseException:
-            self.__exit__()
-            raise
+            common = os.environ | {
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]),
+                "WORLD_SIZE": str(self.size), "LOCAL_WORLD_SIZE": str(self.size),
+                LAUNCHED: str(os.getpid()), LISTENER: str(server.fileno()),
+            }  # fmt: skip
+            # Cores are shared, or each process would start a thread on every one.
+            common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.size)))
+            try:
+                for rank in range(self.size):
+                    own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    self._start(rank, common | own, () if rank else (server.fileno(),))
+            except BaseException:
+                self.__exit__()
+                raise
         return self
 
-    def _start(self, rank: int, environment: dict[str, str]) -> None:
+    def _start(self, rank: int, environment: dict[str, str], inherited: tuple[int, ...]) -> None:
         # What rank 0 shows goes to the terminal, what others say only when they are the cause.
         streams: dict[str, Any] = {}
         if rank:
@@ -272,7 +277,7 @@ class _Workers:
         # A session of its own: Ctrl-C comes to the launcher alone, which passes it on.
         self.processes.append(subprocess.Popen(
             self.command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
-            **streams,
+            pass_fds=inherited, **streams,
         ))  # fmt: skip
 
     def __exit__(

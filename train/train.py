@@ -28,7 +28,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, TCPStore
 
 from twotower.data.loader import ExtraItems, TrainLoader
 from twotower.data.prepared import PreparedDataset
@@ -42,7 +42,7 @@ from twotower.train.checkpoint.storage import newest_whole
 from twotower.train.checkpoint.towers import write_model_spec
 from twotower.train.config import EvaluateConfig, TrackingConfig, TrainConfig
 from twotower.train.heads import Heads
-from twotower.train.launch import Place, meeting_point
+from twotower.train.launch import LISTENER, Place, meeting_point
 from twotower.train.meters import Meters
 from twotower.train.mining import HardNegatives
 from twotower.train.module import RetrievalModule
@@ -201,9 +201,14 @@ def _join(place: Place, cuda: bool) -> None:
     if device is not None:
         torch.cuda.set_device(device)
     host, port = meeting_point()
+    meeting: dict[str, Any] = {"init_method": f"tcp://{host}:{port}"}
+    if listener := os.environ.get(LISTENER):
+        first = place.rank == 0
+        socket = int(listener) if first else None
+        meeting = {"store": TCPStore(host, port, place.ranks, first, master_listen_fd=socket)}
     dist.init_process_group(
-        "nccl" if cuda else "gloo", init_method=f"tcp://{host}:{port}", rank=place.rank,
-        world_size=place.ranks, device_id=device,
+        "nccl" if cuda else "gloo", rank=place.rank, world_size=place.ranks, device_id=device,
+        **meeting,
     )  # fmt: skip
 
 

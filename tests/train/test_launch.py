@@ -198,6 +198,28 @@ def test_rank_0_writes_to_the_terminal(launcher) -> None:
         assert stream.read(100) == b"terminal True\r\n"
 
 
+def test_nobody_takes_the_port_before_rank_0_listens(launcher) -> None:
+    process = launcher("""
+import socket
+from twotower.train.launch import LISTENER
+at = ("127.0.0.1", int(os.environ["MASTER_PORT"]))
+if rank == 0:
+    until(2)
+    with socket.socket(fileno=int(os.environ[LISTENER])) as listener, listener.accept()[0] as peer:
+        print(peer.recv(100).decode())
+else:
+    try:
+        socket.create_server(at)
+        word = b"free"
+    except OSError as error:
+        word = os.strerror(error.errno).encode()
+    with socket.create_connection(at) as peer:
+        peer.send(word)
+""")
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, "Address already in use\n"), errors
+
+
 def test_a_mistake_is_told_once_and_not_started_again(launcher, tmp_path) -> None:
     # Rank 0 notices that rank 1 is gone, and leaves first.
     process = launcher("""
