@@ -32,6 +32,7 @@ from twotower.serve.request import Schema
 from twotower.serve.tls import ClientTls
 
 STATE = "gateway.json"
+BACKLOG = 2048  # as uvicorn has it
 # Requests under way may end within this time after a stop; none takes longer than its deadline.
 DRAIN_S = 10
 
@@ -101,19 +102,19 @@ async def _answer(
             # hold up every request for tens of milliseconds.
             gc.collect()
             gc.freeze()
-            with _bind(config) as bound:
+            with _listen(config) as listening:
                 server = uvicorn.Server(uvicorn.Config(
                     front, log_config=None, access_log=False, lifespan="off", server_header=False,
                     proxy_headers=False, timeout_graceful_shutdown=DRAIN_S,
                 ))  # fmt: skip
                 host = f"[{config.host}]" if ":" in config.host else config.host
-                url = f"http://{host}:{bound.getsockname()[1]}"
+                url = f"http://{host}:{listening.getsockname()[1]}"
                 write_json(folder / STATE, {"pid": os.getpid(), "url": url})
                 ready(url, schema)
                 for number in (signal.SIGTERM, signal.SIGINT):
                     # Uvicorn handles both while it runs, and raises them again at its end.
                     signal.signal(number, lambda *_: None)
-                await server.serve(sockets=[bound])
+                await server.serve(sockets=[listening])
         finally:
             await store.close()
             if feast is not None:
@@ -123,8 +124,8 @@ async def _answer(
         await replicas.close()
 
 
-def _bind(config: GatewayConfig) -> socket.socket:
-    """Return a socket bound to the gateway's address.
+def _listen(config: GatewayConfig) -> socket.socket:
+    """Return a socket at the gateway's address, which takes connections already.
 
     Raises:
         UserError: for a port that is in use.
@@ -134,6 +135,7 @@ def _bind(config: GatewayConfig) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((config.host, config.port))
+        bound.listen(BACKLOG)
     except OSError as error:
         bound.close()
         raise UserError(

@@ -1,6 +1,8 @@
 """The gateway's answers and refusals, before a real Triton, with the store in memory."""
 
+import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -261,6 +263,26 @@ def test_it_can_be_stopped_while_it_waits_for_a_server(loaded_run) -> None:
     _, text = process.communicate(timeout=10)
     assert process.returncode == 143
     assert text.splitlines()[-1].startswith("twotower: stopped by SIGTERM")
+
+
+def test_it_takes_connections_once_its_state_file_is_there(server, loaded_run, tmp_path) -> None:
+    folder = tmp_path / "run" / "gateway"
+    shutil.copytree(loaded_run.run_dir / "gateway", folder)
+    state = folder / "gateway.json"
+    with subprocess.Popen(
+        [sys.executable, "-m", "twotower", "gateway", *loaded_run.arguments, "--gateway.port=0",
+         f"--run_dir={tmp_path / 'run'}", f"--gateway.triton=[{server.grpc_url}]"],
+        cwd=loaded_run.cwd, stdout=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        try:
+            while not state.exists() and process.poll() is None:
+                time.sleep(0.0005)  # it once listened milliseconds after it had said so
+            host, port = json.loads(state.read_text())["url"].removeprefix("http://").split(":")
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        finally:
+            process.terminate()
 
 
 def test_it_stops_cleanly_and_says_where_it_cannot_start(
