@@ -84,10 +84,11 @@ class GraphSearch:
     Args:
         folder: with the bundle's files.
         threads: of a search.
-        width: of the fp32 vectors that are searched; None where they are in int8.
+        item_bytes: that one item's searched vector has.
+        in_int8: whether these are in int8.
     """
 
-    def __init__(self, folder: Path, threads: int, width: int | None = None) -> None:
+    def __init__(self, folder: Path, threads: int, item_bytes: int, in_int8: bool) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -97,9 +98,9 @@ class GraphSearch:
         # slept.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.item_ND = np.load(folder / "item_vectors.npy", mmap_mode="r", allow_pickle=False)
-        copied = width is not None and 4 * width * len(self.item_ND) <= COPIED_BYTES
+        copied = item_bytes * len(self.item_ND) <= COPIED_BYTES
         options.add_session_config_entry("session.disable_prepacking", str(int(not copied)))
-        self.few = 1 if width is None or copied else FEW_VECTORS
+        self.few = 1 if in_int8 or copied else FEW_VECTORS
         self.session = ort.InferenceSession(
             str(folder / "index.onnx"), options, providers=["CPUExecutionProvider"]
         )
@@ -182,4 +183,5 @@ def open_search(folder: Path, spec: dict[str, Any], threads: int = 1) -> GraphSe
     """
     if spec["kind"] in FAISS_KINDS:
         return FaissSearch(folder, spec, threads)
-    return GraphSearch(folder, threads, spec["width"] if spec["kind"] == "exact" else None)
+    in_int8 = spec["kind"] == "int8"
+    return GraphSearch(folder, threads, spec["width"] * (1 if in_int8 else 4), in_int8)

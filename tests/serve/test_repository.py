@@ -19,7 +19,7 @@ from tests.export.test_weights import put_outside
 from twotower.data.prepared import PreparedDataset
 from twotower.errors import UserError
 from twotower.export.config import TensorRTConfig
-from twotower.export.search import GraphSearch, exact_top_k
+from twotower.export.search import exact_top_k, open_search
 from twotower.serve.client import RecommendClient
 from twotower.serve.config import MODELS, ServeConfig
 from twotower.serve.repository import render_repository
@@ -143,7 +143,8 @@ def test_settings_that_cannot_be_are_refused(settings, says) -> None:
         not torch.cuda.is_available(), reason="needs a CUDA device")]),
 ])  # fmt: skip
 def test_the_gpus_search_finds_what_the_index_finds(bundle, device) -> None:
-    fused, index = FusedSearch(bundle.path, device), GraphSearch(bundle.path, 1)
+    fused = FusedSearch(bundle.path, device)
+    index = open_search(bundle.path, vars(bundle.manifest.index))
     rng = np.random.default_rng(0)
     query_BD = rng.standard_normal((5, bundle.manifest.dim)).astype(np.float32)
     scores, rows = fused.search(query_BD, 7)
