@@ -1,6 +1,6 @@
 """Kinds of index on a million item vectors, and items added to a bundle of a million.
 
-    python benchmarks/index.py           # about 15 minutes on 2 cores, most of it HNSW's building
+    python benchmarks/index.py           # about 9 minutes on 2 cores
 
 The vectors are made as trained ones are shaped: 4,000 clusters whose sizes fall as 1 / rank,
 coordinates whose spread falls as rank^-0.5, and half of a vector's length from its own noise;

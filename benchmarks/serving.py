@@ -7,7 +7,9 @@ clients of a closed loop over gRPC; client and server share the machine. In turn
 server as it is configured by default, one instance of one thread; the same with two instances; the
 same with batches of 1; and, in this process, ONNX Runtime's runs of both graphs on prepared tensors
 by one thread, at the batch sizes that each server has just had, and by two such threads at once for
-two instances. Ratios are taken within a round, and their medians over the rounds are the result.
+two instances; and once more with a Gemm and a TopK in place of the bundle's index, which is what
+ONNX Runtime has of its own. Ratios are taken within a round, and their medians over the rounds are
+the result.
 
 Then a single client asks with tensors in the request, and with tensors in shared memory, in turn;
 and `embed_query` alone is asked by 8 clients as fast as it goes, then at half of that rate, its
@@ -36,6 +38,7 @@ import pyarrow.parquet as pq
 import tritonclient.grpc as grpc
 from index import grown_items
 from measure import ROOT, measure, write_result
+from search import two_nodes
 from tritonclient.utils import serialize_byte_tensor, shared_memory
 
 from twotower.export.bundle import Bundle, read_bundle
@@ -58,6 +61,7 @@ SERVERS = {
     "two instances": replace(SERVE, instances=2),
 }
 TWICE = "in process, two threads at once, at the sizes of two instances"
+PLAIN = "in process with Gemm and TopK"
 # The model's results are of one shape: scores, ids of 11 characters with their length, and version.
 OUTPUTS = {"scores": 4 * K, "item_ids": 64 * K, "version": 8}
 
@@ -90,8 +94,9 @@ class Towers:
         self.spec = bundle.manifest.query
         self.features = [g.features for g in bundle.golden()]
         self.index = open_search(bundle.path, asdict(bundle.manifest.index), SERVE.threads)
+        self.plain = two_nodes(np.load(bundle.path / "item_vectors.npy"))
 
-    def seconds(self, batches: dict[int, int]) -> float:
+    def seconds(self, batches: dict[int, int], plain: bool) -> float:
         """Return how long batches take, from size -> number, by the median of each size's runs."""
         spent = 0.0
         for size, runs in batches.items():
@@ -100,17 +105,21 @@ class Towers:
             seconds = []
             for _ in range(RUNS):
                 started = time.perf_counter()
-                self.index.search(self.query.run(["vector"], feed)[0], K)
+                (vectors,) = self.query.run(["vector"], feed)
+                if plain:
+                    self.plain(vectors)
+                else:
+                    self.index.search(vectors, K)
                 seconds.append(time.perf_counter() - started)
             spent += runs * statistics.median(seconds)
         return spent
 
 
-def in_process_rate(threads: list[Towers], batches: dict[int, int]) -> float:
+def in_process_rate(threads: list[Towers], batches: dict[int, int], plain: bool = False) -> float:
     """Return the rows a second of threads that run the same batches at once."""
     rows = sum(size * runs for size, runs in batches.items())
     with ThreadPoolExecutor(len(threads)) as pool:
-        return sum(rows / seconds for seconds in pool.map(lambda t: t.seconds(batches), threads))
+        return sum(pool.map(lambda t: rows / t.seconds(batches, plain), threads))
 
 
 def rounds(bundle: Bundle, seconds: float, repeats: int) -> list[dict[str, Any]]:
@@ -137,10 +146,14 @@ def rounds(bundle: Bundle, seconds: float, repeats: int) -> list[dict[str, Any]]
             for name in sorted(servers, reverse=number % 2 == 1):
                 measured = load(servers[name])
                 each[name] = asdict(measured) | {"mean_batch": measured.mean_batch}
-                each[f"in process, at the sizes of {name}"] = in_process_rate(
-                    towers[:1], measured.batches
-                )
-            own = {name: each[f"in process, at the sizes of {name}"] for name in servers}
+                for way, plain in (("in process", False), (PLAIN, True)):
+                    each[f"{way}, at the sizes of {name}"] = in_process_rate(
+                        towers[:1], measured.batches, plain
+                    )
+            own, plain_own = (
+                {name: each[f"{way}, at the sizes of {name}"] for name in servers}
+                for way in ("in process", PLAIN)
+            )
             each[TWICE] = in_process_rate(towers, each["two instances"]["batches"])
             rate = {name: each[name]["answered_rate"] for name in servers}
             each["ratios"] = {
@@ -148,6 +161,7 @@ def rounds(bundle: Bundle, seconds: float, repeats: int) -> list[dict[str, Any]]
                 "default / in process": rate["default"] / own["default"],
                 "two instances / in process": rate["two instances"] / own["two instances"],
                 "two instances / two threads": rate["two instances"] / each[TWICE],
+                **{f"{name} / {PLAIN}": rate[name] / plain_own[name] for name in servers},
             }
             found.append(each)
             print(f"round {number + 1}: {'; '.join(f'{n} {r:,.0f}' for n, r in rate.items())}",
