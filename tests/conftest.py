@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from twotower.cli import build_parser
 from twotower.data.prepare.prepare import prepare
 from twotower.data.prepared import PreparedDataset
 from twotower.data.schema import DataConfig, Feature
+from twotower.job import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -40,6 +43,16 @@ def run_twotower(*arguments: object, cwd: Path) -> "subprocess.CompletedProcess[
         cwd=cwd, capture_output=True, text=True, check=False, timeout=400,
         env=os.environ | {"WANDB_MODE": "offline", "COLUMNS": "200"},
     )  # fmt: skip
+
+
+# Made once, and without the arguments of all other commands, which would take seconds.
+run_parser = cache(lambda: build_parser(["run"]))
+
+
+def read_job(path: Path) -> Job:
+    parser = run_parser()
+    options = parser.instantiate(parser.parse_args(["run", "--config", str(path)]))["run"]
+    return Job(**{k: v for k, v in vars(options).items() if k != "config"})
 
 
 @dataclass(frozen=True)

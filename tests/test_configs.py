@@ -6,10 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.cli import build_parser
-from twotower.job import Job
+from .conftest import ROOT, read_job
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
 
 
@@ -32,10 +30,7 @@ def test_the_readmes_ten_lines_are_a_job(tmp_path, twotower) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_a_shipped_job_is_valid(path: Path) -> None:
-    parser = build_parser()
-    options = parser.instantiate(parser.parse_args(["run", "--config", str(path)]))["run"]
-    job = Job(**{k: v for k, v in vars(options).items() if k != "config"})
-    job.validate()
+    read_job(path).validate()
     header = path.read_text().split("\nname:")[0]
     for word in ("command", "hardware", "duration", "quality"):
         assert word in header, f"the header of {path.name} does not state its {word}"

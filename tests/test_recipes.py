@@ -9,12 +9,10 @@ import pytest
 import scipy.sparse as sp
 import yaml
 
-from twotower.cli import build_parser
 from twotower.data.prepared import PreparedDataset
 from twotower.data.queries import Queries, split_queries
-from twotower.job import Job
 
-from .conftest import ROOT
+from .conftest import ROOT, read_job
 from .data.line_logs import write_stand_in
 
 RECIPES = ROOT / "configs" / "benchmarks"
@@ -62,7 +60,6 @@ def test_every_variant_of_the_quality_benchmark_is_a_job(tmp_path, monkeypatch) 
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import quality
 
-    parser = build_parser()
     for recipe, compared in quality.RECIPES.items():
         jobs = []
         for name, changes in quality.VARIANTS[recipe].items():
@@ -71,8 +68,7 @@ def test_every_variant_of_the_quality_benchmark_is_a_job(tmp_path, monkeypatch) 
             file = tmp_path / "job.yaml"
             changes = {**compared.changes, **changes}
             file.write_text(yaml.safe_dump(quality.changed(config, changes)))
-            options = parser.instantiate(parser.parse_args(["train", "--config", str(file)]))
-            job = Job(**{k: v for k, v in vars(options["train"]).items() if k != "config"})
+            job = read_job(file)
             job.validate()
             assert job not in jobs, f"{recipe}: {name} changes nothing"
             jobs.append(job)

@@ -14,24 +14,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twotower.cli import build_parser
 from twotower.errors import UserError
 from twotower.job import Job, write_job
 from twotower.sweep.config import Dimension, SweepConfig
 from twotower.sweep.space import searchable, with_values
 
-from .conftest import QUICKSTART
+from .conftest import QUICKSTART, read_job
 
 SPACE = {
     "train.table_lr": {"low": 0.02, "high": 0.4, "log": True},
     "model.hidden": {"choices": [[32], [32, 16]]},
 }
-
-
-def read_job(path: Path) -> Job:
-    parser = build_parser()
-    options = parser.instantiate(parser.parse_args(["run", "--config", str(path)]))["run"]
-    return Job(**{k: v for k, v in vars(options).items() if k != "config"})
 
 
 def job_file(folder: Path, log: Path, sweep: dict, **train) -> Path:
