@@ -50,7 +50,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_one_never_killed(demo_log, twotower,
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-        job_file(folder, demo_log, {"trials": 3, "space": SPACE}, checkpoint_every_steps=5)
+        job_file(folder, demo_log, {"trials": 3, "space": SPACE}, checkpoint_every_steps=20)
     done = twotower("sweep", "--config", "job.yaml", cwd=whole)
     assert done.returncode == 0, done.stdout + done.stderr
     process = subprocess.Popen(
