@@ -36,6 +36,9 @@ PORTS = ("http_port", "grpc_port", "metrics_port")
 ADMIN_HEADER = "admin-key"
 # What changes the server, or maps its host's memory, needs the key.
 ADMIN = "model-repository,shared-memory,trace,logging"
+# Tritonserver 2.51 frees what a stream (`ModelStreamInfer`) has asked beyond so many requests, 8 by
+# default, while they may still be read: more at once ended it by SIGSEGV within seconds.
+REQUESTS_KEPT = 1024
 # Beyond the drain: Triton unloads its models, which takes a stub up to a few seconds.
 STOP_S = 10.0
 # Nobody asks any more, when nobody did for this long.
@@ -110,6 +113,7 @@ class TritonProcess:
             *_tracing(c),
             f"--exit-timeout-secs={max(1, round(c.drain_s / 2))}",
             "--allow-gpu-metrics=false",
+            f"--grpc-infer-allocation-pool-size={REQUESTS_KEPT}",
             f"--http-restricted-api={ADMIN}:{ADMIN_HEADER}={self._admin_key}",
             f"--grpc-restricted-protocol={ADMIN}:{ADMIN_HEADER}={self._admin_key}",
         ]

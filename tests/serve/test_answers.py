@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import queue
 import re
 import time
 import urllib.request
@@ -14,6 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from twotower.export.bundle import answer_difference
 from twotower.serve.client import AsyncRecommendClient, RecommendClient, ServerUnavailable
+from twotower.serve.request import encode
 from twotower.serve.server import TOLERANCE
 
 from .conftest import GOOD, raw_inputs, stubs_of
@@ -183,6 +185,31 @@ def test_requests_that_wait_are_answered_in_batches(server, golden) -> None:
     assert runs <= rows / 10, f"{rows} rows took {runs} runs of the model"
     for g, answer in zip(golden, answers, strict=True):
         assert answer.item_ids == g.item_ids
+
+
+def test_a_stream_may_have_hundreds_of_requests_under_way(server, golden) -> None:
+    answers: queue.Queue[tuple[object, object]] = queue.Queue()
+    with RecommendClient(server.grpc_url) as alone:
+        schema = alone.schema()
+        first = [alone.recommend(g.features, k=1).item_ids[0].encode() for g in golden[:50]]
+    asked = [raw_inputs(**encode(schema, g.features, 10, [])) for g in golden[:50]]
+    client = grpc.InferenceServerClient(server.grpc_url)
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    wrong = []
+    try:
+        for number in range(16_000):
+            if number >= 256:
+                answer, error = answers.get(timeout=20)
+                assert error is None, error
+                which = int(answer.get_response().id)
+                if answer.as_numpy("item_ids")[0, 0] != first[which]:
+                    wrong.append(which)
+            which = number % 50
+            client.async_stream_infer("recommend", asked[which], request_id=str(which))
+    finally:
+        client.stop_stream(cancel_requests=True)
+        client.close()
+    assert wrong == []
 
 
 def test_those_who_wait_are_answered_beside_those_who_gave_up(server, golden) -> None:
