@@ -11,7 +11,9 @@ two instances; and once more with a Gemm and a TopK in place of the bundle's ind
 ONNX Runtime has of its own. Ratios are taken within a round, and their medians over the rounds are
 the result.
 
-Then a single client asks with tensors in the request, and with tensors in shared memory, in turn;
+Then two instances are asked by streams, 32 of a request each, in turn with 32 calls of a request
+each (`--streams` measures this alone, about 4 minutes, and leaves the rest as it was written); a
+single client asks with tensors in the request, and with tensors in shared memory, in turn;
 and `embed_query` alone is asked by 8 clients as fast as it goes, then at half of that rate, its
 latencies counted from the moment that each request was due. The result is written to
 benchmarks/results/serving.json.
@@ -20,6 +22,8 @@ benchmarks/results/serving.json.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import json
 import os
 import statistics
 import sys
@@ -36,23 +40,28 @@ import onnxruntime as ort
 import psutil
 import pyarrow.parquet as pq
 import tritonclient.grpc as grpc
+from grpc import aio
 from index import grown_items
-from measure import ROOT, measure, write_result
+from measure import RESULTS, ROOT, measure, write_result
 from search import two_nodes
+from tritonclient.grpc import service_pb2 as messages
 from tritonclient.utils import serialize_byte_tensor, shared_memory
 
 from twotower.export.bundle import Bundle, read_bundle
 from twotower.export.golden import raw_tensors
 from twotower.export.search import open_search
+from twotower.serve.client import AsyncRecommendClient, RecommendClient
 from twotower.serve.config import ServeConfig
 from twotower.serve.load.asker import Target
 from twotower.serve.load.generator import LoadGenerator
-from twotower.serve.load.measurement import Measurement
+from twotower.serve.load.measurement import Measurement, batch_runs
 from twotower.serve.request import encode, parse_schema
 from twotower.serve.server import TritonServer
 from twotower.serve.supervisor import passing_server
+from twotower.serve.transport import INFER, channel_options
 from twotower.show import table
 
+LIBRARIES = ("numpy", "onnxruntime", "tritonclient")
 K, CLIENTS, RUNS, REQUESTS, BLOCK = 100, 32, 15, 4000, 200
 SERVE = ServeConfig(default_k=K)
 SERVERS = {
@@ -169,6 +178,76 @@ def rounds(bundle: Bundle, seconds: float, repeats: int) -> list[dict[str, Any]]
     return found
 
 
+async def ask_in_streams(url: str, features: list[dict[str, Any]], seconds: float) -> float:
+    """Return the answers a second to so many streams with a request under way each."""
+    async with AsyncRecommendClient(url, proxy=False) as client:
+        asked = [await client.prepare(f, k=K) for f in features]
+    channel = aio.insecure_channel(url, channel_options(url, False, None)["channel_args"])
+    infer = channel.stream_stream(
+        INFER.replace("ModelInfer", "ModelStreamInfer"),
+        response_deserializer=messages.ModelStreamInferResponse.FromString,
+    )
+    started, end = time.monotonic(), time.monotonic() + seconds
+
+    async def keep_asking(which: int) -> int:
+        stream, answered = infer(timeout=seconds + 30), 0
+        while time.monotonic() < end:
+            await stream.write(asked[(which + answered) % len(asked)])
+            answer = await stream.read()
+            if answer.error_message or len(answer.infer_response.outputs) != len(OUTPUTS):
+                raise SystemExit(f"a stream was not answered: {answer.error_message}")
+            answered += 1
+        await stream.done_writing()
+        return answered
+
+    answered = sum(await asyncio.gather(*map(keep_asking, range(CLIENTS))))
+    rate = answered / (time.monotonic() - started)
+    await channel.close()
+    return rate
+
+
+def compare_streams(bundle: Bundle, seconds: float, repeats: int) -> dict[str, Any]:
+    """Return what two instances answer to calls and to streams, beside this process."""
+    towers, found = [Towers(bundle)], []
+    features = towers[0].features
+    target = Target(
+        url="", proxy=False, deadline_s=10.0, k=K, requests=[(f, []) for f in features]
+    )  # fmt: skip
+    with ExitStack() as stack:
+        server = stack.enter_context(passing_server(bundle, SERVERS["two instances"]))
+        client = stack.enter_context(RecommendClient(server.grpc_url))
+        target = replace(target, url=server.grpc_url)
+        generator = stack.enter_context(LoadGenerator(target, 0, 0))
+        for number in range(repeats):
+            each: dict[str, Any] = {}
+            for way in sorted(("calls", "streams"), reverse=number % 2 == 1):
+                if way == "calls":
+                    measured = generator.closed_loop(CLIENTS, seconds, warmup_seconds=1.0)
+                    rate, batches = measured.answered_rate, measured.batches
+                else:
+                    before = batch_runs(client.statistics())
+                    rate = asyncio.run(ask_in_streams(server.grpc_url, features, seconds))
+                    after = batch_runs(client.statistics())
+                    batches = {
+                        n: runs - before.get(n, 0)
+                        for n, runs in after.items() if runs > before.get(n, 0)
+                    }  # fmt: skip
+                own = in_process_rate(towers, batches)
+                size = sum(n * runs for n, runs in batches.items()) / sum(batches.values())
+                each[way] = {
+                    "answered_rate": rate, "mean_batch": size, "in process": own,
+                    "/ in process": rate / own,
+                    f"/ {PLAIN}": rate / in_process_rate(towers, batches, plain=True),
+                }  # fmt: skip
+            found.append(each)
+            print({way: {n: round(v, 2) for n, v in of.items()} for way, of in each.items()},
+                  flush=True)  # fmt: skip
+    return {
+        way: {n: statistics.median(each[way][n] for each in found) for n in found[0][way]}
+        for way in found[0]
+    } | {"rounds": found}
+
+
 class Regions:
     """One region of shared memory for a request's tensors, and one for its answer's."""
 
@@ -265,10 +344,16 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--streams", action="store_true", help="Measure streams alone.")
     options = parser.parse_args()
     started = time.monotonic()
     with TemporaryDirectory(prefix="twotower-") as work:
         bundle = make_bundle(Path(work), options.items)
+        streams = compare_streams(bundle, options.seconds, options.repeats)
+        if options.streams:
+            written = json.loads((RESULTS / "serving.json").read_text())
+            write_result("serving", written | {"streams": streams}, LIBRARIES)
+            return
         size = (bundle.manifest.num_items, bundle.manifest.dim)
         found = rounds(bundle, options.seconds, options.repeats)
         memory = compare_shared_memory(bundle)
@@ -303,9 +388,9 @@ def main() -> None:
     write_result(
         "serving",
         {"items": size[0], "width": size[1], "k": K, "clients": CLIENTS, **summary,
-         "shared_memory": memory, "vectors_alone": median, "rounds": found,
+         "shared_memory": memory, "vectors_alone": median, "streams": streams, "rounds": found,
          "seconds": time.monotonic() - started},
-        ("numpy", "onnxruntime", "tritonclient"),
+        LIBRARIES,
     )  # fmt: skip
 
 

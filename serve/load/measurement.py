@@ -136,7 +136,7 @@ def _server_side(before: Statistics, after: Statistics) -> dict[str, Any]:
     unknown: dict[str, Any] = {"batches": {}, "queue_ms": None, "compute_ms": None}
     if before is None or after is None:
         return unknown
-    was, now = _runs(before), _runs(after)
+    was, now = batch_runs(before), batch_runs(after)
     runs = {size: now[size] - was.get(size, 0) for size in sorted(now)}
     if min(runs.values(), default=0) < 0 or was.keys() - now.keys():
         return unknown  # the model was loaded anew, and counts from 0
@@ -147,7 +147,7 @@ def _server_side(before: Statistics, after: Statistics) -> dict[str, Any]:
     }
 
 
-def _runs(statistics: dict[str, Any]) -> dict[int, int]:
+def batch_runs(statistics: dict[str, Any]) -> dict[int, int]:
     """Return batch size -> runs, over all versions of the model."""
     runs: dict[int, int] = {}
     for model in statistics["model_stats"]:
