@@ -69,7 +69,8 @@ class Replica:
         except ServerUnavailable:
             raise
         except UserError:
-            self._forget(query.model, served)
+            # Also what another request has asked since: that may have been before a model changed.
+            self._forget(query.model, self._known.get(query.model))
             now = await self._served(query.model)
             if now == served:
                 raise
@@ -131,7 +132,7 @@ class Replica:
         await self.following.follow(schema, items)
         return whole
 
-    def _forget(self, model: str, served: Schema | TowerSchema) -> None:
+    def _forget(self, model: str, served: Schema | TowerSchema | None) -> None:
         """Have it asked anew what it serves, unless it has been since."""
         if self._known.get(model) is served:
             self._known.clear()
