@@ -14,11 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from twotower.cli import build_parser
 from twotower.data.prepare.prepare import prepare
 from twotower.data.prepared import PreparedDataset
 from twotower.data.schema import DataConfig, Feature
-from twotower.job import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -45,11 +43,17 @@ def run_twotower(*arguments: object, cwd: Path) -> "subprocess.CompletedProcess[
     )  # fmt: skip
 
 
-# Made once, and without the arguments of all other commands, which would take seconds.
-run_parser = cache(lambda: build_parser(["run"]))
+@cache
+def run_parser() -> Any:
+    from twotower.cli import build_parser  # which a GPU machine for kernels may lack libraries of
+
+    # Without the arguments of all other commands, which take seconds.
+    return build_parser(["run"])
 
 
-def read_job(path: Path) -> Job:
+def read_job(path: Path) -> Any:
+    from twotower.job import Job
+
     parser = run_parser()
     options = parser.instantiate(parser.parse_args(["run", "--config", str(path)]))["run"]
     return Job(**{k: v for k, v in vars(options).items() if k != "config"})
