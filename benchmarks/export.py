@@ -110,7 +110,7 @@ def write_job(folder: Path) -> Path:
 
 def write_checkpoint(job_file: Path) -> int:
     """Write what training would leave, block by block; returns the bytes of the largest table."""
-    parser = build_parser()
+    parser = build_parser(["export"])
     chosen = parser.instantiate(parser.parse_args(["export", "--config", str(job_file)]))
     job = Job(**{f.name: chosen["export"][f.name] for f in fields(Job)})
     data, train = PreparedDataset(job.path("prepared")), job.path("train")

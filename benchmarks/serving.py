@@ -11,11 +11,11 @@ two instances; and once more with a Gemm and a TopK in place of the bundle's ind
 ONNX Runtime has of its own. Ratios are taken within a round, and their medians over the rounds are
 the result.
 
-Then two instances are asked by streams, 32 of a request each, in turn with 32 calls of a request
-each (`--streams` measures this alone, about 4 minutes, and leaves the rest as it was written); a
-single client asks with tensors in the request, and with tensors in shared memory, in turn;
-and `embed_query` alone is asked by 8 clients as fast as it goes, then at half of that rate, its
-latencies counted from the moment that each request was due. The result is written to
+Before that, two instances are asked by streams, 32 of a request each, in turn with 32 calls of a
+request each (`--streams` measures this alone, about 4 minutes, and leaves the rest as it was
+written). After it a single client asks with tensors in the request, and with tensors in shared
+memory, in turn; and `embed_query` alone is asked by 8 clients as fast as it goes, then at half of
+that rate, its latencies counted from the moment that each request was due. The result is written to
 benchmarks/results/serving.json.
 """
 
@@ -43,7 +43,7 @@ import tritonclient.grpc as grpc
 from grpc import aio
 from index import grown_items
 from measure import RESULTS, ROOT, measure, write_result
-from search import two_nodes
+from search import Search, two_nodes
 from tritonclient.grpc import service_pb2 as messages
 from tritonclient.utils import serialize_byte_tensor, shared_memory
 
@@ -54,7 +54,7 @@ from twotower.serve.client import AsyncRecommendClient, RecommendClient
 from twotower.serve.config import ServeConfig
 from twotower.serve.load.asker import Target
 from twotower.serve.load.generator import LoadGenerator
-from twotower.serve.load.measurement import Measurement, batch_runs
+from twotower.serve.load.measurement import Measurement, server_side
 from twotower.serve.request import encode, parse_schema
 from twotower.serve.server import TritonServer
 from twotower.serve.supervisor import passing_server
@@ -70,7 +70,8 @@ SERVERS = {
     "two instances": replace(SERVE, instances=2),
 }
 TWICE = "in process, two threads at once, at the sizes of two instances"
-PLAIN = "in process with Gemm and TopK"
+# The searches that both graphs are run with here.
+OURS, PLAIN = "in process", "in process with Gemm and TopK"
 # The model's results are of one shape: scores, ids of 11 characters with their length, and version.
 OUTPUTS = {"scores": 4 * K, "item_ids": 64 * K, "version": 8}
 
@@ -102,10 +103,13 @@ class Towers:
         )
         self.spec = bundle.manifest.query
         self.features = [g.features for g in bundle.golden()]
-        self.index = open_search(bundle.path, asdict(bundle.manifest.index), SERVE.threads)
-        self.plain = two_nodes(np.load(bundle.path / "item_vectors.npy"))
+        index = open_search(bundle.path, asdict(bundle.manifest.index), SERVE.threads)
+        self.searches: dict[str, Search] = {
+            OURS: lambda vectors: index.search(vectors, K),
+            PLAIN: two_nodes(np.load(bundle.path / "item_vectors.npy")),
+        }
 
-    def seconds(self, batches: dict[int, int], plain: bool) -> float:
+    def seconds(self, batches: dict[int, int], way: str) -> float:
         """Return how long batches take, from size -> number, by the median of each size's runs."""
         spent = 0.0
         for size, runs in batches.items():
@@ -114,21 +118,17 @@ class Towers:
             seconds = []
             for _ in range(RUNS):
                 started = time.perf_counter()
-                (vectors,) = self.query.run(["vector"], feed)
-                if plain:
-                    self.plain(vectors)
-                else:
-                    self.index.search(vectors, K)
+                self.searches[way](self.query.run(["vector"], feed)[0])
                 seconds.append(time.perf_counter() - started)
             spent += runs * statistics.median(seconds)
         return spent
 
 
-def in_process_rate(threads: list[Towers], batches: dict[int, int], plain: bool = False) -> float:
+def in_process_rate(threads: list[Towers], batches: dict[int, int], way: str) -> float:
     """Return the rows a second of threads that run the same batches at once."""
     rows = sum(size * runs for size, runs in batches.items())
     with ThreadPoolExecutor(len(threads)) as pool:
-        return sum(pool.map(lambda t: rows / t.seconds(batches, plain), threads))
+        return sum(pool.map(lambda t: rows / t.seconds(batches, way), threads))
 
 
 def rounds(bundle: Bundle, seconds: float, repeats: int) -> list[dict[str, Any]]:
@@ -155,15 +155,15 @@ def rounds(bundle: Bundle, seconds: float, repeats: int) -> list[dict[str, Any]]
             for name in sorted(servers, reverse=number % 2 == 1):
                 measured = load(servers[name])
                 each[name] = asdict(measured) | {"mean_batch": measured.mean_batch}
-                for way, plain in (("in process", False), (PLAIN, True)):
+                for way in (OURS, PLAIN):
                     each[f"{way}, at the sizes of {name}"] = in_process_rate(
-                        towers[:1], measured.batches, plain
+                        towers[:1], measured.batches, way
                     )
             own, plain_own = (
                 {name: each[f"{way}, at the sizes of {name}"] for name in servers}
-                for way in ("in process", PLAIN)
+                for way in (OURS, PLAIN)
             )
-            each[TWICE] = in_process_rate(towers, each["two instances"]["batches"])
+            each[TWICE] = in_process_rate(towers, each["two instances"]["batches"], OURS)
             rate = {name: each[name]["answered_rate"] for name in servers}
             each["ratios"] = {
                 "default / batches of 1": rate["default"] / rate["batches of 1"],
@@ -210,13 +210,13 @@ def compare_streams(bundle: Bundle, seconds: float, repeats: int) -> dict[str, A
     """Return what two instances answer to calls and to streams, beside this process."""
     towers, found = [Towers(bundle)], []
     features = towers[0].features
-    target = Target(
-        url="", proxy=False, deadline_s=10.0, k=K, requests=[(f, []) for f in features]
-    )  # fmt: skip
     with ExitStack() as stack:
         server = stack.enter_context(passing_server(bundle, SERVERS["two instances"]))
         client = stack.enter_context(RecommendClient(server.grpc_url))
-        target = replace(target, url=server.grpc_url)
+        target = Target(
+            url=server.grpc_url, proxy=False, deadline_s=10.0, k=K,
+            requests=[(f, []) for f in features],
+        )  # fmt: skip
         generator = stack.enter_context(LoadGenerator(target, 0, 0))
         for number in range(repeats):
             each: dict[str, Any] = {}
@@ -225,19 +225,15 @@ def compare_streams(bundle: Bundle, seconds: float, repeats: int) -> dict[str, A
                     measured = generator.closed_loop(CLIENTS, seconds, warmup_seconds=1.0)
                     rate, batches = measured.answered_rate, measured.batches
                 else:
-                    before = batch_runs(client.statistics())
+                    before = client.statistics()
                     rate = asyncio.run(ask_in_streams(server.grpc_url, features, seconds))
-                    after = batch_runs(client.statistics())
-                    batches = {
-                        n: runs - before.get(n, 0)
-                        for n, runs in after.items() if runs > before.get(n, 0)
-                    }  # fmt: skip
-                own = in_process_rate(towers, batches)
+                    batches = server_side(before, client.statistics())["batches"]
+                own = in_process_rate(towers, batches, OURS)
                 size = sum(n * runs for n, runs in batches.items()) / sum(batches.values())
                 each[way] = {
                     "answered_rate": rate, "mean_batch": size, "in process": own,
                     "/ in process": rate / own,
-                    f"/ {PLAIN}": rate / in_process_rate(towers, batches, plain=True),
+                    f"/ {PLAIN}": rate / in_process_rate(towers, batches, PLAIN),
                 }  # fmt: skip
             found.append(each)
             print({way: {n: round(v, 2) for n, v in of.items()} for way, of in each.items()},

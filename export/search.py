@@ -83,12 +83,11 @@ class GraphSearch:
 
     Args:
         folder: with the bundle's files.
+        spec: the manifest's `index`.
         threads: of a search.
-        item_bytes: that one item's searched vector has.
-        in_int8: whether these are in int8.
     """
 
-    def __init__(self, folder: Path, threads: int, item_bytes: int, in_int8: bool) -> None:
+    def __init__(self, folder: Path, spec: dict[str, Any], threads: int) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -98,6 +97,8 @@ class GraphSearch:
         # slept.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.item_ND = np.load(folder / "item_vectors.npy", mmap_mode="r", allow_pickle=False)
+        in_int8 = spec["kind"] == "int8"
+        item_bytes = spec["width"] * (1 if in_int8 else 4)
         copied = item_bytes * len(self.item_ND) <= COPIED_BYTES
         options.add_session_config_entry("session.disable_prepacking", str(int(not copied)))
         self.few = 1 if in_int8 or copied else FEW_VECTORS
@@ -183,5 +184,4 @@ def open_search(folder: Path, spec: dict[str, Any], threads: int = 1) -> GraphSe
     """
     if spec["kind"] in FAISS_KINDS:
         return FaissSearch(folder, spec, threads)
-    in_int8 = spec["kind"] == "int8"
-    return GraphSearch(folder, threads, spec["width"] * (1 if in_int8 else 4), in_int8)
+    return GraphSearch(folder, spec, threads)

@@ -250,7 +250,7 @@ class _Workers:
         self.errors: dict[int, IO[bytes]] = {}
 
     def __enter__(self) -> _Workers:
-        # Open here no longer than until rank 0 has it, or the others would wait for a lost rank 0.
+        # Open here only while the ranks start, or the others would wait for a lost rank 0.
         with socket.create_server(("127.0.0.1", 0)) as server:
             common = os.environ | {
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]),

@@ -70,13 +70,13 @@ class Replica:
             raise
         except UserError:
             # Also what another request has asked since: that may have been before a model changed.
-            self._forget(query.model, self._known.get(query.model))
+            self._forget()
             now = await self._served(query.model)
             if now == served:
                 raise
             return await self._send(query, now, traceparent)
         if answer.version != served.version:
-            self._forget(query.model, served)
+            self._forget_if_known(query.model, served)
         return answer
 
     async def _send(
@@ -85,7 +85,7 @@ class Replica:
         try:
             features = query.features(served.features)
         except ServerUnavailable:
-            self._forget(query.model, served)
+            self._forget_if_known(query.model, served)
             raise
         client = self.similar if query.model == SIMILAR else self.client
         with span("triton", {"server.address": client.url}):
@@ -132,12 +132,15 @@ class Replica:
         await self.following.follow(schema, items)
         return whole
 
-    def _forget(self, model: str, served: Schema | TowerSchema | None) -> None:
+    def _forget_if_known(self, model: str, served: Schema | TowerSchema) -> None:
         """Have it asked anew what it serves, unless it has been since."""
         if self._known.get(model) is served:
-            self._known.clear()
-            self.client.forget()
-            self.similar.forget()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._known.clear()
+        self.client.forget()
+        self.similar.forget()
 
     async def close(self) -> None:
         """Close the connections."""

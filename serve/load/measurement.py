@@ -127,16 +127,16 @@ def summarise(
         },
         late_ms=float(late[math.ceil(0.99 * len(late)) - 1]) if len(late) else 0.0,
         client_busy=max(r.busy for r in records),
-        **_server_side(before, after),
+        **server_side(before, after),
     )  # fmt: skip
 
 
-def _server_side(before: Statistics, after: Statistics) -> dict[str, Any]:
+def server_side(before: Statistics, after: Statistics) -> dict[str, Any]:
     """Return the batches that ran between two statistics of the server, and where time went."""
     unknown: dict[str, Any] = {"batches": {}, "queue_ms": None, "compute_ms": None}
     if before is None or after is None:
         return unknown
-    was, now = batch_runs(before), batch_runs(after)
+    was, now = _runs(before), _runs(after)
     runs = {size: now[size] - was.get(size, 0) for size in sorted(now)}
     if min(runs.values(), default=0) < 0 or was.keys() - now.keys():
         return unknown  # the model was loaded anew, and counts from 0
@@ -147,7 +147,7 @@ def _server_side(before: Statistics, after: Statistics) -> dict[str, Any]:
     }
 
 
-def batch_runs(statistics: dict[str, Any]) -> dict[int, int]:
+def _runs(statistics: dict[str, Any]) -> dict[int, int]:
     """Return batch size -> runs, over all versions of the model."""
     runs: dict[int, int] = {}
     for model in statistics["model_stats"]:

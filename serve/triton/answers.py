@@ -199,12 +199,12 @@ class Answers:
         not cost a run each.
         """
         most = RUN_RESULTS + int(len(self.ids) * RUN_RESULTS_AN_ITEM)
-        needs, runs, spare = need.tolist(), list[list[int]](), 0
+        needs, runs, top, spare = need.tolist(), list[list[int]](), 0, 0
         for i in sorted(asked, key=needs.__getitem__, reverse=True):
-            spare += needs[runs[-1][0]] - needs[i] if runs else 0
+            spare += top - needs[i]
             if not runs or spare > most:
                 runs.append([])
-                spare = 0
+                top, spare = needs[i], 0
             runs[-1].append(i)
         return runs
 
