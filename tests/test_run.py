@@ -81,7 +81,7 @@ def test_curves_are_a_picture(finished_run) -> None:
 def test_movielens_beats_both_baselines(given_data, twotower, tmp_path) -> None:
     done = twotower(
         "run", "--config", ROOT / "configs" / "movielens.yaml", f"--run_dir={tmp_path / 'ml'}",
-        f"--data.root={given_data / 'ml-latest-small'}", cwd=tmp_path,
+        f"--data.root={given_data / 'ml-latest-small'}", "--train.max_epochs=2", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "ml/evaluation/metrics.json").read_text())["results"]
