@@ -67,6 +67,7 @@ Answer = Callable[[Queries], I64]
 PLANTED: dict[str, dict[str, Any]] = {
     "two towers": {},
     "without item_l2": {"train.item_l2": 0.0},
+    "without user_id": {"data.query.user_id": None},
 }
 COLD: dict[str, dict[str, Any]] = {
     "id dropout 0, no item_l2": {"train.id_dropout": 0.0, "train.item_l2": 0.0},
@@ -109,9 +110,19 @@ def best_answers(
 
 
 def best_inferred(
-    truth: DemoTruth, log: DemoLogConfig, data: PreparedDataset, queries: Queries, known_N: Any
-) -> I64:
-    """Return the rows most likely for each query where tastes are known by events alone, (Q, K)."""
+    truth: DemoTruth, log: DemoLogConfig, data: PreparedDataset, queries: Queries, known_N: Any,
+    change: float = 0.5,
+) -> I64:  # fmt: skip
+    """Return the rows most likely for each query where tastes are known by events alone, (Q, K).
+
+    Args:
+        truth: what the log was drawn from.
+        log: that it was written by.
+        data: the log, prepared.
+        queries: to be answered.
+        known_N: which items' weights may be told, by row of the catalogue.
+        change: when tastes are taken to change, as a share of the log's days; 1 for never.
+    """
     place_N = places(data)
     known_N = known_N[np.argsort(place_N)]
     users = pq.read_table(f"{log.output}/users.parquet", columns=["country", "age"]).to_pydict()
@@ -138,10 +149,10 @@ def best_inferred(
         user = int(data.users["id"][row].as_py()) - 1
         prior = log_priors(users["country"][user], users["age"][user], subs)
         likely = [
-            (truth.sub_N[i], share_N(int(t * 400))[i], stray_N[i], t > 0.5)
+            (truth.sub_N[i], share_N(int(t * 400))[i], stray_N[i], t > change)
             for i, t in zip(item_E[before], time_E[before], strict=True)
         ]
-        taste_S = inferred_taste(prior, likely, now > 0.5)
+        taste_S = inferred_taste(prior, likely, now > change)
         p_N = STRAY_SHARE * stray_N + (1 - STRAY_SHARE) * taste_S[truth.sub_N] * share_N(
             int(now * 400)
         )
@@ -278,8 +289,10 @@ def main() -> None:
         if not arguments.cold:
             size = EvaluateConfig().batch_size
             add("best possible", lambda q: best_answers(truth, data, q))
-            add("best told", lambda q: best_answers(truth, data, q, data.train_count > 0))
-            add("best inferred", lambda q: best_inferred(truth, log, data, q, data.train_count > 0))
+            known_N = data.train_count > 0
+            add("best told", lambda q: best_answers(truth, data, q, known_N))
+            for name, change in (("best inferred", 0.5), ("best without the change", 1.0)):
+                add(name, lambda q, at=change: best_inferred(truth, log, data, q, known_N, at))
             add("popularity", lambda q: answer_by_popularity(data, q, K, size))
             add("co-occurrence", lambda q: answer_by_cooccurrence(data, q, K, size))
         for seed in map(int, arguments.seeds.split(",")):
