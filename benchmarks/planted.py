@@ -43,7 +43,7 @@ from quality import changed, run
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.demo_log import DemoLogConfig, demo_truth, event_time, write_demo_log
-from twotower.data.demo_truth import STRAY_SHARE, TASTE_SHARES, DemoTruth, told
+from twotower.data.demo_truth import STRAY_SHARE, TASTE_SHARES, TASTES_CHANGE, DemoTruth, told
 from twotower.data.prepared import PreparedDataset
 from twotower.data.queries import Queries
 from twotower.towers.catalogue import catalogue_vectors
@@ -111,7 +111,7 @@ def best_answers(
 
 def best_inferred(
     truth: DemoTruth, log: DemoLogConfig, data: PreparedDataset, queries: Queries, known_N: Any,
-    change: float = 0.5,
+    change: float,
 ) -> I64:  # fmt: skip
     """Return the rows most likely for each query where tastes are known by events alone, (Q, K).
 
@@ -291,8 +291,9 @@ def main() -> None:
             add("best possible", lambda q: best_answers(truth, data, q))
             known_N = data.train_count > 0
             add("best told", lambda q: best_answers(truth, data, q, known_N))
-            for name, change in (("best inferred", 0.5), ("best without the change", 1.0)):
-                add(name, lambda q, at=change: best_inferred(truth, log, data, q, known_N, at))
+            changes_at = {"best inferred": TASTES_CHANGE, "best without the change": 1.0}
+            for name, at in changes_at.items():
+                add(name, lambda q, at=at: best_inferred(truth, log, data, q, known_N, at))
             add("popularity", lambda q: answer_by_popularity(data, q, K, size))
             add("co-occurrence", lambda q: answer_by_cooccurrence(data, q, K, size))
         for seed in map(int, arguments.seeds.split(",")):

@@ -54,7 +54,7 @@ from twotower.serve.client import AsyncRecommendClient, RecommendClient
 from twotower.serve.config import ServeConfig
 from twotower.serve.load.asker import Target
 from twotower.serve.load.generator import LoadGenerator
-from twotower.serve.load.measurement import Measurement, server_side
+from twotower.serve.load.measurement import Measurement, mean_size, server_side
 from twotower.serve.request import encode, parse_schema
 from twotower.serve.server import TritonServer
 from twotower.serve.supervisor import passing_server
@@ -229,9 +229,8 @@ def compare_streams(bundle: Bundle, seconds: float, repeats: int) -> dict[str, A
                     rate = asyncio.run(ask_in_streams(server.grpc_url, features, seconds))
                     batches = server_side(before, client.statistics())["batches"]
                 own = in_process_rate(towers, batches, OURS)
-                size = sum(n * runs for n, runs in batches.items()) / sum(batches.values())
                 each[way] = {
-                    "answered_rate": rate, "mean_batch": size, "in process": own,
+                    "answered_rate": rate, "mean_batch": mean_size(batches), "in process": own,
                     "/ in process": rate / own,
                     f"/ {PLAIN}": rate / in_process_rate(towers, batches, PLAIN),
                 }  # fmt: skip

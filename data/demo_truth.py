@@ -20,6 +20,8 @@ Array = npt.NDArray[Any]
 TASTE_SHARES = (0.6, 0.3, 0.1)
 # Of events that follow no taste at all.
 STRAY_SHARE = 0.1
+# When half of the users change their most liked sub-genre, as a share of the log's days.
+TASTES_CHANGE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class DemoTruth:
 
     Attributes:
         favourite_U3: sub-genres of each user, the most liked first.
-        later_U3: the same from half of the time on.
+        later_U3: the same from `TASTES_CHANGE` on.
         sub_N: sub-genre of each item.
         release_N: time from which an item is taken.
         popularity_N: weight of each item within its sub-genre at its release.
@@ -42,7 +44,9 @@ class DemoTruth:
 
     def tastes(self, user_E: Array, time_E: Array) -> Array:
         """Return the sub-genres (E, 3) that users like at a time, the most liked first."""
-        return np.where(time_E[:, None] > 0.5, self.later_U3[user_E], self.favourite_U3[user_E])
+        return np.where(
+            time_E[:, None] > TASTES_CHANGE, self.later_U3[user_E], self.favourite_U3[user_E]
+        )
 
     def weights(self, items: Array, time: float) -> Array:
         """Return what the items of one sub-genre are drawn by at a time: 0 before their release."""

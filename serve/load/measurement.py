@@ -77,8 +77,13 @@ class Measurement:
     @property
     def mean_batch(self) -> float | None:
         """Mean rows of a run of the model."""
-        runs = sum(self.batches.values())
-        return sum(size * n for size, n in self.batches.items()) / runs if runs else None
+        return mean_size(self.batches)
+
+
+def mean_size(batches: dict[int, int]) -> float | None:
+    """Return the mean of batch sizes, from size -> number; None of no batch."""
+    runs = sum(batches.values())
+    return sum(size * n for size, n in batches.items()) / runs if runs else None
 
 
 def percentile(ascending: F64, thousandths: int) -> float | None:
