@@ -166,6 +166,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "item L2 of 10": {"train.item_l2": 10.0},
     "item L2 of 100": {"train.item_l2": 100.0},
     "mean pooling": {"data.query.history.pooling": "mean"},
+    "timed sum": {"data.query.history.pooling": "timed_sum"},
     "transformer": {"data.query.history.pooling": "transformer"},
     "hstu": {"data.query.history.pooling": "hstu"},
     "every position": EVERY_POSITION,

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from twotower.data.encode import Normaliser, entry_ages
+from twotower.data.encode import Normaliser
 from twotower.data.listed import Listed
 from twotower.data.prepared import (
     Column,
@@ -92,7 +92,7 @@ class Batch(Pipelineable):
     Attributes:
         ids: every id feature of both towers; stride max(B, N).
         dense: `<tower>.<name>` -> (B or N, width) float32, for numbers, vectors and,
-            where a history has time gaps, its entries' ages (`twotower.data.encode.entry_ages`).
+            where a history has times, what is read of them (`twotower.data.encode`).
             Rows of items are followed by those of `entry_items`.
         item_N: catalogue row of each item, -1 for a filler, which has no ids.
         positive_B: which of the items is a query's positive.
@@ -298,7 +298,7 @@ class BatchBuilder:
                 columns[key] = dense(raw[f.name])
                 continue
             bags[key] = id_column(raw[f.name]).take(np.arange(len(rows)))
-            if f.time_gaps:
+            if f.has_times:
                 columns[f"{tower}.{f.times_name}"] = dense(raw[f.times_name])
             if f.item_features:
                 ids = self.data.items["id"]
@@ -326,9 +326,10 @@ class BatchBuilder:
                 if start is None:
                     start = np.maximum(self.data.history_from[user], history_to - f.length)
                 bags[key] = gather(self.data.history_rows(f.table_name), start, history_to)
-                if f.time_gaps:
+                if f.has_times:
                     seconds, lengths = gather(self.data.timeline_seconds, start, history_to)
-                    columns[f"query.{f.times_name}"] = entry_ages(seconds, lengths, f.length)
+                    times = self.data.encoder.entry_times(f, seconds, lengths)
+                    columns[f"query.{f.times_name}"] = times
                 if f.item_features:
                     entries[key], _ = gather(self.data.timeline, start, history_to)
                 continue

@@ -1,11 +1,11 @@
 """Encoding raw features into what a tower reads; the exported graph does the same in ONNX.
 
-`Encoder` is what preparation learnt from the training period: vocabularies and normalisers.
+`Encoder` is what preparation learnt from the training period: vocabularies, normalisers and spans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ import pyarrow.compute as pc
 
 from twotower.data.schema import ID_KINDS, PAD_INT64, DataConfig, Feature, TensorSpec
 from twotower.data.vocabulary import DynamicIds, Vocabulary
+
+# Most spans of the training period that a `timed_sum` tells apart.
+SPANS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +42,13 @@ class Encoder:
     Attributes:
         vocabularies: by embedding table, a vocabulary or dynamic ids.
         normalisers: by `<tower>.<feature>`.
+        span_starts: when each span of the training period but the first begins, in seconds since
+            1970, ascending; see `find_span_starts`. Of a log whose histories are read by them.
     """
 
     vocabularies: Mapping[str, Vocabulary | DynamicIds]
     normalisers: Mapping[str, Normaliser]
+    span_starts: Sequence[int] = ()
 
     def encode(self, tower: str, feature: Feature, raw: pa.Array) -> pa.Array:
         """Encode one raw column (see `twotower.data.log.features.raw_feature`).
@@ -70,7 +76,7 @@ class Encoder:
             specs.append(
                 TensorSpec(name=f.name, kind=f.kind, dtype=self._dtype(f), length=length)
             )  # fmt: skip
-            if f.time_gaps:
+            if f.has_times:
                 specs.append(
                     TensorSpec(
                         name=f.times_name, kind="times", dtype="int64", length=length, of=f.name
@@ -93,28 +99,68 @@ class Encoder:
             raw = pa.array([row[spec.name] for row in rows], arrow_type(spec))
             if spec.kind == "times":
                 seconds = pc.fill_null(raw.flatten(), PAD_INT64).to_numpy(zero_copy_only=False)
-                ages = entry_ages(seconds, np.diff(raw.offsets.to_numpy()), spec.length)
-                out[spec.name] = pa.FixedSizeListArray.from_arrays(ages.reshape(-1), spec.length)
+                lengths = np.diff(raw.offsets.to_numpy())
+                times = self.entry_times(features[spec.of], seconds, lengths)
+                out[spec.name] = pa.FixedSizeListArray.from_arrays(times.reshape(-1), spec.length)
             else:
                 out[spec.name] = self.encode(tower, features[spec.name], raw)
         return out
 
+    def entry_times(
+        self, history: Feature, seconds: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Return what a tower reads of the times of a history's entries (B, `history.length`).
 
-def entry_ages(
-    seconds: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], width: int
-) -> npt.NDArray[np.float32]:
-    """Return how long before the latest of its list each entry happened (B, width), in seconds.
+        They are the entries' spans for a `timed_sum`, and their ages for an encoder.
+
+        Args:
+            history: one that `has_times`.
+            seconds: times of the entries, list after list; `PAD_INT64` where it is not known.
+            lengths: of the lists (B,), at most `history.length`.
+        """
+        time = np.full((len(lengths), history.length), PAD_INT64)
+        time[np.arange(history.length) < lengths[:, None]] = seconds
+        if history.pooling == "timed_sum":
+            return entry_spans(time, self.span_starts)
+        return entry_ages(time)
+
+
+def entry_ages(time: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Return how long before the latest of its list each entry happened (B, L), in seconds.
 
     Args:
-        seconds: times of the entries, list after list; `PAD_INT64` where it is not known.
-        lengths: of the lists (B,), at most `width`.
-        width: of a row, padded behind; what is padding or not known has the age -1.
+        time: of the entries (B, L), in seconds since 1970; what is `PAD_INT64`, padding or not
+            known, has the age -1.
     """
-    time = np.full((len(lengths), width), PAD_INT64)
-    time[np.arange(width) < lengths[:, None]] = seconds
     with np.errstate(over="ignore"):
         age = (time.max(axis=1, keepdims=True) - time).astype(np.float32)
     return np.where(time == PAD_INT64, np.float32(-1), age)
+
+
+def entry_spans(time: npt.NDArray[np.int64], span_starts: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Return the span of the training period that each entry is of (B, L), from 0.
+
+    Args:
+        time: of the entries (B, L), in seconds since 1970. What is after the training period, is
+            `PAD_INT64`, padding or not known, is of the newest span.
+        span_starts: of an `Encoder`.
+    """
+    span = np.searchsorted(np.asarray(span_starts, np.int64), time, side="right")
+    return np.where(time == PAD_INT64, len(span_starts), span).astype(np.float32)
+
+
+def find_span_starts(micros: npt.NDArray[np.int64]) -> list[int]:
+    """Return when each of up to `SPANS` spans begins but the first, in seconds since 1970.
+
+    Each has about as many events as every other; where events are at few moments, there are fewer.
+
+    Args:
+        micros: times of the training events (E,), in microseconds since 1970.
+    """
+    # What a million of them say is near enough, whatever the log's size.
+    some = np.sort(micros[:: -(-len(micros) // 1_000_000)] // 1_000_000)
+    starts = np.unique(some[np.arange(1, SPANS) * len(some) // SPANS])
+    return [int(start) for start in starts if start > some[0]]
 
 
 def _length(feature: Feature) -> int:

@@ -176,7 +176,7 @@ class PreparedDataset:
 
     @cached_property
     def timeline_seconds(self) -> Array:
-        """When each of the timeline happened, where a history has time gaps.
+        """When each of the timeline happened, where a history has times.
 
         Seconds since 1970; `PAD_INT64` where it is not known.
         """
@@ -252,7 +252,7 @@ class PreparedDataset:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Vocabularies and normalisers."""
+        """Vocabularies, normalisers and spans."""
         vocabularies: dict[str, Vocabulary | DynamicIds] = {}
         for name, info in self.summary["tables"].items():
             if info.get("slots"):
@@ -262,7 +262,10 @@ class PreparedDataset:
             key, count = one_chunk(table["key"]), one_chunk(table["count"])
             vocabularies[name] = Vocabulary(key, count, info["oov_rows"])
         normalisers = {k: Normaliser(**v) for k, v in self.summary["normalisers"].items()}
-        return Encoder(vocabularies=vocabularies, normalisers=normalisers)
+        return Encoder(
+            vocabularies=vocabularies, normalisers=normalisers,
+            span_starts=self.summary.get("span_starts", ()),
+        )  # fmt: skip
 
     def timeline_slice(self, user: int) -> slice:
         """Return where a user's part of the timeline is."""
@@ -297,7 +300,7 @@ class PreparedDataset:
                 window = slice(max(0, len(history) - f.length), None)
                 newest = history[window]
                 out[f.name] = self.items["id"].take(pa.array(newest)).to_pylist()
-                if f.time_gaps:
+                if f.has_times:
                     known = [None] * len(newest) if seconds is None else seconds[window].tolist()
                     out[f.times_name] = [None if t == PAD_INT64 else t for t in known]
             elif context and event is not None:

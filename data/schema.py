@@ -27,8 +27,10 @@ KINDS = ("id", "ids", "history", "number", "vector")
 ID_KINDS = ("id", "ids", "history")
 # A history's encoders read it entry by entry, in order.
 ENCODERS = ("transformer", "hstu")
+# What reads a history alone.
+OF_HISTORIES = ("timed_sum", *ENCODERS)
 # What of a history is known at each of its entries from that and earlier ones.
-CAUSAL = ("attention", *ENCODERS)
+CAUSAL = ("attention", *OF_HISTORIES)
 POOLINGS = ("mean", "sum", *CAUSAL)
 # Tables beside the log, one row a user or an item.
 ENTITIES = ("users", "items")
@@ -65,10 +67,11 @@ class Feature:
     """Number of floats of a vector."""
     pooling: str = "mean"
     """How a list becomes one vector: mean, sum, attention (learned, knows the order) or, for a
-    history, transformer or hstu (shaped by model.encoder)."""
+    history, timed_sum (knows when each entry was taken; a request sends `<name>_times`, the seconds
+    since 1970 of each entry, None where it is not known), transformer or hstu (shaped by
+    model.encoder)."""
     time_gaps: bool = False
-    """transformer or hstu: know the time between entries; a request may send `<name>_times`, the
-    seconds since 1970 of each entry, None where it is not known."""
+    """transformer or hstu: know the time between entries; a request sends `<name>_times`."""
     item_features: list[str] = field(default_factory=list)
     """history: features of data.item that are added to each entry's embedding, from the catalogue,
     so that a request carries ids alone; for an item that is not in it, nothing is added."""
@@ -88,8 +91,13 @@ class Feature:
         return self.kind == "history" and self.pooling in CAUSAL
 
     @property
+    def has_times(self) -> bool:
+        """Whether it is read with the times of its entries."""
+        return self.time_gaps or self.pooling == "timed_sum"
+
+    @property
     def times_name(self) -> str:
-        """Name of the tensor of a history's times, where it has `time_gaps`."""
+        """Name of the tensor of a history's times, where it `has_times`."""
         return f"{self.name}_times"
 
     @property
@@ -219,8 +227,8 @@ class DataConfig:
         return [f for f in self.query if f.kind == "history"]
 
     def timed_histories(self) -> list[Feature]:
-        """Return the histories whose encoders know the time between entries."""
-        return [f for f in self.histories() if f.time_gaps]
+        """Return the histories that are read with the times of their entries."""
+        return [f for f in self.histories() if f.has_times]
 
     def entry_features(self, history: Feature) -> list[Feature]:
         """Return the item features that a history's entries bring, as it names them."""
@@ -253,8 +261,8 @@ class DataConfig:
         for history in self.timed_histories():
             if history.times_name in {f.name for f in self.query}:
                 raise UserError(
-                    f"data.query: '{history.times_name}' is the name of the times of "
-                    f"'{history.name}', which has time_gaps: rename the feature"
+                    f"data.query: '{history.times_name}' is the name of the times of the history "
+                    f"'{history.name}': rename the feature"
                 )
         for _, f in self.features():
             self._validate_entry_features(f)
@@ -318,8 +326,9 @@ class DataConfig:
                 )
         if not self.ordered and self.timed_histories():
             raise UserError(
-                "data.ordered is false, so that histories have no times: remove time_gaps from "
-                f"'{self.timed_histories()[0].name}', or set data.ordered to true"
+                "data.ordered is false, so that histories have no times: remove time_gaps, or "
+                f"pooling timed_sum, from '{self.timed_histories()[0].name}', or set data.ordered "
+                "to true"
             )
         if not self.ordered and split.kind != "given":
             raise UserError(
@@ -369,6 +378,13 @@ class DataConfig:
             raise UserError(
                 "data.earlier and a history's `column` both say what came before the log: keep one"
             )
+        by_time = next((f for f in self.histories() if f.pooling == "timed_sum"), None)
+        if by_time and (self.earlier is not None or any(f.column for f in self.histories())):
+            raise UserError(
+                f"data.query, feature '{by_time.name}': pooling timed_sum weighs each entry by its "
+                "time, and what came before the log has none: choose another pooling, or leave "
+                "data.earlier and the histories' `column` out"
+            )
 
     def _validate_lines(self) -> None:
         """Refuse what needs a column, or a time, that lines of ids do not have."""
@@ -387,6 +403,12 @@ class DataConfig:
                     f"data.{key} names a column, but data.format: {self.format} has users and "
                     "items alone: leave it out"
                 )
+        if self.timed_histories():
+            raise UserError(
+                f"data.query, feature '{self.timed_histories()[0].name}': knows the times of its "
+                f"entries, and data.format: {self.format} has none: remove time_gaps, or choose "
+                "another pooling than timed_sum"
+            )
         if self.earlier is not None:
             raise UserError(
                 f"data.earlier comes before a log's times, and data.format: {self.format} has "
@@ -413,9 +435,10 @@ def _validate_feature(tower: str, feature: Feature) -> None:
         raise UserError(f"{key}: every model has a tensor of this name: rename it, set `column`")
     one_of(f"{key}: kind", feature.kind, KINDS)
     one_of(f"{key}: pooling", feature.pooling, POOLINGS)
-    if feature.pooling in ENCODERS and feature.kind != "history":
+    if feature.pooling in OF_HISTORIES and feature.kind != "history":
+        has = "times" if feature.pooling == "timed_sum" else "order"
         raise UserError(
-            f"{key}: pooling {feature.pooling} reads a history in its order, and {feature.kind} "
+            f"{key}: pooling {feature.pooling} reads a history by its {has}, and {feature.kind} "
             "has none: choose mean, sum or attention"
         )
     if feature.time_gaps and feature.pooling not in ENCODERS:

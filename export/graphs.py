@@ -37,6 +37,7 @@ from twotower.export.id_nodes import (
     constant,
     row_nodes,
     slot_nodes,
+    span_nodes,
 )
 from twotower.export.prune import EVERY_ROW, Kept
 from twotower.export.weights import StoredWeights
@@ -93,8 +94,8 @@ class PaddedTower(nn.Module):
 
         Args:
             columns: one a feature: rows (B, L) int64 with -1 for padding, or (B, W) float32; after
-                the rows of a history with time gaps, their ages (B, L) float32; behind all, for
-                each history with item features its entries' catalogue rows (B, L) int64, the
+                the rows of a history with times, their ages or spans (B, L) float32; behind all,
+                for each history with item features its entries' catalogue rows (B, L) int64, the
                 number of items for one that is not known.
         """
         inputs: dict[str, Tensor] = {}
@@ -112,8 +113,8 @@ class PaddedTower(nn.Module):
                 place = self.entry_place[f.name]
                 known_BLD = F.embedding(items_BL[place], self.entry_tables[place])
                 entry_BLD = entry_BLD + known_BLD
-            age_BL = next(rest) if f.time_gaps else None
-            inputs[f.name] = self.tower.pool(f, entry_BLD, mask_BL, age_BL)
+            time_BL = next(rest) if f.has_times else None
+            inputs[f.name] = self.tower.pool(f, entry_BLD, mask_BL, time_BL)
         vector: Tensor = self.tower(inputs)
         return vector
 
@@ -222,7 +223,10 @@ def encoding_graph(
                 nodes.append(catalogue_node(spec, tables.ids.to_pylist(), items))
                 outputs.append(helper.make_tensor_value_info(items, kind, ["batch", entries]))
         elif spec.kind == "times":
-            nodes += age_nodes(spec.name, out, initializers)
+            if feature.pooling == "timed_sum":
+                nodes += span_nodes(spec.name, encoder.span_starts, out, initializers)
+            else:
+                nodes += age_nodes(spec.name, out, initializers)
         elif spec.kind == "number":
             norm = encoder.normalisers[f"{side}.{spec.name}"]
             mean, std = (

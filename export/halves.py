@@ -177,7 +177,7 @@ def padded_encoding(
         if spec is None:
             graph.node.append(helper.make_node("Identity", [old], [output.name]))
             continue
-        # Of rows and ages -1 says that there is nothing; of rows of the catalogue, their number.
+        # Of rows and times -1 says that there is nothing; of rows of the catalogue, their number.
         pad: Any = np.array(-1, np.int64 if spec.kind in ID_KINDS else np.float32)
         if name.endswith(":items") and tables is not None:
             pad = np.array(len(tables.ids), np.int64)

@@ -1,10 +1,11 @@
-"""ONNX nodes from raw ids to rows of an embedding table, and from times to ages.
+"""ONNX nodes from raw ids to rows of an embedding table, and from times to ages or spans.
 
 Padding becomes -1. No feature's name holds a colon, so names made with one meet none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,6 +75,24 @@ def age_nodes(name: str, out: str, initializers: list[Any]) -> list[Any]:
         helper.make_node("Cast", [f"{name}:since"], [f"{name}:age"], to=TensorProto.FLOAT),
         helper.make_node("Equal", [name, pad], [f"{name}:is_pad"]),
         helper.make_node("Where", [f"{name}:is_pad", unknown, f"{name}:age"], [out]),
+    ]
+
+
+def span_nodes(
+    name: str, span_starts: Sequence[int], out: str, initializers: list[Any]
+) -> list[Any]:
+    """Return nodes for: times in seconds -> `twotower.data.encode.entry_spans`."""
+    pad = constant(f"{name}:pad", np.array(PAD_INT64, np.int64), initializers)
+    starts = constant(f"{name}:starts", np.array(span_starts, np.int64), initializers)
+    axis = constant(f"{name}:axis", np.array([-1], np.int64), initializers)
+    newest = constant(f"{name}:newest", np.array(len(span_starts), np.float32), initializers)
+    return [
+        helper.make_node("Unsqueeze", [name, axis], [f"{name}:each"]),
+        helper.make_node("GreaterOrEqual", [f"{name}:each", starts], [f"{name}:is_behind"]),
+        helper.make_node("Cast", [f"{name}:is_behind"], [f"{name}:behind"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", [f"{name}:behind", axis], [f"{name}:span"], keepdims=0),
+        helper.make_node("Equal", [name, pad], [f"{name}:is_pad"]),
+        helper.make_node("Where", [f"{name}:is_pad", newest, f"{name}:span"], [out]),
     ]
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from twotower.data.encode import SPANS
 from twotower.data.schema import ENCODERS, ID_KINDS, Feature
 from twotower.towers.config import ModelConfig
 from twotower.towers.interaction import CrossInteraction, DotInteraction
@@ -52,6 +53,53 @@ class AttentionPool(nn.Module):
         read_BLL = mask_BL.unsqueeze(1) & (newer_LL >= 0)
         weight_BLL = torch.softmax(logits_BLL.masked_fill(~read_BLL, -1e4), dim=2)
         return weight_BLL @ entry_BLD
+
+
+class TimedSum(nn.Module):
+    """Sum of a history whose entries count by when they were taken.
+
+    What was taken long ago may no longer tell what a user likes, and a plain sum cannot see when it
+    was. Here each span of the training period (`twotower.data.encode.find_span_starts`) has a
+    weight, after the time bins of timeSVD++ (Koren 2009, "Collaborative filtering with temporal
+    dynamics"), and so has each place from the newest entry; an entry counts by their product.
+    All begin at 1, as a plain sum.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.of_span = nn.Parameter(torch.zeros(SPANS))
+        self.recency = nn.Parameter(torch.zeros(length))
+
+    def forward(self, entry_BLD: Tensor, mask_BL: Tensor, span_BL: Tensor) -> Tensor:
+        """Return (B, D); an empty list gives zeros.
+
+        Args:
+            entry_BLD: embeddings, oldest first.
+            mask_BL: which of them there are.
+            span_BL: of each entry, see `twotower.data.encode.entry_spans`; any of padding.
+        """
+        recency_BL = BIAS_UNIT * self.recency[newer_entries(mask_BL)]
+        weight_BL = torch.exp(recency_BL) * self._of_span(mask_BL, span_BL)
+        return (entry_BLD * weight_BL.unsqueeze(-1)).sum(1)
+
+    def encode(self, entry_BLD: Tensor, mask_BL: Tensor, span_BL: Tensor) -> Tensor:
+        """Return of each entry (B, L, D) what `forward` gives for it and those before it.
+
+        Args:
+            entry_BLD: embeddings, oldest first.
+            mask_BL: which of them there are: those of a list lie side by side. What is returned of
+                the others means nothing.
+            span_BL: of each entry.
+        """
+        place_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+        newer_LL = place_L[:, None] - place_L
+        weight_LL = torch.exp(BIAS_UNIT * self.recency[newer_LL.clamp_min(0)]) * (newer_LL >= 0)
+        return weight_LL @ (entry_BLD * self._of_span(mask_BL, span_BL).unsqueeze(-1))
+
+    def _of_span(self, mask_BL: Tensor, span_BL: Tensor) -> Tensor:
+        """Return what each entry counts by its span, nothing where there is none."""
+        place_BL = span_BL.to(torch.int64).clamp_min(0)
+        return torch.exp(BIAS_UNIT * self.of_span[place_BL]) * mask_BL
 
 
 class EntryFeatures(nn.Module):
@@ -123,6 +171,8 @@ class Tower(nn.Module):
                 pool: nn.Module = SequenceEncoder(
                     f.pooling, config.dim, f.length, config.encoder, time_gaps=f.time_gaps
                 )
+            elif f.pooling == "timed_sum":
+                pool = TimedSum(f.length)
             elif f.pooling == "attention" and f.kind != "id":
                 pool = AttentionPool(config.dim, f.length)
             else:
@@ -148,7 +198,7 @@ class Tower(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(width, config.dim))
 
     def pool(
-        self, feature: Feature, entry_BLD: Tensor, mask_BL: Tensor, age_BL: Tensor | None = None
+        self, feature: Feature, entry_BLD: Tensor, mask_BL: Tensor, time_BL: Tensor | None = None
     ) -> Tensor:
         """Pool padded entries; see `pool_sum` for entries that are summed already.
 
@@ -156,22 +206,22 @@ class Tower(nn.Module):
             feature: whose entries they are.
             entry_BLD: embeddings, of a history oldest first.
             mask_BL: which of them there are.
-            age_BL: of a history with time gaps, see `SequenceEncoder.encode`.
+            time_BL: of a history that has times, see `twotower.data.encode.Encoder.entry_times`.
         """
         if (name := f"pool_{feature.name}") in self.pools:
-            ages = [age_BL] if feature.time_gaps else []
-            pooled: Tensor = self.pools[name](entry_BLD, mask_BL, *ages)
+            times = [time_BL] if feature.has_times else []
+            pooled: Tensor = self.pools[name](entry_BLD, mask_BL, *times)
             return pooled
         sum_BD = (entry_BLD * mask_BL.unsqueeze(-1)).sum(1)
         return self.pool_sum(feature, sum_BD, mask_BL.sum(1))
 
     def states(
-        self, feature: Feature, entry_BLD: Tensor, mask_BL: Tensor, age_BL: Tensor | None
+        self, feature: Feature, entry_BLD: Tensor, mask_BL: Tensor, time_BL: Tensor | None
     ) -> Tensor:
         """Return the state of every entry (B, L, D) of a history, from it and those before."""
         encoder: Any = self.pools[f"pool_{feature.name}"]
-        ages = [age_BL] if feature.time_gaps else []
-        state_BLD: Tensor = encoder.encode(entry_BLD, mask_BL, *ages)
+        times = [time_BL] if feature.has_times else []
+        state_BLD: Tensor = encoder.encode(entry_BLD, mask_BL, *times)
         return state_BLD
 
     @staticmethod

@@ -239,10 +239,10 @@ class TwoTower(nn.Module):
             key = f"query.{f.name}"
             if f.is_causal:
                 entry_HLD, mask_HL = self._entries(f, key, batch, found, rows, longest)
-                age_HL = batch.dense.get(f"query.{f.times_name}")
+                time_HL = batch.dense.get(f"query.{f.times_name}")
                 state_HLD = self.query.states(
                     f, entry_HLD, mask_HL,
-                    age_HL[:rows, :longest] if age_HL is not None else None,
+                    time_HL[:rows, :longest] if time_HL is not None else None,
                 )  # fmt: skip
                 inputs[f.name] = state_HLD.flatten(0, 1)[entries.place_B]
             else:
@@ -264,9 +264,9 @@ class TwoTower(nn.Module):
             return tower.pool_sum(f, found[kind][key][:rows], length_B)
         length = f.length if f.kind in ("ids", "history") else 1
         entry_BLD, mask_BL = self._entries(f, key, batch, found, rows, length)
-        age_BL = batch.dense.get(key.removesuffix(f.name) + f.times_name)
-        age_BL = age_BL[:rows] if age_BL is not None else None
-        return tower.pool(f, entry_BLD, mask_BL, age_BL)
+        time_BL = batch.dense.get(key.removesuffix(f.name) + f.times_name)
+        time_BL = time_BL[:rows] if time_BL is not None else None
+        return tower.pool(f, entry_BLD, mask_BL, time_BL)
 
 
 def _padded(value_TD: Tensor, length_B: Tensor, longest: int) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ class TrainConfig:
     batch_size: int = 1024
     """Events a step, over all ranks; with every_position, histories."""
     every_position: bool = False
-    """Let each entry of a history predict the next one; its pooling is attention,
+    """Let each entry of a history predict the next one; its pooling is attention, timed_sum,
     transformer or hstu."""
     max_epochs: int = 20
     """Passes over the training events, at most."""

@@ -3,13 +3,13 @@
     twotower prepare --config JOB.yaml
 
     prepared/
-      prepared.json       counts, split, normalisers, tables and the fingerprint of the inputs
+      prepared.json       counts, split, normalisers, spans, tables; the fingerprint of the inputs
       events.arrow        training, validation and test, each sorted by (user, time): user, item,
                           time, [weight], history end, context
       skipped.arrow       with a label and positive_from: user, item and time of the events below,
                           and by raw ids in skipped_waiting.arrow where one has no row yet
       timeline.arrow      each user's items in order; a history is a slice of it, not a copy; for
-                          time gaps also their seconds since 1970
+                          histories with times also their seconds since 1970
       users.arrow         raw id, start of the timeline, features raw and encoded
       items.arrow         the catalogue, ascending by raw id: training count, features, display
       contexts/<f>.arrow  the values of a context feature, which events name by number
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.data.encode import Normaliser
+from twotower.data.encode import Normaliser, find_span_starts
 from twotower.data.engine import arrow_batches, column, open_engine
 from twotower.data.log.id_types import IdTypes
 from twotower.data.log.scan import SPLIT_NAMES, Report, Scan, scan
@@ -55,6 +55,7 @@ from twotower.data.prepare.vocabularies import (
     count_training,
     write_vocabularies,
 )
+from twotower.data.prepared import array
 from twotower.data.schema import DataConfig
 from twotower.errors import UserError
 from twotower.files import write_json
@@ -167,6 +168,7 @@ def _write(
         },
         "types": dict(sorted(types.decided.items())),
         "normalisers": {k: asdict(n) for k, n in sorted(normalisers.items())},
+        "span_starts": find_span_starts(array(events, "time")[:train]),
         "tables": tables,
         "files": {
             str(file.relative_to(directory)): file.stat().st_size

@@ -8,12 +8,13 @@ import torch
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
-from twotower.data.schema import ENCODERS, Feature
+from twotower.data.schema import ENCODERS, OF_HISTORIES, Feature
 from twotower.data.table import Table
 from twotower.export.bundle import Bundle
 from twotower.export.config import ExportConfig
 from twotower.export.export import export
 from twotower.towers.config import ModelConfig
+from twotower.towers.sequence import BIAS_UNIT
 from twotower.towers.two_tower import TwoTower
 from twotower.train.checkpoint import storage
 from twotower.train.checkpoint.towers import MODEL, write_model_spec
@@ -61,7 +62,7 @@ def dynamic_bundle(make, folder: Path, **config: Any) -> tuple[PreparedDataset, 
 
 
 def timed_bundle(make, folder: Path, **config: Any) -> tuple[PreparedDataset, TwoTower, Bundle]:
-    """Export towers whose encoders know the time between entries, of seconds to years."""
+    """Export towers that know the times of a history's entries, seconds to years apart."""
     rng = np.random.default_rng(0)
     events = {
         "user_id": rng.integers(0, USERS, EVENTS).tolist(),
@@ -69,8 +70,9 @@ def timed_bundle(make, folder: Path, **config: Any) -> tuple[PreparedDataset, Tw
         "timestamp": np.cumsum(np.exp(rng.uniform(0, 14, EVENTS)).astype(np.int64)).tolist(),
     }
     data = make(events, query=[
-        Feature(name=kind, kind="history", table="item_id", length=5, pooling=kind, time_gaps=True)
-        for kind in ENCODERS
+        Feature(name=pooling, kind="history", table="item_id", length=5, pooling=pooling,
+                time_gaps=pooling in ENCODERS)
+        for pooling in OF_HISTORIES
     ])  # fmt: skip
     return exported(data, folder, **config)
 
@@ -91,7 +93,7 @@ def featured_bundle(make, folder: Path, **config: Any) -> tuple[PreparedDataset,
     query = [
         Feature(name=pooling, kind="history", table="item_id", length=5, pooling=pooling,
                 time_gaps=pooling == "hstu", item_features=["price", "tags"])
-        for pooling in ("mean", "attention", *ENCODERS)
+        for pooling in ("mean", "attention", *OF_HISTORIES)
     ]  # fmt: skip
     item = [
         Feature(name="item_id", kind="id"), Feature(name="tags", kind="ids", length=2),
@@ -111,8 +113,9 @@ def exported(
     with torch.no_grad():
         for start in range(0, 120, 40):
             model(builder.events(np.arange(start, start + 40)))
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, parameter in model.named_parameters():
+            unit = BIAS_UNIT if name.endswith("of_span") else 1
+            parameter.add_(0.1 * torch.randn_like(parameter) / unit)
     model.eval()
     train = folder / "train"
     train.mkdir()

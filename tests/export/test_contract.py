@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from twotower.data.batches import BatchBuilder
-from twotower.data.schema import ENCODERS, ID_KINDS, Feature
+from twotower.data.schema import ENCODERS, ID_KINDS, OF_HISTORIES, Feature
 from twotower.export.build_engine import build
 from twotower.export.bundle import answer_difference
 from twotower.export.config import TensorRTConfig
@@ -36,7 +36,7 @@ from twotower.towers.sequence import BIAS_UNIT
 from twotower.towers.two_tower import TwoTower
 
 USERS, ITEMS, EVENTS, QUERIES, K = 60, 50, 600, 300, 10
-POOLINGS = ("mean", "attention", *ENCODERS)
+POOLINGS = ("mean", "attention", *OF_HISTORIES)
 # fp32: the rounding of a few layers, on vectors of length 1. The others are the defaults' gate.
 TOLERANCE = {"fp32": 1e-5} | {
     p: getattr(TensorRTConfig(), f"{p}_tolerance") for p in PRECISIONS if p != "fp32"
@@ -122,7 +122,8 @@ def towers(data, interaction: str) -> TwoTower:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim():
-                unit = BIAS_UNIT if name.endswith(("distance_bias", "gap_bias")) else 1
+                told = name.endswith(("distance_bias", "gap_bias", "of_span", "recency"))
+                unit = BIAS_UNIT if told else 1
                 parameter.add_(0.1 * torch.randn_like(parameter) / unit)
     return model
 
@@ -135,7 +136,7 @@ def requests(data, count: int) -> list:
             for f in data.config.query:
                 if f.kind == "history":
                     row[f.name] = ["no such item"] * (i % 3)
-                    row |= {f.times_name: [None] * (i % 3)} if f.time_gaps else {}
+                    row |= {f.times_name: [None] * (i % 3)} if f.has_times else {}
                 elif f.kind in ID_KINDS and f.name != "friends":
                     row[f.name] = "nowhere" if f.name == "city" else 2**40 + i
     return rows

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from twotower.data.batches import BatchBuilder
-from twotower.data.schema import ENCODERS, ID_KINDS, Feature
+from twotower.data.schema import ID_KINDS, OF_HISTORIES, POOLINGS, Feature
 from twotower.data.table import Table
 from twotower.errors import UserError
 from twotower.export.golden import raw_tensors, session
@@ -41,7 +41,7 @@ ITEM_KINDS = {
 def pooled(features, pooling):
     from dataclasses import replace
 
-    lists = ("history",) if pooling in ENCODERS else ("history", "ids")
+    lists = ("history",) if pooling in OF_HISTORIES else ("history", "ids")
     return [replace(f, pooling=pooling) if f.kind in lists else f for f in features]
 
 
@@ -72,9 +72,11 @@ VARIANTS += [("concat", False, False), ("concat", True, True)]
 CONTRACT = [(name, *variant) for name in CASES for variant in VARIANTS]
 # An encoder is what it is whatever comes after it.
 CASES |= {f"query {n}, {p}": ([KINDS[n]], list(ITEM_KINDS.values())[:1], p)
-          for n in ("history", "one") for p in ENCODERS}  # fmt: skip
-CONTRACT += [(f"query history, {p}", "concat", True, d) for p in ENCODERS for d in (False, True)]
-CONTRACT += [(f"query one, {p}", "concat", True, False) for p in ENCODERS]
+          for n in ("history", "one") for p in OF_HISTORIES}  # fmt: skip
+CONTRACT += [
+    (f"query history, {p}", "concat", True, d) for p in OF_HISTORIES for d in (False, True)
+]
+CONTRACT += [(f"query one, {p}", "concat", True, False) for p in OF_HISTORIES]
 # What a history brings of the catalogue, however it is read.
 BRINGS = Feature(
     name="history",
@@ -84,9 +86,9 @@ BRINGS = Feature(
     item_features=["tags", "price", "text"],
 )
 CASES |= {f"entries' features, {p}": ([BRINGS], list(ITEM_KINDS.values()), p)
-          for p in ("mean", "sum", "attention", *ENCODERS)}  # fmt: skip
+          for p in POOLINGS}  # fmt: skip
 CONTRACT += [(f"entries' features, {p}", "concat", True, d)
-             for p in ("mean", "sum", "attention", *ENCODERS) for d in (False, True)]  # fmt: skip
+             for p in POOLINGS for d in (False, True)]  # fmt: skip
 
 
 def tables_of(features, dynamic) -> dict[str, Table]:
@@ -134,8 +136,9 @@ def test_training_twin_and_onnx_agree(name, interaction, residual, dynamic, make
     requests = []
     for row in events:
         user = int(data.event_columns["user"][row])
-        history = data.timeline[data.history_from[user] : data.event_columns["history_to"][row]]
-        requests.append(data.raw_query(user, int(row), history))
+        line = slice(data.history_from[user], data.event_columns["history_to"][row])
+        seconds = data.timeline_seconds[line] if data.config.timed_histories() else None
+        requests.append(data.raw_query(user, int(row), data.timeline[line], seconds))
     catalogue = np.arange(len(data.items))
     raw_items = data.items.select([f"raw.{f.name}" for f in data.config.item])
     raw_items = raw_items.rename_columns([f.name for f in data.config.item]).to_pylist()

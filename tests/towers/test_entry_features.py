@@ -110,7 +110,7 @@ def test_a_history_without_an_order_leaves_out_its_own_item_with_its_features(ma
     torch.testing.assert_close(read, asked["past"], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attention", "transformer", "hstu"])
+@pytest.mark.parametrize("pooling", ["mean", "attention", "timed_sum", "transformer", "hstu"])
 def test_a_step_teaches_what_entries_bring(pooling, make) -> None:
     past = replace(PAST, pooling=pooling)
     data = make(EVENTS, items=ITEMS, query=[past], item=[ITEM, TAGS, PRICE])

@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twotower.data.batches import BatchBuilder
+from twotower.data.encode import SPANS
 from twotower.data.schema import Feature
 from twotower.errors import UserError
 from twotower.kernels.sampled_softmax import sampled_softmax
 from twotower.towers.config import INTERACTIONS, ModelConfig
 from twotower.towers.sequence import BIAS_UNIT
-from twotower.towers.tower import AttentionPool
+from twotower.towers.tower import AttentionPool, TimedSum
 from twotower.towers.two_tower import TwoTower
 
 from ..conftest import EVENTS, ITEM
@@ -28,7 +29,7 @@ def history(pooling: str) -> Feature:
     return Feature(name="history", kind="history", table="item_id", length=3, pooling=pooling)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "sum", "attention"])
+@pytest.mark.parametrize("pooling", ["mean", "sum", "attention", "timed_sum"])
 def test_vectors_have_unit_length_for_any_history(make, pooling) -> None:
     data = make(EVENTS, query=[history(pooling)])
     builder, model = BatchBuilder(data), build(data)
@@ -61,9 +62,9 @@ def test_towers_share_the_table_that_they_name(make) -> None:
         assert gradient.abs().sum() > 0
 
 
-def test_mean_and_sum_pool_as_they_say(make) -> None:
+def test_mean_and_sums_pool_as_they_say(make) -> None:
     lengths = {}
-    for pooling in ("mean", "sum"):
+    for pooling in ("mean", "sum", "timed_sum"):
         data = make(EVENTS, query=[history(pooling)])
         model = build(data)
         batch = BatchBuilder(data).queries(np.array([2]))  # user 1's third event
@@ -75,7 +76,7 @@ def test_mean_and_sum_pool_as_they_say(make) -> None:
         expected = table.mean(0) if pooling == "mean" else table.sum(0)
         torch.testing.assert_close(seen["history"][0], expected)
         lengths[pooling] = len(rows)
-    assert lengths == {"mean": 2, "sum": 2}
+    assert lengths == {"mean": 2, "sum": 2, "timed_sum": 2}
 
 
 def test_attention_can_prefer_the_newest(make) -> None:
@@ -105,25 +106,42 @@ def test_attention_learns_which_place_counts_in_a_few_hundred_steps_of_adam() ->
     assert loss < 0.05, "of a variance of 1, the mean's 0.83"
 
 
+def test_a_timed_sum_learns_from_when_on_entries_count() -> None:
+    torch.manual_seed(0)
+    pool = TimedSum(6)
+    optimizer = torch.optim.AdamW(pool.parameters(), lr=0.001)
+    mask = torch.ones(64, 6, dtype=torch.bool)
+    for _ in range(300):
+        entries, span = torch.randn(64, 6, 8), torch.randint(SPANS, (64, 6)).sort(1).values
+        since = (span >= SPANS // 2).unsqueeze(-1)
+        loss = (pool(entries, mask, span.float()) - (entries * since).sum(1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05, "of a plain sum 3"
+
+
+@pytest.mark.parametrize("kind", [AttentionPool, TimedSum])
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4), shift=st.integers(0, 3),
     seed=st.integers(0, 99),
 )  # fmt: skip
-def test_attention_at_each_entry_is_attention_to_it_and_those_before(lengths, shift, seed) -> None:
+def test_the_state_of_each_entry_is_of_it_and_those_before(kind, lengths, shift, seed) -> None:
     torch.manual_seed(seed)
-    pool = AttentionPool(8, 9)
+    pool = AttentionPool(8, 9) if kind is AttentionPool else TimedSum(9)
     with torch.no_grad():
-        pool.content.normal_()
-        pool.recency.normal_(std=1 / BIAS_UNIT)
+        for name, parameter in pool.named_parameters():
+            parameter.normal_(std=1.0 if name == "content" else 1 / BIAS_UNIT)
     place = torch.arange(9) - shift
     mask = (place >= 0) & (place < torch.tensor(lengths)[:, None])
-    entries = torch.randn(len(lengths), 9, 8)
-    state = pool.encode(entries, mask)
+    entries, spans = torch.randn(len(lengths), 9, 8), torch.randint(SPANS, (len(lengths), 9))
+    times = [spans.float()] if kind is TimedSum else []
+    state = pool.encode(entries, mask, *times)
     for row, last in mask.nonzero().tolist():
         until = mask[row : row + 1] & (torch.arange(9) <= last)
-        expected = pool(entries[row : row + 1], until)[0]
-        torch.testing.assert_close(state[row, last], expected, atol=1e-6, rtol=1e-5)
+        expected = pool(entries[row : row + 1], until, *(t[row : row + 1] for t in times))[0]
+        torch.testing.assert_close(state[row, last], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_context_feature_changes_the_query_but_not_the_item(make) -> None:

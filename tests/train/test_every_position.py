@@ -20,7 +20,7 @@ QUERY = (
 )
 
 
-@pytest.fixture(scope="module", params=["transformer", "attention"])
+@pytest.fixture(scope="module", params=["transformer", "attention", "timed_sum"])
 def prepared(
     request: pytest.FixtureRequest, demo_log: Path, tmp_path_factory: pytest.TempPathFactory,
     twotower,

@@ -1,18 +1,22 @@
-"""The time between a history's entries: the same from the log, from a request and in the graph."""
+"""The times of a history's entries: the same from the log, from a request and in the graph."""
 
 import numpy as np
 import pytest
 import torch
 
 from twotower.data.batches import BatchBuilder
-from twotower.data.schema import ENCODERS, Feature
+from twotower.data.encode import SPANS
+from twotower.data.schema import ENCODERS, OF_HISTORIES, Feature
 from twotower.errors import UserError
 from twotower.export.golden import raw_tensors, session
 
 from ..conftest import EVENTS
 from .bundles import timed_bundle
 
-NAMES = [f"{kind}_times" for kind in ENCODERS]
+GAPS = [f"{kind}_times" for kind in ENCODERS]
+SPANNED = "timed_sum_times"
+NAMES = [SPANNED, *GAPS]
+LATER_S = 10**9
 
 
 def requests_of(data) -> list[dict]:
@@ -29,7 +33,7 @@ def test_log_request_and_graph_agree(make, tmp_path) -> None:
     data, model, bundle = timed_bundle(make, tmp_path)
     assert bundle.manifest.parity["scores"] < 1e-5
     assert [s.name for s in bundle.manifest.query] == [
-        name for kind in ENCODERS for name in (kind, f"{kind}_times")
+        name for pooling in OF_HISTORIES for name in (pooling, f"{pooling}_times")
     ]
     assert any(g.features[NAMES[0]] for g in bundle.golden())
     requests = requests_of(data)
@@ -46,12 +50,18 @@ def test_log_request_and_graph_agree(make, tmp_path) -> None:
 
     as_logged = served(requests)
     np.testing.assert_allclose(as_logged, trained.detach().numpy(), atol=5e-6)
-    # Any origin of time will do; without times, and with one missing, histories are other ones.
-    later = [r | {n: [t + 10**9 for t in r[n]] for n in NAMES} for r in requests]
-    np.testing.assert_array_equal(served(later), as_logged)
+    # To gaps any origin of time will do; without times, and with one missing, histories are others.
+    gaps_later = [r | {n: [t + LATER_S for t in r[n]] for n in GAPS} for r in requests]
+    np.testing.assert_array_equal(served(gaps_later), as_logged)
+    # To a sum, what comes after the training period is of its newest span, as what is not known.
+    far = [r | {SPANNED: [t + LATER_S for t in r[SPANNED]]} for r in requests]
+    not_known = [r | {SPANNED: [None] * len(r[SPANNED])} for r in requests]
+    np.testing.assert_array_equal(served(far), served(not_known))
+    several = np.array([len(r[SPANNED]) > 2 for r in requests])
+    early = np.array([max(r[SPANNED], default=0) < data.encoder.span_starts[-1] for r in requests])
+    assert (np.abs(served(far) - as_logged)[several & early].max(1) > 1e-4).all()
     unknown = served([r | {n: [None] * len(r[n]) for n in NAMES} for r in requests])
     partly = served([r | {n: [None, *r[n][1:]][: len(r[n])] for n in NAMES} for r in requests])
-    several = np.array([len(r[NAMES[0]]) > 2 for r in requests])
     for other in (unknown, partly):
         assert (np.abs(other - as_logged)[several].max(1) > 1e-4).all()
     assert (np.abs(unknown - partly)[several].max(1) > 1e-4).all()
@@ -83,9 +93,15 @@ def test_ages_of_items_from_before_the_log_are_not_known(make) -> None:
       "time_gaps are for pooling transformer or hstu, got pooling mean"),
      ([Feature(name="h", kind="history", table="item_id", pooling="hstu", time_gaps=True),
        Feature(name="h_times", kind="id")],
-      "'h_times' is the name of the times of 'h'")],
+      "'h_times' is the name of the times of the history 'h'"),
+     ([Feature(name="h", kind="history", table="item_id", pooling="timed_sum", time_gaps=True)],
+      "time_gaps are for pooling transformer or hstu, got pooling timed_sum"),
+     ([Feature(name="h", kind="ids", table="item_id", pooling="timed_sum")],
+      "timed_sum reads a history by its times, and ids has none: choose mean, sum or attention"),
+     ([Feature(name="h", kind="history", table="item_id", pooling="timed_sum", column="before")],
+      "what came before the log has none: choose another pooling, or leave")],
 )  # fmt: skip
-def test_time_gaps_that_cannot_be_are_refused(features, words, make) -> None:
+def test_times_that_cannot_be_are_refused(features, words, make) -> None:
     with pytest.raises(UserError, match=words):
         make(EVENTS, query=features)
 
@@ -97,3 +113,4 @@ def test_towers_train_on_the_terms_of_time(make, tmp_path) -> None:
     for kind in ENCODERS:
         gradient = model.query.pools[f"pool_{kind}"].gap_bias.grad
         assert (gradient.abs().amax(1) > 0).sum() > 8, "gaps of many sizes"
+    assert (model.query.pools["pool_timed_sum"].of_span.grad != 0).sum() > SPANS // 3
