@@ -66,12 +66,13 @@ Answer = Callable[[Queries], I64]
 # Changes of the recipe: of the table beside the best possible, and of that of cold start.
 PLANTED: dict[str, dict[str, Any]] = {
     "two towers": {},
+    "with a plain sum": {"data.query.history.pooling": "sum"},
     "without item_l2": {"train.item_l2": 0.0},
-    "without user_id": {"data.query.user_id": None},
 }
 COLD: dict[str, dict[str, Any]] = {
     "id dropout 0, no item_l2": {"train.id_dropout": 0.0, "train.item_l2": 0.0},
     "id dropout 0": {"train.id_dropout": 0.0},
+    "id dropout 0.03": {"train.id_dropout": 0.03},
     "id dropout 0.1": {"train.id_dropout": 0.1},
     "no item id": {"train.id_dropout": 0.0, "train.item_l2": 0.0, "data.item.item_id": None},
     "id dropout 0.3": {"train.id_dropout": 0.3},
@@ -255,8 +256,9 @@ def main() -> None:
     """Measure one log."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml")
-    for name in ("users", "items", "events"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(DemoLogConfig, name))
+    for name in ("users", "items", "events", "seed"):
+        default = getattr(DemoLogConfig, name)
+        parser.add_argument(f"--{name}", type=int, default=default, help="of the log")
     parser.add_argument("--cold", action="store_true", help="the table of cold start")
     parser.add_argument("--seeds", default="0", help="of training, with commas between")
     arguments = parser.parse_args()
@@ -265,7 +267,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = DemoLogConfig(
             output=f"{folder}/log", users=arguments.users, items=arguments.items,
-            events=arguments.events,
+            events=arguments.events, seed=arguments.seed,
         )  # fmt: skip
         counts, _ = write_demo_log(log)
         truth = demo_truth(log)

@@ -21,6 +21,9 @@ from twotower.towers.config import ModelConfig
 from twotower.towers.interaction import CrossInteraction, DotInteraction
 from twotower.towers.sequence import BIAS_UNIT, SequenceEncoder, newer_entries
 
+# As `BIAS_UNIT`, which would make the weights of spans too restless.
+SPAN_UNIT = 10.0
+
 
 class AttentionPool(nn.Module):
     """Weighted mean of a list, by content and by place from its newest entry."""
@@ -99,7 +102,7 @@ class TimedSum(nn.Module):
     def _of_span(self, mask_BL: Tensor, span_BL: Tensor) -> Tensor:
         """Return what each entry counts by its span, nothing where there is none."""
         place_BL = span_BL.to(torch.int64).clamp_min(0)
-        return torch.exp(BIAS_UNIT * self.of_span[place_BL]) * mask_BL
+        return torch.exp(SPAN_UNIT * self.of_span[place_BL]) * mask_BL
 
 
 class EntryFeatures(nn.Module):

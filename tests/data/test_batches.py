@@ -27,7 +27,7 @@ def test_a_batch_holds_the_lists_of_its_events(data) -> None:
         user, item = int(c["user"][row]), int(c["item"][row])
         timeline = data.timeline[data.history_from[user] : c["history_to"][row]][-50:]
         expected = {
-            "query.user_id": [data.users["feature.user_id"][user].as_py()],
+            "query.country": [data.users["feature.country"][user].as_py()],
             "query.history": [history_rows[i] for i in timeline],
             "query.device": [devices[int(data.events["context.device"][int(row)].as_py())]],
             "item.item_id": [items["feature.item_id"][item].as_py()],

@@ -48,8 +48,8 @@ def test_a_graph_of_the_usual_size_agrees_and_fits_tensorrt(kind) -> None:
 def test_a_trained_encoder_passes_the_parity_gate(kind, demo_log, tmp_path, twotower) -> None:
     job = tmp_path / "job.yaml"
     text = QUICKSTART.read_text()
-    assert "table: item_id, pooling: sum" in text
-    job.write_text(text.replace("pooling: sum", f"pooling: {kind}"))
+    assert "pooling: timed_sum" in text
+    job.write_text(text.replace("pooling: timed_sum", f"pooling: {kind}"))
     options = [
         "--run_dir=run", f"--data.root={demo_log}", "--train.batch_size=256",
         "--train.max_steps=60", "--model.encoder.heads=2",

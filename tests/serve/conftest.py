@@ -29,7 +29,7 @@ from ..conftest import FinishedRun
 FREE = ServeConfig(http_port=0, grpc_port=0, metrics_port=0, probe_interval_s=0.3)
 
 
-GOOD = {"user_id": 1, "history": ["item-000001"], "country": "c1", "age": 30.0, "device": "web"}
+GOOD = {"history": ["item-000001"], "country": "c1", "age": 30.0, "device": "web"}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -103,7 +103,6 @@ def shared_memory(pid: int) -> list[Path]:
 def raw_inputs(**changes):
     """Return the tensors of a good request, changed, with no check of ours in between."""
     tensors = {
-        "user_id": ("INT64", np.array([[1]])),
         "history": ("BYTES", np.array([[b"item-000001"]], dtype=object)),
         "country": ("BYTES", np.array([[b"c1"]], dtype=object)),
         "age": ("FP32", np.array([[30]], np.float32)),

@@ -86,7 +86,7 @@ def test_k_is_the_servers_default_or_as_asked(client, golden) -> None:
 
 
 def test_unseen_and_missing_ids_are_answered(client) -> None:
-    features = {"user_id": 10**12, "history": [], "country": None, "age": 33, "device": "fridge"}
+    features = {"history": [], "country": None, "age": 33, "device": "fridge"}
     answer = client.recommend(features, k=5)
     assert len(set(answer.item_ids)) == 5
     features["history"] = ["no such item", "item-000001"]
@@ -102,21 +102,21 @@ def test_a_large_number_is_answered_as_by_eager_pytorch(server, finished_run, cl
     data = PreparedDataset(finished_run.run_dir / "prepared")
     model = load_towers(finished_run.run_dir / "train")
     vectors = np.load(server.bundle.path / "item_vectors.npy")
-    rows = [GOOD | {"age": age, "exclude": []} for age in (1e6, -1e12, 1e17)]
+    good = GOOD | {"history_times": [None], "exclude": []}
+    rows = [good | {"age": age} for age in (1e6, -1e12, 1e17)]
     for g in eager_answers(model, vectors, data, rows, 10):
         answer = client.recommend(g.features, k=10)
         assert answer_difference(
             g.item_ids, g.scores, answer.item_ids, answer.scores, TOLERANCE
         ) <= TOLERANCE  # fmt: skip
         assert max(answer.scores) > 0.1
-    (g,) = eager_answers(model, vectors, data, [GOOD | {"age": 1e22, "exclude": []}], 10)
+    (g,) = eager_answers(model, vectors, data, [good | {"age": 1e22}], 10)
     bias = np.sort(vectors[:, -1])[::-1][:10]
     np.testing.assert_allclose(g.scores, bias, atol=TOLERANCE, err_msg="the query still matters")
 
 
 def test_a_request_of_several_rows_is_answered_row_by_row(server, client) -> None:
     rows = {
-        "user_id": ("INT64", np.array([[1], [2]])),
         "history": ("BYTES", np.array([[b"item-000001", b""], [b"item-000002", b"item-000003"]],
                                       dtype=object)),
         "country": ("BYTES", np.array([[b"c1"], [b""]], dtype=object)),
@@ -127,8 +127,7 @@ def test_a_request_of_several_rows_is_answered_row_by_row(server, client) -> Non
         together = raw.infer("recommend", raw_inputs(**rows)).as_numpy("item_ids")
     first = client.recommend(GOOD)
     second = client.recommend(
-        {"user_id": 2, "history": ["item-000002", "item-000003"], "country": None, "age": 40,
-         "device": "web"}
+        {"history": ["item-000002", "item-000003"], "country": None, "age": 40, "device": "web"}
     )  # fmt: skip
     assert [i.decode() for i in together[0]] == first.item_ids
     assert [i.decode() for i in together[1]] == second.item_ids
@@ -245,7 +244,6 @@ def test_those_who_wait_are_answered_beside_those_who_gave_up(server, golden) ->
 def test_json_over_http_answers_without_any_client_library(server) -> None:
     body = {
         "inputs": [
-            {"name": "user_id", "datatype": "INT64", "shape": [1, 1], "data": [1]},
             {"name": "history", "datatype": "BYTES", "shape": [1, 1], "data": ["item-000001"]},
             {"name": "country", "datatype": "BYTES", "shape": [1, 1], "data": ["c1"]},
             {"name": "age", "datatype": "FP32", "shape": [1, 1], "data": [30]},

@@ -11,10 +11,10 @@ from tritonclient.utils import InferenceServerException
 
 from .conftest import raw_inputs, stubs_of
 
-NAMES = ["user_id", "history", "country", "age", "device", "k", "exclude", "allow", "filter"]
+NAMES = ["history", "history_times", "country", "age", "device", "k", "exclude", "allow", "filter"]
 TYPE = {
-    "user_id": "INT64", "history": "BYTES", "country": "BYTES", "age": "FP32", "device": "BYTES",
-    "k": "INT32", "exclude": "BYTES", "allow": "BYTES", "filter": "BYTES",
+    "history": "BYTES", "history_times": "INT64", "country": "BYTES", "age": "FP32",
+    "device": "BYTES", "k": "INT32", "exclude": "BYTES", "allow": "BYTES", "filter": "BYTES",
 }  # fmt: skip
 ENTRY = {
     "INT64": st.integers(-(2**63), 2**63 - 1), "INT32": st.integers(-(2**31), 2**31 - 1),

@@ -17,7 +17,9 @@ from twotower.serve.client import RecommendClient
 from ..conftest import ROOT
 
 # The user of the examples.
-USER = {"user_id": 7, "country": "c1", "age": 31, "device": "web"}
+USER = {"country": "c1", "age": 31, "device": "web"}
+# When what the examples name was taken.
+TIMES = [1739000000, 1739500000]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -53,7 +55,8 @@ def run(command, server, cwd) -> str:
 
 def expected(server, **request) -> tuple[list[str], list[float]]:
     with RecommendClient(server.grpc_url, timeout_s=20) as client:
-        features = USER | {"history": request.pop("history")}
+        history = request.pop("history")
+        features = USER | {"history": history, "history_times": TIMES[: len(history)]}
         answer = client.recommend(features, **request)
     return answer.item_ids, answer.scores
 
@@ -61,7 +64,7 @@ def expected(server, **request) -> tuple[list[str], list[float]]:
 def test_the_configuration_says_what_the_model_takes(server, tmp_path) -> None:
     schema = json.loads(run(example("docs/protocol.md", "sh", "/config"), server, tmp_path))
     assert [f["name"] for f in schema["features"]] == [
-        "user_id", "history", "country", "age", "device"
+        "history", "history_times", "country", "age", "device"
     ]  # fmt: skip
     assert (schema["version"], schema["default_k"], schema["max_k"]) == (1, 10, 300)
 

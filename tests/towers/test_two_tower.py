@@ -111,7 +111,7 @@ def test_a_timed_sum_learns_from_when_on_entries_count() -> None:
     pool = TimedSum(6)
     optimizer = torch.optim.AdamW(pool.parameters(), lr=0.001)
     mask = torch.ones(64, 6, dtype=torch.bool)
-    for _ in range(300):
+    for _ in range(400):
         entries, span = torch.randn(64, 6, 8), torch.randint(SPANS, (64, 6)).sort(1).values
         since = (span >= SPANS // 2).unsqueeze(-1)
         loss = (pool(entries, mask, span.float()) - (entries * since).sum(1)).square().mean()

@@ -173,12 +173,12 @@ def test_a_link_in_a_checkpoint_is_refused(copy) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_difference(copy) -> None:
     spec = json.loads((copy / "model.json").read_text())
-    spec["table_rows"]["user_id"] += 5
+    spec["table_rows"]["country"] += 5
     spec["model"]["hidden"] = [32, 8]
     (copy / "model.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match="is of another model") as refused:
         load_towers(copy, copy / "checkpoint")
-    assert re.search(r"table_user_id.weight is \d+ x 16 in it, \d+ x 16 here", str(refused.value))
+    assert re.search(r"table_country.weight is \d+ x 16 in it, \d+ x 16 here", str(refused.value))
     assert re.search(r"layers\S+ is not in it", str(refused.value))
 
 
@@ -290,7 +290,7 @@ def test_the_commands_inspect_reshard_and_consolidate(trained, twotower, tmp_pat
     assert done.returncode == 0, done.stderr
     assert "every file is as it was written" in done.stdout
     assert re.search(r"ranks that wrote it\s+│ 2", done.stdout)
-    assert "table_user_id" in done.stdout
+    assert "table_country" in done.stdout
     done = twotower("checkpoint", "reshard", trained, "three", "--ranks", 3, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     source, three = trained / "train" / "checkpoint", tmp_path / "three"

@@ -20,6 +20,8 @@ from .test_launched_training import start, wait_for_step
 # Items get more ids than slots, pooled by attention; users, by a sum, wait for every third step.
 # One bias for all items changes no softmax, so that AdamW would make rounding errors whole steps.
 SETTINGS = [
+    "--data.query=[{name: user_id, kind: id}, {name: history, kind: history, table: item_id, "
+    "pooling: sum, item_features: [genre, tags]}, {name: age, kind: number}]",
     "--data.tables={item_id: {slots: 400}, user_id: {slots: 1600, admit_every: 3}}",
     "--train.max_steps=50", "--model.dropout=0", "--train.id_dropout=0",
     "--model.item_bias=false",

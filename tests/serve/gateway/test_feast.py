@@ -199,7 +199,7 @@ def odd() -> Iterator[str]:
         (200, "[]", "answers, but not as a feature server of Feast"),
         (200, '{"metadata": {"feature_names": ["user_id", "tall"]}, "results": '
               '[{"values": [0], "statuses": ["PRESENT"]}, {"values": [1], "statuses": ["NULL"]}]}',
-         "has the features tall, of which the model takes none: it takes user_id, country, age"),
+         "has the features tall, of which the model takes none: it takes country, age, device"),
     ],
 )  # fmt: skip
 def test_a_service_that_cannot_serve_is_refused(

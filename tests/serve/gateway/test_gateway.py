@@ -46,17 +46,16 @@ def test_what_a_caller_says_goes_before_the_store(gateway, server, data) -> None
     own = {"country": "c3", "age": 61, "device": None}
     history = ["item-000003", "item-000200"]
     with RecommendClient(server.grpc_url) as client:
+        said = {"history": history, "history_times": [None, 1_738_000_000]}
         expected = client.recommend(
-            features | own | {"history": history}, k=9, exclude=[*seen, *history, "item-000040"]
+            features | own | said, k=9, exclude=[*seen, *history, "item-000040"]
         )
-        answered = gateway.ids(
-            user=7, features=own, history=history, k=9, exclude=["item-000040"]
-        )  # fmt: skip
+        answered = gateway.ids(user=7, features=own, k=9, exclude=["item-000040"], **said)
         assert answered == expected.item_ids
         expected = client.recommend(features, k=300)
         assert gateway.ids(user=7, k=300, filter_seen=False) == expected.item_ids
         unknown, _ = request_of(data, 987654)
-        expected = client.recommend(unknown | {"user_id": None}, k=5)
+        expected = client.recommend(unknown, k=5)
         assert gateway.ids(k=5) == expected.item_ids
 
 
@@ -64,7 +63,8 @@ def test_a_history_longer_than_the_window_is_cut_but_all_seen(gateway, server, d
     history = [f"item-{i:06}" for i in range(100)]
     features, _ = request_of(data, 987654)
     with RecommendClient(server.grpc_url) as client:
-        expected = client.recommend(features | {"history": history[-50:]}, k=7, exclude=history)
+        newest = {"history": history[-50:], "history_times": [None] * 50}
+        expected = client.recommend(features | newest, k=7, exclude=history)
     assert gateway.ids(user=987654, history=history, k=7) == expected.item_ids
 
 
@@ -85,7 +85,7 @@ def test_events_are_history_at_once(gateway) -> None:
 def test_the_documentation_shows_the_models_features(gateway) -> None:
     document = gateway.client.get("/openapi.json").json()
     features = document["components"]["schemas"]["Features"]["properties"]
-    assert set(features) == {"user_id", "country", "age", "device"}
+    assert set(features) == {"country", "age", "device"}
     assert features["age"]["type"] == "number"
     k = document["components"]["schemas"]["Recommend"]["properties"]["k"]
     assert (k["maximum"], k["default"]) == (300, 10)
@@ -97,7 +97,7 @@ def test_the_documentation_shows_the_models_features(gateway) -> None:
     [
         ({"features": {"contry": "c1"}}, 422, "body.features.contry", "did you mean 'country'"),
         ({"usr": 7}, 422, "body.usr", "did you mean 'user'"),
-        ({"events": []}, 422, "body.events", "one of user, features, history, k"),
+        ({"events": []}, 422, "body.events", "one of user, features, history, history_times, k"),
         ({"user": "7"}, 422, "body.user", "valid integer"),
         ({"user": True}, 422, "body.user", "valid integer"),
         ({"user": 2**63}, 422, "body.user", "less than"),
