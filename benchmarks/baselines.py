@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,8 @@ from twotower.train.evaluation import (
     answer_by_popularity,
     score_answers,
 )
+from twotower.train.evaluation.bootstrap import Ratios, differences, intervals
+from twotower.train.evaluation.metrics import accuracy
 
 I64 = npt.NDArray[np.int64]
 # From queries and a cut-off to the items answered (Q, K).
@@ -117,36 +120,71 @@ def _best(score: npt.NDArray[Any], history: sp.csr_matrix, k: int) -> I64:
     return np.take_along_axis(top, order, 1)
 
 
+@dataclass(frozen=True)
+class Judge:
+    """What answers are worth.
+
+    Attributes:
+        data: the dataset.
+        queries: that are answered.
+        k: cut-off.
+        plain: recall and NDCG of the model that others are compared with, by query.
+    """
+
+    data: PreparedDataset
+    queries: Queries
+    k: int
+    plain: Ratios = field(default_factory=dict)
+
+    def ratios(self, rows: I64) -> Ratios:
+        """Return recall and NDCG of answers (Q, K), by query."""
+        found = accuracy(rows, self.queries, self.data, [self.k])
+        return {name: found[name] for name in (f"recall@{self.k}", f"ndcg@{self.k}")}
+
+    def row(self, rows: I64) -> dict[str, Any]:
+        """Return metrics, and of recall and NDCG 95% intervals over users.
+
+        `effects` are what they are above those of the plain model, the ends of that one's interval,
+        and its p-value: on the same users, which tells far more than the intervals of the two.
+        """
+        users = self.data.event_columns["user"][self.queries.event]
+        user_Q = np.unique(users, return_inverse=True)[1]
+        found = self.ratios(rows)
+        return {
+            "metrics": score_answers(rows, self.queries, self.data, [self.k]),
+            "intervals": intervals(found, user_Q, seed=0),
+            "effects": differences((self.plain, found), user_Q, seed=0),
+        }
+
+
 def baselines(
-    data: PreparedDataset, few: Queries, validation: Queries, test: Queries, k: int,
-    sasrec: dict[str, Any] | None,
-) -> dict[str, Callable[[], dict[str, Any]]]:  # fmt: skip
+    judge: Judge, few: Queries, validation: Queries, sasrec: dict[str, Any] | None
+) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return each baseline's name and what measures its row of the table.
 
     Args:
-        data: the dataset.
+        judge: of the rows.
         few: queries that the settings of ALS and EASE are chosen by, by their NDCG.
         validation: those that SASRec's best epoch is.
-        test: queries that are reported.
-        k: cut-off.
         sasrec: settings of SASRec; without them it is left out.
     """
+    data, k = judge.data, judge.k
     taken, size = training_matrix(data), 2048
 
-    def score(answer: Answer, queries: Queries) -> dict[str, float]:
+    def answers(answer: Answer, queries: Queries) -> I64:
         rows = answer(queries, k)
         new = np.diff(queries.seen_offset) == 0
         if new.any():
             rows[new] = answer_by_popularity(data, queries, k, size)[new]
-        return score_answers(rows, queries, data, [k])
+        return rows
 
     def ndcg(queries: Queries, answer: Answer) -> float:
-        return score(answer, queries)[f"ndcg@{k}"]
+        return score_answers(answers(answer, queries), queries, data, [k])[f"ndcg@{k}"]
 
     def row(fit: Callable[[], Answer], **more: Any) -> dict[str, Any]:
         started = time.monotonic()
-        metrics = score(fit(), test)
-        return {"seconds": round(time.monotonic() - started, 1), "metrics": metrics, **more}
+        rows = answers(fit(), judge.queries)
+        return {"seconds": round(time.monotonic() - started, 1), **judge.row(rows), **more}
 
     def simple(answer: Callable[..., I64]) -> dict[str, Any]:
         return row(lambda: lambda queries, k: answer(data, queries, k, size))

@@ -36,21 +36,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
-import torch
 import yaml
 from measure import ROOT, write_result
-from quality import changed, run
+from quality import changed, run, train_towers
 
-from twotower.data.batches import BatchBuilder
 from twotower.data.demo_log import DemoLogConfig, demo_truth, event_time, write_demo_log
 from twotower.data.demo_truth import STRAY_SHARE, TASTE_SHARES, TASTES_CHANGE, DemoTruth, told
 from twotower.data.prepared import PreparedDataset
 from twotower.data.queries import Queries
-from twotower.towers.catalogue import catalogue_vectors
-from twotower.train.checkpoint.towers import load_towers
 from twotower.train.config import EvaluateConfig
 from twotower.train.evaluation import (
-    answer,
     answer_by_cooccurrence,
     answer_by_popularity,
     judged_queries,
@@ -239,19 +234,6 @@ def score(answers: Answer, data: PreparedDataset, queries: Queries) -> dict[str,
     }
 
 
-def towers(config: dict[str, Any], folder: Path) -> tuple[float, Answer]:
-    """Train a job; returns the seconds of training, and its answers."""
-    run("prepare", config, folder)
-    seconds = run("train", config, folder)
-    builder, model = (
-        BatchBuilder(PreparedDataset(folder / "prepared")),
-        load_towers(folder / "train"),
-    )
-    size = EvaluateConfig().batch_size
-    item_ND = catalogue_vectors(model.item_vectors, builder, torch.device("cpu"), size)
-    return seconds, lambda q: answer(model.query_vectors, item_ND, builder, q, K, size)
-
-
 def main() -> None:
     """Measure one log."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -303,8 +285,11 @@ def main() -> None:
                 config = changed(
                     yaml.safe_load(text), {"data.root": log.output, "seed": seed, **changes}
                 )
-                seconds, answers = towers(config, Path(folder, "run"))
-                add(f"{name}, seed {seed}", answers, seconds=round(seconds, 1))
+                seconds, _, answers = train_towers(config, Path(folder, "run"))
+                add(
+                    f"{name}, seed {seed}", lambda q, of=answers: of(q, K),
+                    seconds=round(seconds, 1),
+                )  # fmt: skip
 
 
 if __name__ == "__main__":

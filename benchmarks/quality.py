@@ -6,9 +6,10 @@
 
 Every row answers the same test queries, over the whole catalogue, without what the query's user
 had before. The seconds are those of `twotower train`, or of a baseline's one fit and its answers;
-what was tried on validation is not counted. The result is written to
+what was tried on validation is not counted. Beside recall and NDCG stands what they are above the
+first variant's, with the 95% interval of that, over users. The result is written to
 benchmarks/results/quality-<recipe>.json, row by row; with --keep, a run goes on from the rows that
-one of the same recipe left there.
+one of the same recipe left there, and trains the first variant anew, to compare with.
 
 A variant is a line of VARIANTS: dotted keys of the YAML and their values. A feature is found by its
 name, and left out by null: {"data.item.genres": None}.
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,17 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from baselines import baselines
+from baselines import Answer, Judge, baselines
 from measure import RESULTS, ROOT, write_result
 from stand_ins import write_next_items, write_user_lines
 
 from twotower.data.batches import BatchBuilder
 from twotower.data.prepared import PreparedDataset
 from twotower.data.queries import Queries
+from twotower.towers.catalogue import catalogue_vectors
 from twotower.train.checkpoint.towers import load_towers
 from twotower.train.config import EvaluateConfig
-from twotower.train.evaluation import evaluate_towers, judged_queries
+from twotower.train.evaluation import answer, judged_queries
 
 # Of validation, what the settings of ALS and EASE are chosen by.
 SETTINGS_QUERIES = 2000
@@ -271,20 +273,26 @@ def run(command: str, config: dict[str, Any], folder: Path) -> float:
     return time.monotonic() - started
 
 
-def measure_variant(
-    changes: dict[str, Any], config: dict[str, Any], folder: Path, queries: Queries, k: int
-) -> dict[str, Any]:
-    """Train a variant and judge it by `queries`; returns its row."""
+def train_towers(config: dict[str, Any], folder: Path) -> tuple[float, PreparedDataset, Answer]:
+    """Train a job; returns the seconds of training, the dataset, and what answers queries."""
     run("prepare", config, folder)
     seconds = run("train", config, folder)
-    data, judge = PreparedDataset(folder / "prepared"), EvaluateConfig(k=[k])
-    if not _same(queries, judged_queries(data, 2, judge, config["seed"])):
+    data, size = PreparedDataset(folder / "prepared"), EvaluateConfig().batch_size
+    builder, model = BatchBuilder(data), load_towers(folder / "train")
+    item_ND = catalogue_vectors(model.item_vectors, builder, torch.device("cpu"), size)
+    return seconds, data, lambda q, k: answer(model.query_vectors, item_ND, builder, q, k, size)
+
+
+def measure_variant(
+    changes: dict[str, Any], config: dict[str, Any], folder: Path, judge: Judge
+) -> dict[str, Any]:
+    """Train a variant and judge it; returns its row."""
+    seconds, data, answers = train_towers(config, folder)
+    test = judged_queries(data, 2, EvaluateConfig(k=[judge.k]), config["seed"])
+    if not _same(judge.queries, test):
         raise SystemExit(f"{changes}: has other test queries than the recipe")
-    metrics = evaluate_towers(
-        load_towers(folder / "train"), BatchBuilder(data), queries, [k], judge.batch_size,
-        torch.device("cpu"),
-    )  # fmt: skip
-    return {"changes": changes, "seconds": round(seconds, 1), "metrics": metrics}
+    row = judge.row(answers(judge.queries, judge.k))
+    return {"changes": changes, "seconds": round(seconds, 1), **row}
 
 
 def add(name: str, row: dict[str, Any], result: dict[str, Any]) -> None:
@@ -292,9 +300,12 @@ def add(name: str, row: dict[str, Any], result: dict[str, Any]) -> None:
     result["rows"][name] = row
     packages = ("twotower", "torch", "implicit", "scipy")
     write_result(f"quality-{result['recipe']}", result, packages)
-    recall, ndcg = (row["metrics"][f"{m}@{result['k']}"] for m in ("recall", "ndcg"))
+    cells = [
+        f"{row['metrics'][metric]:.4f} {effect:+.4f} {low:+.4f} to {high:+.4f}"
+        for metric, (effect, low, high, _) in row["effects"].items()
+    ]
     more = " ".join(f"{k}={v:g}" for k, v in row.get("settings", {}).items())
-    print(f"{name:20} {recall:9.4f} {ndcg:9.4f} {row['seconds']:8.0f}  {more}", flush=True)
+    print(f"{name:40} {'   '.join(cells)} {row['seconds']:8.0f}  {more}", flush=True)
 
 
 def _same(a: Queries, b: Queries) -> bool:
@@ -324,9 +335,11 @@ def main() -> None:
     if arguments.keep and file.exists():
         before = json.loads(file.read_text())
         if before["job"] == result["job"]:
-            result["rows"] = before["rows"]
-    print(f"{arguments.recipe:20} {f'recall@{recipe.k}':>9} {f'NDCG@{recipe.k}':>9} {'seconds':>8}")
-    judge = EvaluateConfig(k=[recipe.k])
+            # Older rows have no effects.
+            result["rows"] = {n: row for n, row in before["rows"].items() if "effects" in row}
+    titles = f"{f'recall@{recipe.k}':32}   {f'NDCG@{recipe.k}':32}"
+    print(f"{arguments.recipe:40} {titles} {'seconds':>8}")
+    judged = EvaluateConfig(k=[recipe.k])
     with tempfile.TemporaryDirectory() as folder:
         root = arguments.data / recipe.data
         if recipe.stand_in is not None:
@@ -344,18 +357,22 @@ def main() -> None:
         few = judged_queries(
             data, 1, EvaluateConfig(k=[recipe.k], max_queries=SETTINGS_QUERIES), plain["seed"]
         )
-        validation = judged_queries(data, 1, judge, plain["seed"])
-        test = judged_queries(data, 2, judge, plain["seed"])
+        validation = judged_queries(data, 1, judged, plain["seed"])
+        test = judged_queries(data, 2, judged, plain["seed"])
         result["queries"] = len(test.event)
-        known = baselines(data, few, validation, test, recipe.k, recipe.sasrec)
-        for name, measured in known.items():
+        seconds, _, answers = train_towers(plain, Path(folder, "plain"))
+        rows = answers(test, recipe.k)
+        judge = Judge(data, test, recipe.k)
+        judge = replace(judge, plain=judge.ratios(rows))
+        first = {"changes": {}, "seconds": round(seconds, 1), **judge.row(rows)}
+        add(next(iter(jobs)), first, result)
+        for name, measured in baselines(judge, few, validation, recipe.sasrec).items():
             if name not in result["rows"]:
                 add(name, measured(), result)
         for number, name in enumerate(names):
             if name not in result["rows"]:
                 where = Path(folder, str(number))
-                row = measure_variant(variants[name], jobs[name], where, test, recipe.k)
-                add(name, row, result)
+                add(name, measure_variant(variants[name], jobs[name], where, judge), result)
 
 
 if __name__ == "__main__":

@@ -291,13 +291,13 @@ def test_what_nobody_waits_for_is_not_computed(full) -> None:
             for user in range(20):
                 with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
                     client.infer(
-                        "recommend", raw_inputs(user_id=("INT64", np.array([[1000 + user]]))),
+                        "recommend", raw_inputs(age=("FP32", np.array([[user]], np.float32))),
                         client_timeout=0.03,
                     )  # fmt: skip
         finally:
             for stub in stubs:
                 stub.resume()
-        client.infer("recommend", raw_inputs(user_id=("INT64", np.array([[5000]]))))
+        client.infer("recommend", raw_inputs(age=("FP32", np.array([[99]], np.float32))))
         after = counted(client)
     # The one that the stub had begun is computed, and perhaps the probe's.
     assert after[0] - success <= 6
