@@ -335,8 +335,7 @@ def main() -> None:
     if arguments.keep and file.exists():
         before = json.loads(file.read_text())
         if before["job"] == result["job"]:
-            # Older rows have no effects.
-            result["rows"] = {n: row for n, row in before["rows"].items() if "effects" in row}
+            result["rows"] = before["rows"]
     titles = f"{f'recall@{recipe.k}':32}   {f'NDCG@{recipe.k}':32}"
     print(f"{arguments.recipe:40} {titles} {'seconds':>8}")
     judged = EvaluateConfig(k=[recipe.k])
@@ -360,6 +359,11 @@ def main() -> None:
         validation = judged_queries(data, 1, judged, plain["seed"])
         test = judged_queries(data, 2, judged, plain["seed"])
         result["queries"] = len(test.event)
+
+        def missing(name: str) -> bool:
+            # Rows of before have no effects.
+            return "effects" not in result["rows"].get(name, {})
+
         seconds, _, answers = train_towers(plain, Path(folder, "plain"))
         rows = answers(test, recipe.k)
         judge = Judge(data, test, recipe.k)
@@ -367,10 +371,10 @@ def main() -> None:
         first = {"changes": {}, "seconds": round(seconds, 1), **judge.row(rows)}
         add(next(iter(jobs)), first, result)
         for name, measured in baselines(judge, few, validation, recipe.sasrec).items():
-            if name not in result["rows"]:
+            if missing(name):
                 add(name, measured(), result)
         for number, name in enumerate(names):
-            if name not in result["rows"]:
+            if missing(name):
                 where = Path(folder, str(number))
                 add(name, measure_variant(variants[name], jobs[name], where, judge), result)
 
