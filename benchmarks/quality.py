@@ -49,7 +49,9 @@ from twotower.train.evaluation import answer, judged_queries
 SETTINGS_QUERIES = 2000
 # The plain in-batch model, whose candidates are all of a step's items.
 PLAIN: dict[str, Any] = {"train.negatives.exclude_seen": False}
-PLAIN_FILMS = {**PLAIN, "data.query.history.item_features": []}
+PLAIN_FILMS = {
+    **PLAIN, "data.query.history.item_features": [], "data.query.history.pooling": "attention",
+}  # fmt: skip
 # Narrower than the recipe, since every option is measured.
 PLAIN_VIDEOS = {
     **PLAIN, "train.every_position": False, "train.batch_size": 2048, "model.dim": 64,
@@ -142,6 +144,7 @@ EVERY_POSITION: dict[str, Any] = {
 ATTENTION_AT_EVERY_POSITION = {
     **EVERY_POSITION, **WITHOUT_SEEN, "data.query.history.pooling": "attention",
 }  # fmt: skip
+TIMED_SUM: dict[str, Any] = {"data.query.history.pooling": "timed_sum"}
 FILMS: dict[str, Any] = {"data.query.history.item_features": ["genres", "year"]}
 OPTIONS: dict[str, dict[str, Any]] = {
     "recipe": {},
@@ -168,7 +171,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "item L2 of 10": {"train.item_l2": 10.0},
     "item L2 of 100": {"train.item_l2": 100.0},
     "mean pooling": {"data.query.history.pooling": "mean"},
-    "timed sum": {"data.query.history.pooling": "timed_sum"},
+    "timed sum": TIMED_SUM,
     "transformer": {"data.query.history.pooling": "transformer"},
     "hstu": {"data.query.history.pooling": "hstu"},
     "every position": EVERY_POSITION,
@@ -191,6 +194,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "half-life 1 year": {"train.half_life_days": 365},
         "item features": FILMS,
         "item features without seen": {**FILMS, **WITHOUT_SEEN},
+        "timed sum and item features without seen": {**TIMED_SUM, **FILMS, **WITHOUT_SEEN},
         "item features without seen; item L2 of 10": {
             **FILMS,
             **WITHOUT_SEEN,
@@ -217,6 +221,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             **ATTENTION_AT_EVERY_POSITION,
             "model.dim": 256,
         },
+        "timed sum at every position without seen": {**ATTENTION_AT_EVERY_POSITION, **TIMED_SUM},
         "half-life 1 day": {"train.half_life_days": 1},
         "item features": {"data.query.history.item_features": ["author_id", "tag"]},
         "heads": {

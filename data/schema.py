@@ -436,10 +436,10 @@ def _validate_feature(tower: str, feature: Feature) -> None:
     one_of(f"{key}: kind", feature.kind, KINDS)
     one_of(f"{key}: pooling", feature.pooling, POOLINGS)
     if feature.pooling in OF_HISTORIES and feature.kind != "history":
-        has = "times" if feature.pooling == "timed_sum" else "order"
+        how = "by its times" if feature.pooling == "timed_sum" else "in its order"
         raise UserError(
-            f"{key}: pooling {feature.pooling} reads a history by its {has}, and {feature.kind} "
-            "has none: choose mean, sum or attention"
+            f"{key}: pooling {feature.pooling} reads a history {how}, and {feature.kind} has none: "
+            "choose mean, sum or attention"
         )
     if feature.time_gaps and feature.pooling not in ENCODERS:
         raise UserError(

@@ -31,7 +31,7 @@ def trained(demo_log: Path, twotower, tmp_path_factory) -> Path:
         "--config", str(QUICKSTART), "--run_dir=run", f"--data.root={demo_log}",
         "--train.batch_size=256", "--train.max_epochs=2", "--train.processes=2",
         "--train.profile=[20,22]", "--train.warmup_steps=10", "--train.schedule=linear",
-        "--tracking.wandb=off",
+        "--train.dense_lr=0.002", "--tracking.wandb=off",
     ]  # fmt: skip
     for step in ("prepare", "train"):
         done = twotower(step, *arguments, cwd=cwd)
@@ -77,7 +77,7 @@ def test_the_parts_of_a_profiled_step_are_the_clocks_time(logged, finished_run) 
 
 
 def test_learning_rates_follow_the_schedule(logged) -> None:
-    config = TrainConfig(warmup_steps=10, schedule="linear")
+    config = TrainConfig(warmup_steps=10, schedule="linear", dense_lr=0.002)
     for name, rate in (("lr/tables", config.table_lr), ("lr/dense", config.dense_lr)):
         for step, value in logged[name].items():
             # Logged when the step is done, that it was done with.

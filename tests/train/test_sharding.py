@@ -20,8 +20,14 @@ from twotower.train.sharding import FILL_ROWS, Hardware, _fill, plan_tables
 
 # 50 steps; 250 is no multiple of 4, so that some batches end with a filler.
 COMMON = {"batch_size": 250, "max_epochs": 9, "max_steps": 50, "patience": 9}
+# Large enough to move every table; weights that are powers of e would run away.
 SGD = {"table_optimizer": "sgd", "table_lr": 5.0, "dense_optimizer": "sgd", "dense_lr": 0.1}
 KINDS = ("table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel")
+QUERY = (
+    "--data.query=[{name: user_id, kind: id}, {name: history, kind: history, length: 50, "
+    "table: item_id, pooling: sum, item_features: [genre, tags, text]}, {name: country, kind: id}, "
+    "{name: age, kind: number}, {name: device, kind: id}]"
+)
 # What TorchRec cannot do with a table that is looked up entry by entry.
 NOT_FOR_LISTS = ("table_row_wise", "data_parallel")
 
@@ -41,7 +47,13 @@ def prepared(demo_log: Path, tmp_path_factory: pytest.TempPathFactory, twotower)
     cwd = tmp_path_factory.mktemp("sharding")
     quickstart = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
     done = twotower(
-        "prepare", "--config", quickstart, "--run_dir=job", f"--data.root={demo_log}", cwd=cwd
+        "prepare",
+        "--config",
+        quickstart,
+        "--run_dir=job",
+        f"--data.root={demo_log}",
+        QUERY,
+        cwd=cwd,
     )
     assert done.returncode == 0, done.stderr
     return cwd / "job" / "prepared"

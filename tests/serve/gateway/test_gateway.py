@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -258,9 +259,11 @@ def test_it_can_be_stopped_while_it_waits_for_a_server(loaded_run) -> None:
          "--gateway.triton=[127.0.0.1:9]", "--gateway.port=0"],
         cwd=loaded_run.cwd, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    time.sleep(3)
+    status = Path(f"/proc/{process.pid}/status")
+    wait_until(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> 14 & 1,
+               "SIGTERM is not listened for", 60)  # fmt: skip
     process.terminate()
-    _, text = process.communicate(timeout=10)
+    _, text = process.communicate(timeout=30)
     assert process.returncode == 143
     assert text.splitlines()[-1].startswith("twotower: stopped by SIGTERM")
 
