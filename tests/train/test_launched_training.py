@@ -160,7 +160,7 @@ def test_a_rank_that_is_lost_while_all_meet_is_said_in_one_line(demo_log, cwd) -
 
 
 def test_a_mistake_is_one_line_and_no_restart(demo_log, twotower, cwd) -> None:
-    more = ("--train.elastic=3", "--train.tables={user_id: {sharding: row_wise}, item: {}}")
+    more = ("--train.elastic=3", "--train.tables={country: {sharding: row_wise}, item: {}}")
     done = twotower("train", *arguments(demo_log, "run", *more), cwd=cwd)
     assert done.returncode == 2
     assert "start again" not in done.stderr
