@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -120,6 +120,12 @@ def _best(score: npt.NDArray[Any], history: sp.csr_matrix, k: int) -> I64:
     return np.take_along_axis(top, order, 1)
 
 
+def recall_and_ndcg(rows: I64, queries: Queries, data: PreparedDataset, k: int) -> Ratios:
+    """Return both of answers (Q, K), by query."""
+    found = accuracy(rows, queries, data, [k])
+    return {name: found[name] for name in (f"recall@{k}", f"ndcg@{k}")}
+
+
 @dataclass(frozen=True)
 class Judge:
     """What answers are worth.
@@ -128,18 +134,13 @@ class Judge:
         data: the dataset.
         queries: that are answered.
         k: cut-off.
-        plain: recall and NDCG of the model that others are compared with, by query.
+        plain: `recall_and_ndcg` of the model that others are compared with.
     """
 
     data: PreparedDataset
     queries: Queries
     k: int
-    plain: Ratios = field(default_factory=dict)
-
-    def ratios(self, rows: I64) -> Ratios:
-        """Return recall and NDCG of answers (Q, K), by query."""
-        found = accuracy(rows, self.queries, self.data, [self.k])
-        return {name: found[name] for name in (f"recall@{self.k}", f"ndcg@{self.k}")}
+    plain: Ratios
 
     def row(self, rows: I64) -> dict[str, Any]:
         """Return metrics, and of recall and NDCG 95% intervals over users.
@@ -149,7 +150,7 @@ class Judge:
         """
         users = self.data.event_columns["user"][self.queries.event]
         user_Q = np.unique(users, return_inverse=True)[1]
-        found = self.ratios(rows)
+        found = recall_and_ndcg(rows, self.queries, self.data, self.k)
         return {
             "metrics": score_answers(rows, self.queries, self.data, [self.k]),
             "intervals": intervals(found, user_Q, seed=0),

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from baselines import Answer, Judge, baselines
+from baselines import Answer, Judge, baselines, recall_and_ndcg
 from measure import RESULTS, ROOT, write_result
 from stand_ins import write_next_items, write_user_lines
 
@@ -356,8 +356,7 @@ def main() -> None:
             for name in [*variants][:1] + names
         }
         plain, *_ = jobs.values()
-        run("prepare", plain, Path(folder, "plain"))
-        data = PreparedDataset(Path(folder, "plain", "prepared"))
+        seconds, data, answers = train_towers(plain, Path(folder, "plain"))
         few = judged_queries(
             data, 1, EvaluateConfig(k=[recipe.k], max_queries=SETTINGS_QUERIES), plain["seed"]
         )
@@ -369,10 +368,8 @@ def main() -> None:
             # Rows of before have no effects.
             return "effects" not in result["rows"].get(name, {})
 
-        seconds, _, answers = train_towers(plain, Path(folder, "plain"))
         rows = answers(test, recipe.k)
-        judge = Judge(data, test, recipe.k)
-        judge = replace(judge, plain=judge.ratios(rows))
+        judge = Judge(data, test, recipe.k, recall_and_ndcg(rows, test, data, recipe.k))
         first = {"changes": {}, "seconds": round(seconds, 1), **judge.row(rows)}
         add(next(iter(jobs)), first, result)
         for name, measured in baselines(judge, few, validation, recipe.sasrec).items():

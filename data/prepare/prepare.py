@@ -168,7 +168,8 @@ def _write(
         },
         "types": dict(sorted(types.decided.items())),
         "normalisers": {k: asdict(n) for k, n in sorted(normalisers.items())},
-        "span_starts": find_span_starts(array(events, "time")[:train]),
+        "span_starts": find_span_starts(array(events, "time")[:train])
+        if config.timed_histories() else [],
         "tables": tables,
         "files": {
             str(file.relative_to(directory)): file.stat().st_size

@@ -129,19 +129,20 @@ def test_a_timed_sum_learns_from_when_on_entries_count() -> None:
 )  # fmt: skip
 def test_the_state_of_each_entry_is_of_it_and_those_before(kind, lengths, shift, seed) -> None:
     torch.manual_seed(seed)
-    pool = AttentionPool(8, 9) if kind is AttentionPool else TimedSum(9)
+    pool = (AttentionPool(8, 9) if kind is AttentionPool else TimedSum(9)).double()
     with torch.no_grad():
         for name, parameter in pool.named_parameters():
             parameter.normal_(std=1.0 if name == "content" else 1 / BIAS_UNIT)
     place = torch.arange(9) - shift
     mask = (place >= 0) & (place < torch.tensor(lengths)[:, None])
-    entries, spans = torch.randn(len(lengths), 9, 8), torch.randint(SPANS, (len(lengths), 9))
+    entries = torch.randn(len(lengths), 9, 8, dtype=torch.float64)
+    spans = torch.randint(SPANS, (len(lengths), 9))
     times = [spans.float()] if kind is TimedSum else []
     state = pool.encode(entries, mask, *times)
     for row, last in mask.nonzero().tolist():
         until = mask[row : row + 1] & (torch.arange(9) <= last)
         expected = pool(entries[row : row + 1], until, *(t[row : row + 1] for t in times))[0]
-        torch.testing.assert_close(state[row, last], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(state[row, last], expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_context_feature_changes_the_query_but_not_the_item(make) -> None:

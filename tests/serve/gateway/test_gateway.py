@@ -263,7 +263,7 @@ def test_it_can_be_stopped_while_it_waits_for_a_server(loaded_run) -> None:
     wait_until(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> 14 & 1,
                "SIGTERM is not listened for", 60)  # fmt: skip
     process.terminate()
-    _, text = process.communicate(timeout=30)
+    _, text = process.communicate(timeout=10)
     assert process.returncode == 143
     assert text.splitlines()[-1].startswith("twotower: stopped by SIGTERM")
 
