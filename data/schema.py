@@ -379,11 +379,11 @@ class DataConfig:
                 "data.earlier and a history's `column` both say what came before the log: keep one"
             )
         by_time = next((f for f in self.histories() if f.pooling == "timed_sum"), None)
-        if by_time and (self.earlier is not None or any(f.column for f in self.histories())):
+        if by_time and any(f.column for f in self.histories()):
             raise UserError(
                 f"data.query, feature '{by_time.name}': pooling timed_sum weighs each entry by its "
-                "time, and what came before the log has none: choose another pooling, or leave "
-                "data.earlier and the histories' `column` out"
+                "time, and the items of a history's `column` have none: choose another pooling, or "
+                "name a table of them in data.earlier"
             )
 
     def _validate_lines(self) -> None:

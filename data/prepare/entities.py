@@ -106,7 +106,7 @@ def _views(connection: Any, config: DataConfig, types: IdTypes) -> None:
 
 
 def _add_earlier(connection: Any, config: DataConfig, types: IdTypes) -> None:
-    """Put the lists of `data.earlier` before the first event, a microsecond an item."""
+    """Put the lists of `data.earlier` a second before the first event, a microsecond an item."""
     columns = column_types(connection, "raw_events")
     more = {"weight": "1.0", "split": "0", "positive": "true"}
     more |= {f"o.{name}": "'nan'" for name in config.columns.outcomes}
@@ -121,7 +121,7 @@ def _add_earlier(connection: Any, config: DataConfig, types: IdTypes) -> None:
     connection.execute(
         f"CREATE TABLE earlier AS SELECT CAST(id AS {types.sql('user')}) AS user, "
         f"CAST(unnest(prior) AS {types.sql('item')}) AS item, "
-        "(SELECT min(time) FROM raw_events) - len(prior) - 1 + generate_subscripts(prior, 1) "
+        "(SELECT min(time) FROM raw_events) - 1000000 - len(prior) + generate_subscripts(prior, 1) "
         f"AS time{given}, generate_subscripts(prior, 1) AS seq FROM raw_earlier"
     )
     connection.execute(

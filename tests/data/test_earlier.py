@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from twotower.data.batches import BatchBuilder
 from twotower.data.inspect.config import InspectConfig
 from twotower.data.inspect.inspection import inspect_log
 from twotower.data.prepare.plan import make_plan
@@ -143,6 +144,30 @@ def test_only_positive_events_are_judged_and_the_others_stand_in_histories(make)
     assert seen == {1: (["a", "b"], ["c"]), 3: (["b", "a", "d"], ["e"])}
     positives = make(LABELLED, columns=replace(ALL, train_on="positives"), split=LATE)
     assert positives.summary["counts"]["train_events"] == 4
+
+
+def test_what_came_before_the_log_is_of_the_first_span(tmp_path) -> None:
+    seconds = [60 + row // 4 for row in range(600)]
+    events = {
+        "user_id": [1 + row % 4 for row in range(600)],
+        "item_id": ["abcdef"[row % 6] for row in range(600)],
+        "timestamp": [float(s) for s in seconds],
+    }
+    write(tmp_path, {user: list("abcde" * 6) for user in (1, 2, 9)}, events)
+    timed = replace(HISTORY, length=40, pooling="timed_sum")
+    data = prepared(tmp_path, "log.parquet", query=[timed], earlier=EARLIER, split=Split(test=0.2))
+    starts = data.encoder.span_starts
+    assert len(starts) > 20, "the log's events share the others"
+    assert min(starts) >= 60
+    rows = [
+        row for row in data.section(0)
+        if data.event_columns["time"][row] // 1_000_000 in (60, 150)
+        and data.users["id"][int(data.event_columns["user"][row])].as_py() == 1
+    ]  # fmt: skip
+    first, later = BatchBuilder(data).queries(np.array(rows)).dense["query.history_times"].tolist()
+    assert first == [0] * 30 + [len(starts)] * 10, "padding is of the newest"
+    assert len(set(later)) > 10
+    assert later == sorted(later)
 
 
 def test_inspection_counts_what_preparing_splits(tmp_path) -> None:

@@ -60,7 +60,7 @@ def test_entries_are_of_the_spans_of_training_events_alone(make) -> None:
     assert seconds.max() > max(starts), "some of the test period's entries are behind all spans"
 
 
-def test_lines_without_times_and_earlier_items_are_refused(make) -> None:
+def test_lines_without_times_are_refused(make) -> None:
     timed = Feature(name="history", kind="history", table="item_id", pooling="timed_sum")
     with pytest.raises(UserError, match="has none: remove time_gaps, or choose another pooling"):
         make(EVENTS, query=[timed], format="user_lines", split=Split(kind="leave_last_out"))

@@ -99,7 +99,7 @@ def test_ages_of_items_from_before_the_log_are_not_known(make) -> None:
      ([Feature(name="h", kind="ids", table="item_id", pooling="timed_sum")],
       "timed_sum reads a history by its times, and ids has none: choose mean, sum or attention"),
      ([Feature(name="h", kind="history", table="item_id", pooling="timed_sum", column="before")],
-      "what came before the log has none: choose another pooling, or leave")],
+      "items of a history's `column` have none: choose another pooling, or name a table")],
 )  # fmt: skip
 def test_times_that_cannot_be_are_refused(features, words, make) -> None:
     with pytest.raises(UserError, match=words):

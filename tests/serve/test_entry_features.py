@@ -16,7 +16,9 @@ def test_ids_alone_are_answered_as_by_eager_pytorch(make, tmp_path) -> None:
     data, model, bundle = featured_bundle(make, tmp_path)
     assert bundle.manifest.parity["scores"] < 1e-5
     names = [f.name for f in data.config.query]
-    assert [s.name for s in bundle.manifest.query] == [*names, "hstu_times"]
+    times = [f.times_name for f in data.config.timed_histories()]
+    assert times == ["timed_sum_times", "hstu_times"]
+    assert sorted(s.name for s in bundle.manifest.query) == sorted(names + times)
     vectors = np.load(bundle.path / "item_vectors.npy")
     ids = data.items["id"].to_pylist()
     (tmp_path / "server").mkdir()
@@ -27,7 +29,7 @@ def test_ids_alone_are_answered_as_by_eager_pytorch(make, tmp_path) -> None:
             for past in ([], ["item 3", "item 1"], [f"item {ITEMS}"], ["item 1", "never seen"]):
                 request = dict.fromkeys(names, past)
                 answer = client.recommend(request, k=7)
-                row = request | {"hstu_times": [None] * len(past)}
+                row = request | dict.fromkeys(times, [None] * len(past))
                 query = model.query_vectors(BatchBuilder(data).requests("query", [row]))
                 score = dict(zip(ids, vectors @ query.detach().numpy()[0], strict=True))
                 expected = [score[item] for item in answer.item_ids]

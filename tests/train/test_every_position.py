@@ -38,7 +38,7 @@ def test_two_ranks_train_what_one_does(prepared, tmp_path) -> None:
     common = {
         "batch_size": 50, "every_position": True, "max_epochs": 9, "max_steps": 20, "patience": 9,
         "model": {"encoder": {"dropout": 0.0, "layers": 1}}, "table_optimizer": "sgd",
-        "table_lr": 5.0, "dense_optimizer": "sgd", "dense_lr": 0.1,
+        "table_lr": 5.0, "dense_optimizer": "sgd", "dense_lr": 0.01,
     }  # fmt: skip
     variants = [
         common,
