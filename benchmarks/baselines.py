@@ -159,14 +159,13 @@ class Judge:
 
 
 def baselines(
-    judge: Judge, few: Queries, validation: Queries, sasrec: dict[str, Any] | None
+    judge: Judge, validation: Queries, sasrec: dict[str, Any] | None
 ) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return each baseline's name and what measures its row of the table.
 
     Args:
         judge: of the rows.
-        few: queries that the settings of ALS and EASE are chosen by, by their NDCG.
-        validation: those that SASRec's best epoch is.
+        validation: queries that settings, and SASRec's best epoch, are chosen by, by their NDCG.
         sasrec: settings of SASRec; without them it is left out.
     """
     data, k = judge.data, judge.k
@@ -191,7 +190,7 @@ def baselines(
         return row(lambda: lambda queries, k: answer(data, queries, k, size))
 
     def searched(fit: Callable[..., Answer], grid: dict[str, tuple[float, ...]]) -> dict[str, Any]:
-        best, tried = climb(grid, lambda settings: ndcg(few, fit(taken, **settings)))
+        best, tried = climb(grid, lambda settings: ndcg(validation, fit(taken, **settings)))
         return row(lambda: fit(taken, **best), settings=best, tried=tried)
 
     out: dict[str, Callable[[], dict[str, Any]]] = {

@@ -1,11 +1,11 @@
 """Parity of the query graph's halves in every precision, and tensorrt-rtx's engines of them.
 
-    python benchmarks/tensorrt_graphs.py             # about two minutes on 2 busy cores
+    python benchmarks/tensorrt_graphs.py             # about three minutes on 2 busy cores
 
-Every encoder with every interaction, all kinds of features at once: towers of random weights, 64
-wide, over lists of up to 50 entries; 1,000 queries at a log's events, and 10,000 items. `fp16` and
-`bf16` are ONNX Runtime's, with products rounded as the graph says; the engines are built without a
-GPU, for compute capability 8.0, and not run. The result is written to
+Every way to read a history with every interaction, all kinds of features at once: towers of random
+weights, 64 wide, over lists of up to 50 entries; 1,000 queries at a log's events, and 10,000 items.
+`fp16` and `bf16` are ONNX Runtime's, with products rounded as the graph says; the engines are built
+without a GPU, for compute capability 8.0, and not run. The result is written to
 benchmarks/results/tensorrt_graphs.json.
 """
 
@@ -28,7 +28,7 @@ from measure import write_result
 from twotower.data.batches import BatchBuilder
 from twotower.data.prepare.prepare import prepare
 from twotower.data.prepared import PreparedDataset
-from twotower.data.schema import ENCODERS, DataConfig, Feature
+from twotower.data.schema import ENCODERS, OF_HISTORIES, DataConfig, Feature
 from twotower.export.build_engine import build
 from twotower.export.config import TensorRTConfig
 from twotower.export.golden import raw_tensors
@@ -146,9 +146,9 @@ def measured(data: PreparedDataset, interaction: str, folder: Path) -> dict[str,
 
 
 def main() -> None:
-    """Measure every encoder with every interaction."""
+    """Measure every way to read a history with every interaction."""
     results: dict[str, Any] = {}
-    for pooling in ("mean", "attention", *ENCODERS):
+    for pooling in ("mean", "attention", *OF_HISTORIES):
         with tempfile.TemporaryDirectory() as name:
             data = prepared(Path(name), pooling)
             for interaction in INTERACTIONS:
