@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.ranks import free_ports
 from twotower.errors import UserError
 from twotower.train.checkpoint import storage
 from twotower.train.checkpoint.manifest import NAME, check, read_manifest
@@ -32,9 +31,9 @@ from twotower.errors import UserError
 from twotower.train.checkpoint import storage
 from twotower.train.checkpoint.tools import reshard
 
-path, rank, port, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+path, rank, meeting, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 dist.init_process_group(
-    "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2,
+    "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2,
     timeout=datetime.timedelta(seconds=60),
 )
 whole = torch.arange(80.0).reshape(10, 8)
@@ -97,10 +96,11 @@ os._exit(0)
 
 
 def start(path: Path, what: str) -> list["subprocess.Popen[str]"]:
-    (port,) = free_ports(1)
+    # Beside the test's folder, of which some look at all that is there.
+    meeting = path.parent.with_name(f"{path.parent.name}-{what}".replace(" ", "-"))
     return [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", RANK, str(path), str(rank), str(port), what],
+            [sys.executable, "-W", "ignore", "-c", RANK, str(path), str(rank), str(meeting), what],
             env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
