@@ -45,15 +45,14 @@ from twotower.train.checkpoint.towers import load_towers
 from twotower.train.config import EvaluateConfig
 from twotower.train.evaluation import answer, judged_queries
 
+WITH_SEEN: dict[str, Any] = {"train.negatives.exclude_seen": False}
 # The plain in-batch model, whose candidates are all of a step's items.
-PLAIN: dict[str, Any] = {"train.negatives.exclude_seen": False}
-PLAIN_FILMS = {
-    **PLAIN, "data.query.history.item_features": [], "data.query.history.pooling": "attention",
-}  # fmt: skip
+PLAIN = {**WITH_SEEN, "data.query.history.pooling": "attention"}
+PLAIN_FILMS = {**PLAIN, "data.query.history.item_features": []}
 # Narrower and shorter than the recipe, since every option is measured.
 PLAIN_VIDEOS = {
-    **PLAIN, "data.query.history.pooling": "attention", "train.every_position": False,
-    "train.batch_size": 2048, "train.max_epochs": 5, "model.dim": 64,
+    **PLAIN, "train.every_position": False, "train.batch_size": 2048, "train.max_epochs": 5,
+    "model.dim": 64,
 }  # fmt: skip
 # Skipped events are those below a label, so they need a recipe that is judged by the others.
 LIKED = {"data.columns.label": "rating", "data.columns.positive_from": 4, **PLAIN_FILMS}
@@ -125,7 +124,7 @@ NEXT_ITEM: dict[str, dict[str, Any]] = {
     "without dropout": {"model.dropout": 0},
     "temperature 0.1": {"model.temperature": 0.1},
     "temperature 0.2": {"model.temperature": 0.2},
-    "with seen": PLAIN,
+    "with seen": WITH_SEEN,
     "whole catalogue": {"train.negatives": {"catalogue": True, "exclude_seen": True}},
     "item bias": {"model.item_bias": True},
     "Transformer": {
@@ -221,11 +220,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "model.dim": 256,
         },
         "timed sum at every position without seen": {**ATTENTION_AT_EVERY_POSITION, **TIMED_SUM},
-        "256 wide and timed sum at every position without seen": {
-            **ATTENTION_AT_EVERY_POSITION,
-            **TIMED_SUM,
-            "model.dim": 256,
-        },
         "256 wide and timed sum at every position without seen for 10 epochs": {
             **ATTENTION_AT_EVERY_POSITION,
             **TIMED_SUM,

@@ -43,7 +43,7 @@ class Encoder:
         vocabularies: by embedding table, a vocabulary or dynamic ids.
         normalisers: by `<tower>.<feature>`.
         span_starts: when each span of the training period but the first begins, in seconds since
-            1970, ascending; see `find_span_starts`. None where no history has times.
+            1970, ascending; see `find_span_starts`. Empty where no history has times.
     """
 
     vocabularies: Mapping[str, Vocabulary | DynamicIds]

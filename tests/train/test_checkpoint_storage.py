@@ -97,7 +97,7 @@ os._exit(0)
 
 def start(path: Path, what: str) -> list["subprocess.Popen[str]"]:
     # Beside the test's folder, of which some look at all that is there.
-    meeting = path.parent.with_name(f"{path.parent.name}-{what}".replace(" ", "-"))
+    meeting = path.parent.with_name(f"{path.parent.name}-meeting")
     return [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", RANK, str(path), str(rank), str(meeting), what],

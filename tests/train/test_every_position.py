@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.train.ranks import run_on_ranks
+from twotower.data.prepared import PreparedDataset
 from twotower.errors import UserError
 from twotower.train.checkpoint.towers import load_towers
 from twotower.train.config import TrainConfig
@@ -35,10 +36,12 @@ def prepared(
 
 
 def test_two_ranks_train_what_one_does(prepared, tmp_path) -> None:
+    # In steps of 0.1, the weights of a timed sum, which are powers of e, run away.
+    timed = PreparedDataset(prepared).config.timed_histories()
     common = {
         "batch_size": 50, "every_position": True, "max_epochs": 9, "max_steps": 20, "patience": 9,
         "model": {"encoder": {"dropout": 0.0, "layers": 1}}, "table_optimizer": "sgd",
-        "table_lr": 5.0, "dense_optimizer": "sgd", "dense_lr": 0.01,
+        "table_lr": 5.0, "dense_optimizer": "sgd", "dense_lr": 0.01 if timed else 0.1,
     }  # fmt: skip
     variants = [
         common,

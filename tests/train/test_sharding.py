@@ -47,14 +47,9 @@ def prepared(demo_log: Path, tmp_path_factory: pytest.TempPathFactory, twotower)
     cwd = tmp_path_factory.mktemp("sharding")
     quickstart = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
     done = twotower(
-        "prepare",
-        "--config",
-        quickstart,
-        "--run_dir=job",
-        f"--data.root={demo_log}",
-        QUERY,
+        "prepare", "--config", quickstart, "--run_dir=job", f"--data.root={demo_log}", QUERY,
         cwd=cwd,
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return cwd / "job" / "prepared"
 
