@@ -64,7 +64,8 @@ class Answers:
         """Open the graphs of this version's directory."""
         use_fast_strings()
         folder = Path(args["model_repository"]) / args["model_version"]
-        parameters = json.loads(args["model_config"])["parameters"]
+        config = json.loads(args["model_config"])
+        parameters = config["parameters"]
         self.schema = json.loads(parameters["schema"]["string_value"])
         self.spec = json.loads(parameters["index"]["string_value"])
         target, threads = (parameters[name]["string_value"] for name in ("target", "threads"))
@@ -80,6 +81,7 @@ class Answers:
         # Still of the file; a plain array's entries are read faster than a map's.
         self.ids = np.asarray(np.load(folder / "item_ids.npy", mmap_mode="r", allow_pickle=False))
         self.text_ids = self.ids.dtype.kind == "S"
+        self.version = np.full((config["max_batch_size"], 1), self.schema["version"])
         self.excluded = np.zeros(len(self.ids), bool)
         self.filters = Filters(folder, self.schema["filters"], len(self.ids))
         keep_what_is_loaded()
@@ -145,9 +147,10 @@ class Answers:
         if len(ids) == 1 and ids[0] in (PAD_INT64, PAD_STRING):  # no id at all
             return NONE
         if self.text_ids:
-            # A longer id than any in the catalogue would be cut to look like one.
+            # One longer than any of them would be cut, and zeros be left off, to look like one.
             width = self.ids.dtype.itemsize
-            ids = np.array([i for i in ids.tolist() if len(i) <= width], dtype=self.ids.dtype)
+            fit = [i for i in ids.tolist() if len(i) <= width and i[-1:] != b"\0"]
+            ids = np.array(fit, dtype=self.ids.dtype)
         found = np.searchsorted(self.ids, ids)
         inside = found < len(self.ids)
         found, ids = found[inside], ids[inside]
@@ -235,11 +238,10 @@ class Answers:
             ids, scores = self.padded(results)
         if self.text_ids:
             ids = ids.astype(object)
-        version = np.full((len(results), 1), self.schema["version"], dtype=np.int64)
         tensors = [
             pb_utils.Tensor("item_ids", ids),
             pb_utils.Tensor("scores", scores),
-            pb_utils.Tensor("version", version),
+            pb_utils.Tensor("version", self.version[: len(results)]),
         ]
         if parsed["explain"]:
             texts = [[self.explanation(parsed, i)] for i in range(len(results))]

@@ -140,7 +140,7 @@ class Features:
     def unfit(self, vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return which rows have a vector that is none of a tower's."""
         direction = vectors[:, :-1] if self.bias else vectors
-        length = np.linalg.norm(direction.astype(np.float64), axis=1)
+        length = np.sqrt(np.einsum("bd,bd->b", direction, direction))
         # Also true of NaN.
         bad: np.ndarray[Any, Any] = ~(np.abs(length - 1) < LENGTH_TOLERANCE)
         return bad
@@ -215,14 +215,15 @@ def strings(name: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _stack(parts: list[np.ndarray[Any, Any]], dtype: str) -> np.ndarray[Any, Any]:
-    if dtype == "float32":
+    widths = {part.shape[1] for part in parts}
+    if len(widths) == 1 and 0 not in widths:
         return np.concatenate(parts)
-    width = max(1, *(p.shape[1] for p in parts))
-    rows = sum(len(p) for p in parts)
+    rows = sum(map(len, parts))
     text = dtype == "string"
     out = np.full(
-        (rows, width), PAD_STRING.decode() if text else PAD_INT64, object if text else np.int64
-    )
+        (rows, max(widths) or 1), PAD_STRING.decode() if text else PAD_INT64,
+        object if text else np.int64,
+    )  # fmt: skip
     start = 0
     for part in parts:
         out[start : start + len(part), : part.shape[1]] = part

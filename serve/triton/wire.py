@@ -12,11 +12,16 @@ LENGTH = struct.Struct("<I")
 
 def serialize(strings: list[bytes]) -> bytes:
     """Return strings, each after its length in 4 bytes."""
-    prefixes = {length: LENGTH.pack(length) for length in set(map(len, strings))}
+    lengths = list(map(len, strings))
+    prefixes = {length: LENGTH.pack(length) for length in set(lengths)}
     if len(prefixes) == 1:
         (prefix,) = prefixes.values()
         return prefix + prefix.join(strings)
-    return b"".join([prefixes[len(string)] + string for string in strings])
+    # Both in turn, without a step of Python's for each.
+    parts = [b""] * (2 * len(strings))
+    parts[::2] = map(prefixes.__getitem__, lengths)
+    parts[1::2] = strings
+    return b"".join(parts)
 
 
 def deserialize(raw: bytes) -> list[bytes]:

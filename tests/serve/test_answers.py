@@ -79,6 +79,16 @@ def test_a_longer_id_than_any_is_not_mistaken_for_a_shorter_one(client, golden) 
     assert again.item_ids == best
 
 
+@pytest.mark.parametrize(("end", "left_out"), [(b"", True), (b"\0", False), (b"x", False)])
+def test_only_the_id_itself_is_excluded(server, end, left_out) -> None:
+    # Asked without our client, which sends no id with a zero.
+    with grpc.InferenceServerClient(server.grpc_url) as raw:
+        best = raw.infer("recommend", raw_inputs()).as_numpy("item_ids")[0, 0]
+        exclude = ("BYTES", np.array([[best + end]], dtype=object))
+        again = raw.infer("recommend", raw_inputs(exclude=exclude)).as_numpy("item_ids")[0, 0]
+    assert (again != best) is left_out
+
+
 def test_k_is_the_servers_default_or_as_asked(client, golden) -> None:
     assert len(client.recommend(golden[0].features).item_ids) == 10
     for k in (1, 7, 250):
