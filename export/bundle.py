@@ -8,6 +8,7 @@
       item.weights       optional: those of `item.onnx` that are not in query.weights
       index.onnx         `vector` (B, D), `k` (1) -> `scores` (B, K), `rows` (B, K); or, of some
                          kinds, index.faiss: see `twotower.export.index`
+      scan.onnx          optional: `vector` -> all products in 8 bits, of item_scan*.npy
       item_vectors.npy   (N, D) float32; `index.onnx` reads it as its external data
       item_ids.npy       (N,) int64, or UTF-8 bytes; ascending, so a row is found by bisection
       items.parquet      the display columns and the training count of each item, in row order

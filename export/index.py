@@ -12,7 +12,8 @@
 
 `exact` and `int8` are graphs of ONNX Runtime, the others files of faiss; `twotower.export.search`
 searches them all. With a width below the vectors' own, every kind searches the vectors' first
-coordinates alone, and is rescored.
+coordinates alone, and is rescored. An `exact` index of many items has a second graph, a scan in 8
+bits that a few vectors are searched by: see `twotower.export.search.Scan`.
 
 Shape legend: `B` batch, `D` width of a vector, `W` of it searched, `N` items, `K` results.
 """
@@ -33,16 +34,23 @@ from onnx import TensorProto, helper
 from twotower.export.config import IndexConfig
 from twotower.export.id_nodes import IR_VERSION, OPSETS, constant
 from twotower.export.manifest import IndexSpec
-from twotower.export.search import FAISS_FILE, FAISS_KINDS, cut_vectors
+from twotower.export.search import FAISS_FILE, FAISS_KINDS, SCAN_FILE, cut_vectors
 
 VECTORS, CUT, CODES, SCALES = "item_vectors.npy", "item_cut.npy", "item_int8.npy", "item_scales.npy"
-ONNX_TYPE = {"float32": TensorProto.FLOAT, "int8": TensorProto.INT8}
+SCAN_CODES, SCAN_SCALES = "item_scan.npy", "item_scan_scales.npy"
+ONNX_TYPE = {
+    "float32": TensorProto.FLOAT, "int8": TensorProto.INT8, "uint8": TensorProto.UINT8,
+}  # fmt: skip
 # A query has 7 bits and its zero at 64: on a CPU without VNNI, ONNX Runtime adds two products of
 # 8 bits in 16, which they would overflow. https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 QUERY_MAX, QUERY_ZERO, ITEM_MAX = 63, 64, 127
 ROWS_A_BLOCK = 1 << 16
 # Of 100,000 scores, groups of 32 took the least time of 32, 64 and 128; few scores need no groups.
 GROUP, FEWEST_GROUPS = 32, 64
+# Of fewer items, whose fp32 a core's caches hold, a scan in 8 bits gains nothing.
+SCANNED_FROM = 1 << 14
+# Coordinates of a scan that have a scale together, in 8 bits whose zero is 128.
+SCAN_BLOCK, SCAN_ZERO = 64, 128
 # Of k-means, which needs no more to place its centroids.
 TRAINED_ON = 1 << 18
 F32 = npt.NDArray[np.float32]
@@ -101,6 +109,9 @@ def build_index(
         nodes += _best_nodes("k", len(item_ND), ["scores", "rows"], initializers)
     _save_graph(folder / "index.onnx", item_ND.shape[1], nodes, initializers)
     files = [searched, SCALES] if spec.kind == "int8" else [searched]
+    if not lossy and len(item_ND) >= SCANNED_FROM:
+        write_scan(folder, item_ND)
+        files += [SCAN_CODES, SCAN_SCALES]
     return sum((folder / name).stat().st_size for name in files)
 
 
@@ -116,6 +127,60 @@ def write_int8(folder: Path, item_ND: F32, spec: IndexSpec) -> None:
         code_WN[:, rows] = np.rint(cut_RW / scale_R[:, None]).astype(np.int8).T
     code_WN.flush()
     scale_N.flush()
+
+
+def write_scan(folder: Path, item_ND: F32) -> None:
+    """Write the graph from `vector` (B, D) to all products in 8 bits, and the best of each group.
+
+    Its metadata say how long the longest item vector is, and the longest difference of one from
+    what 8 bits hold of it, by which `Scan` bounds the products' errors.
+    """
+    n, width = item_ND.shape
+    shape = n, -(-width // SCAN_BLOCK), SCAN_BLOCK
+    code_NVB = created(folder / SCAN_CODES, np.uint8, shape)
+    scale_NV = created(folder / SCAN_SCALES, np.float32, shape[:2])
+    longest = error = 0.0
+    for rows in blocks(n):
+        item_RVB = np.zeros((len(item_ND[rows]), *shape[1:]), np.float32)
+        item_RVB.reshape(len(item_RVB), -1)[:, :width] = item_ND[rows]
+        scale_RV = np.abs(item_RVB).max(axis=2) / np.float32(ITEM_MAX)
+        scale_RV[scale_RV == 0] = 1
+        whole_RVB = np.rint(item_RVB / scale_RV[..., None])
+        code_NVB[rows], scale_NV[rows] = whole_RVB + SCAN_ZERO, scale_RV
+        off_RVB = item_RVB.astype(np.float64) - whole_RVB * scale_RV[..., None].astype(np.float64)
+        longest = max(longest, np.linalg.norm(item_RVB, axis=(1, 2)).max())
+        error = max(error, np.linalg.norm(off_RVB, axis=(1, 2)).max())
+    code_NVB.flush()
+    scale_NV.flush()
+    initializers = [
+        _external(folder / SCAN_CODES, "codes"),
+        _external(folder / SCAN_SCALES, "scales"),
+    ]
+    numbers, groups = partial(_numbers, initializers), n // GROUP
+    # What is left over of whole groups needs none: fewer groups bound the best from below, too.
+    ends = [numbers("zero", 0), numbers("end", groups * GROUP), numbers("columns", 1)]
+    nodes = [
+        helper.make_node(
+            "MatMulNBits", ["vector", "codes", "scales"], ["rough"], domain="com.microsoft",
+            K=width, N=n, bits=8, block_size=SCAN_BLOCK, accuracy_level=4,
+        ),
+        helper.make_node("Slice", ["rough", *ends], ["whole_groups"]),
+        helper.make_node("Reshape", ["whole_groups", numbers("in_groups", 0, groups, GROUP)],
+                         ["grouped"]),
+        helper.make_node("ReduceMax", ["grouped", numbers("last_axis", 2)], ["group_best"],
+                         keepdims=0),
+    ]  # fmt: skip
+    graph = helper.make_graph(
+        nodes, "scan",
+        [helper.make_tensor_value_info("vector", TensorProto.FLOAT, ["batch", width])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size])
+         for name, size in (("rough", n), ("group_best", groups))],
+        initializers,
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
+    known = {"longest": longest, "error": error, "groups": groups}
+    helper.set_model_props(model, {name: str(value) for name, value in known.items()})
+    (folder / SCAN_FILE).write_bytes(model.SerializeToString())
 
 
 def created(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:

@@ -10,7 +10,9 @@ Shape legend: `B` batch, `D` width, `N` items, `K` results, `C` candidates.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 FAISS_FILE = "index.faiss"
+SCAN_FILE = "scan.onnx"
 FAISS_KINDS = ("pq", "ivf", "hnsw")
 # Of the catalogue as candidates: beyond, reading all of it is as fast, and misses nothing.
 EXACT_SHARE = 0.25
@@ -27,6 +30,13 @@ ROWS_A_BLOCK = 1 << 16
 # 64 on one thread, 1, 2, 3 and 4 vectors then took 1.0, 3.8, 4.2 and 4.3 ms together.
 COPIED_BYTES = 256 << 20
 FEW_VECTORS = 3
+# A scan of 100,000 x 64 takes 0.5, 0.7, 0.9 and 1.1 times as long as fp32 products, of 1, 2, 3 and
+# 4 vectors (benchmarks/search.py).
+SCANNED_VECTORS = 2
+# A scan whose bounds leave more of the catalogue than this is given up.
+SCANNED_SHARE = 1 / 16
+# What a host is tried with, this many times.
+TRIED_VECTORS, TRIED_K, TRIALS = 4, 100, 3
 F32 = npt.NDArray[np.float32]
 Found = tuple[F32, npt.NDArray[np.int64]]
 
@@ -63,8 +73,9 @@ def exact_top_k(item_ND: F32, vector_BD: F32, k: int) -> Found:
 def _best(score_N: F32, k: int) -> Found:
     rows = np.arange(len(score_N))
     if k < len(score_N):
-        rows = np.argpartition(score_N, len(score_N) - k)[len(score_N) - k :]
-    rows = rows[np.lexsort((rows, -score_N[rows]))]
+        least = np.partition(score_N, len(score_N) - k)[len(score_N) - k]
+        rows = np.flatnonzero(~(score_N < least))  # all of equal scores, and any NaN
+    rows = rows[np.lexsort((rows, -score_N[rows]))][:k]
     return score_N[rows], rows
 
 
@@ -78,8 +89,98 @@ def best_among(item_ND: F32, vector_D: F32, row_R: npt.NDArray[np.int64], k: int
     return scores, row_R[place]
 
 
+def _open_graph(path: Path, threads: int, *, copied: bool) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Threads that wait by spinning take the time of all others: on 2 cores, 200 requests a second
+    # through the gateway had a p99 of 84 ms by 2 threads that did, and 24 by 2 that slept.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.disable_prepacking", str(int(not copied)))
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+class Scan:
+    """Searches for a few vectors by all products in 8 bits, and misses none of the best.
+
+    One vector's search takes as long as reading all items does, and 8 bits are a quarter of fp32.
+    Their products are off by a number of which the greatest is known (Cauchy and Schwarz): with it
+    above and below, whatever cannot be one of the best is left out, and of the rest the fp32
+    vectors decide.
+
+    Args:
+        folder: with the bundle's files.
+        item_ND: all item vectors.
+        threads: of a search.
+    """
+
+    def __init__(self, folder: Path, item_ND: F32, threads: int) -> None:
+        self.item_ND = item_ND
+        self.session = _open_graph(folder / SCAN_FILE, threads, copied=True)
+        known = self.session.get_modelmeta().custom_metadata_map
+        self.longest, self.error = float(known["longest"]), float(known["error"])
+        self.groups = int(known["groups"])
+
+    def bound(self, vector_D: F32) -> float:
+        """Return what a vector's products in 8 bits are off by at most."""
+        length = float(np.linalg.norm(vector_D))
+        # ONNX Runtime rounds it to 8 bits too, a block of coordinates after the other: by half of a
+        # step each, and a step is at most a 127th of the largest.
+        rounded = float(np.abs(vector_D).max()) / 254 * len(vector_D) ** 0.5
+        off = rounded * self.longest + (length + rounded) * self.error
+        return float(1.01 * off + 1e-5 * length * self.longest)  # and fp32's own
+
+    def products(self, vector_BD: F32) -> tuple[F32, F32]:
+        """Return all products (B, N), and the greatest of each group of items, in 8 bits."""
+        rough_BN, best_BG = self.session.run(["rough", "group_best"], {"vector": vector_BD})
+        return rough_BN, best_BG
+
+    def search(self, vector_BD: F32, k: int) -> Found | None:
+        """Return the best scores and their rows (B, K), best first; None where it does not pay."""
+        if k > self.groups:
+            return None
+        rough_BN, best_BG = self.products(vector_BD)
+        scores = np.empty((len(vector_BD), k), np.float32)
+        rows = np.empty((len(vector_BD), k), np.int64)
+        for i, vector_D in enumerate(vector_BD):
+            # The best k groups have an item each that is at least this good but for the bound.
+            least = np.partition(best_BG[i], self.groups - k)[self.groups - k]
+            left = np.flatnonzero(rough_BN[i] >= least - 2 * self.bound(vector_D))
+            if not k <= len(left) <= SCANNED_SHARE * len(self.item_ND):
+                return None
+            # Row by row, so that equal items have equal scores.
+            true = np.einsum("rd,d->r", self.item_ND[left], vector_D)
+            scores[i], place = _best(true, k)
+            rows[i] = left[place]
+        return scores, rows
+
+    def pays(self, otherwise: ort.InferenceSession) -> bool:
+        """Return whether this host's products keep their bound, and are faster than all of fp32's.
+
+        Args:
+            otherwise: of `index.onnx`.
+        """
+        tried = np.linspace(0, len(self.item_ND) - 1, TRIED_VECTORS).astype(np.int64)
+        k = min(TRIED_K, self.groups)
+        scanned, all_products = [], []
+        for row in np.tile(tried, TRIALS):
+            vector_BD = self.item_ND[row][None]
+            off = self.products(vector_BD)[0][0] - self.item_ND @ vector_BD[0]
+            if not np.abs(off).max() <= self.bound(vector_BD[0]):
+                return False
+            started = time.perf_counter()
+            if self.search(vector_BD, k) is None:
+                return False
+            between = time.perf_counter()
+            otherwise.run(None, {"vector": vector_BD, "k": np.array([k], np.int64)})
+            scanned.append(between - started)
+            all_products.append(time.perf_counter() - between)
+        return median(scanned) < median(all_products)
+
+
 class GraphSearch:
-    """Searches with `index.onnx`.
+    """Searches with `index.onnx`, and with `scan.onnx` for few vectors where there is one.
 
     Args:
         folder: with the bundle's files.
@@ -88,26 +189,26 @@ class GraphSearch:
     """
 
     def __init__(self, folder: Path, spec: dict[str, Any], threads: int) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Threads that wait by spinning take the time of all others: on 2 cores, 200 requests a
-        # second through the gateway had a p99 of 84 ms by 2 threads that did, and 24 by 2 that
-        # slept.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.item_ND = np.load(folder / "item_vectors.npy", mmap_mode="r", allow_pickle=False)
+        # Still of the file; a plain array's rows are read faster than a map's.
+        self.item_ND = np.asarray(
+            np.load(folder / "item_vectors.npy", mmap_mode="r", allow_pickle=False)
+        )
         in_int8 = spec["kind"] == "int8"
         item_bytes = spec["width"] * (1 if in_int8 else 4)
         copied = item_bytes * len(self.item_ND) <= COPIED_BYTES
-        options.add_session_config_entry("session.disable_prepacking", str(int(not copied)))
         self.few = 1 if in_int8 or copied else FEW_VECTORS
-        self.session = ort.InferenceSession(
-            str(folder / "index.onnx"), options, providers=["CPUExecutionProvider"]
-        )
+        self.session = _open_graph(folder / "index.onnx", threads, copied=copied)
+        self.scan: Scan | None = None
+        if (folder / SCAN_FILE).exists() and self.item_ND.nbytes <= 4 * COPIED_BYTES:
+            scan = Scan(folder, self.item_ND, threads)
+            self.scan = scan if scan.pays(self.session) else None
 
     def search(self, vector_BD: F32, k: int) -> Found:
         """Return the best scores and their rows (B, K), best first; k is at most N."""
+        if self.scan and 0 < len(vector_BD) <= SCANNED_VECTORS:
+            scanned = self.scan.search(vector_BD, k)
+            if scanned is not None:
+                return scanned
         if 1 < len(vector_BD) <= self.few:
             found = [self.search(vector_D[None], k) for vector_D in vector_BD]
             scores, rows = (np.concatenate(parts) for parts in zip(*found, strict=True))

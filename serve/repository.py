@@ -38,6 +38,7 @@ TYPES = {"string": "TYPE_STRING", "int64": "TYPE_INT64", "float32": "TYPE_FP32"}
 VECTORS = ("manifest.json", "item_vectors.npy", "item_ids.npy", "filters.npz")
 INDEX = (
     *VECTORS, "index.onnx", "index.faiss", "item_cut.npy", "item_int8.npy", "item_scales.npy",
+    "scan.onnx", "item_scan.npy", "item_scan_scales.npy",
 )  # fmt: skip
 # Of a bundle, what each model reads, where it is there.
 READS = {

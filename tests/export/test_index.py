@@ -99,6 +99,9 @@ def test_of_equal_scores_the_lower_row_comes_first(extra, spread, k, tmp_path_fa
         scores, rows = search.search(asked, wanted)
         np.testing.assert_array_equal(rows, expected)
         np.testing.assert_array_equal(scores, np.take_along_axis(asked @ items.T, expected, 1))
+        np.testing.assert_array_equal(exact_top_k(items, asked, wanted)[1], expected)
+        rows = search.among(asked[0], np.arange(len(items)), wanted)[1]
+        np.testing.assert_array_equal(rows, expected[0])
 
 
 @pytest.mark.parametrize("kind", INDEX_KINDS)

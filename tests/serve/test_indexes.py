@@ -4,6 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import twotower.export.index as index_module
 from twotower.export.bundle import read_bundle
 from twotower.export.config import IndexConfig
 from twotower.export.update import update_bundle
@@ -25,6 +26,16 @@ def test_a_server_answers_with_the_bundles_index(kind, finished_run, tmp_path) -
             less = client.recommend(GOOD, k=5, exclude=best.item_ids[:5])
             assert set(less.item_ids) & set(best.item_ids[:5]) == set()
             assert len(client.recommend(GOOD, k=300).item_ids) == 300
+
+
+def test_a_server_has_the_scan_of_its_index(finished_run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(index_module, "SCANNED_FROM", 1)
+    bundle = exported(finished_run, tmp_path)
+    scan = {"scan.onnx", "item_scan.npy", "item_scan_scales.npy"}
+    assert scan < set(bundle.manifest.files)
+    with running_server(bundle.path, FREE, tmp_path / "server") as server:
+        assert scan < {path.name for path in (server.repository / "recommend" / "1").iterdir()}
+        assert server.prove() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["exact", "ivf"])
