@@ -107,7 +107,11 @@ def build_index(
         nodes += _rescored_nodes(len(item_ND), spec.rescore, initializers)
     else:
         nodes += _best_nodes("k", len(item_ND), ["scores", "rows"], initializers)
-    _save_graph(folder / "index.onnx", item_ND.shape[1], nodes, initializers)
+    k = helper.make_tensor_value_info("k", TensorProto.INT64, [1])
+    _save_graph(
+        folder / "index.onnx", nodes, initializers, [_tensor("vector", item_ND.shape[1]), k],
+        [_tensor("scores", None), _tensor("rows", None, TensorProto.INT64)],
+    )  # fmt: skip
     files = [searched, SCALES] if spec.kind == "int8" else [searched]
     if not lossy and len(item_ND) >= SCANNED_FROM:
         write_scan(folder, item_ND)
@@ -121,12 +125,17 @@ def write_int8(folder: Path, item_ND: F32, spec: IndexSpec) -> None:
     scale_N = created(folder / SCALES, np.float32, (len(item_ND),))
     for rows in blocks(len(item_ND)):
         cut_RW = cut_vectors(item_ND[rows], spec.width, bool(spec.bias))
-        scale_R = np.abs(cut_RW).max(axis=1) / np.float32(ITEM_MAX)
-        scale_R[scale_R == 0] = 1
-        scale_N[rows] = scale_R
-        code_WN[:, rows] = np.rint(cut_RW / scale_R[:, None]).astype(np.int8).T
+        whole_RW, scale_N[rows] = _in_8_bits(cut_RW)
+        code_WN[:, rows] = whole_RW.T
     code_WN.flush()
     scale_N.flush()
+
+
+def _in_8_bits(vectors: F32) -> tuple[F32, F32]:
+    """Return whole numbers up to 127 (..., W), and the scale (...) of each vector's."""
+    scale: F32 = np.abs(vectors).max(axis=-1) / np.float32(ITEM_MAX)
+    scale[scale == 0] = 1
+    return np.rint(vectors / scale[..., None]), scale
 
 
 def write_scan(folder: Path, item_ND: F32) -> None:
@@ -143,9 +152,7 @@ def write_scan(folder: Path, item_ND: F32) -> None:
     for rows in blocks(n):
         item_RVB = np.zeros((len(item_ND[rows]), *shape[1:]), np.float32)
         item_RVB.reshape(len(item_RVB), -1)[:, :width] = item_ND[rows]
-        scale_RV = np.abs(item_RVB).max(axis=2) / np.float32(ITEM_MAX)
-        scale_RV[scale_RV == 0] = 1
-        whole_RVB = np.rint(item_RVB / scale_RV[..., None])
+        whole_RVB, scale_RV = _in_8_bits(item_RVB)
         code_NVB[rows], scale_NV[rows] = whole_RVB + SCAN_ZERO, scale_RV
         off_RVB = item_RVB.astype(np.float64) - whole_RVB * scale_RV[..., None].astype(np.float64)
         longest = max(longest, np.linalg.norm(item_RVB, axis=(1, 2)).max())
@@ -158,29 +165,27 @@ def write_scan(folder: Path, item_ND: F32) -> None:
     ]
     numbers, groups = partial(_numbers, initializers), n // GROUP
     # What is left over of whole groups needs none: fewer groups bound the best from below, too.
-    ends = [numbers("zero", 0), numbers("end", groups * GROUP), numbers("columns", 1)]
     nodes = [
         helper.make_node(
             "MatMulNBits", ["vector", "codes", "scales"], ["rough"], domain="com.microsoft",
             K=width, N=n, bits=8, block_size=SCAN_BLOCK, accuracy_level=4,
-        ),
-        helper.make_node("Slice", ["rough", *ends], ["whole_groups"]),
-        helper.make_node("Reshape", ["whole_groups", numbers("in_groups", 0, groups, GROUP)],
+        )
+    ]  # fmt: skip
+    scores = "rough"
+    if n % GROUP:
+        ends = [numbers("zero", 0), numbers("end", groups * GROUP), numbers("columns", 1)]
+        nodes.append(helper.make_node("Slice", [scores, *ends], ["whole_groups"]))
+        scores = "whole_groups"
+    nodes += [
+        helper.make_node("Reshape", [scores, numbers("in_groups", 0, groups, GROUP)],
                          ["grouped"]),
         helper.make_node("ReduceMax", ["grouped", numbers("last_axis", 2)], ["group_best"],
                          keepdims=0),
     ]  # fmt: skip
-    graph = helper.make_graph(
-        nodes, "scan",
-        [helper.make_tensor_value_info("vector", TensorProto.FLOAT, ["batch", width])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size])
-         for name, size in (("rough", n), ("group_best", groups))],
-        initializers,
+    _save_graph(
+        folder / SCAN_FILE, nodes, initializers, [_tensor("vector", width)],
+        [_tensor("rough", n), _tensor("group_best", groups)], longest=longest, error=error,
     )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
-    known = {"longest": longest, "error": error, "groups": groups}
-    helper.set_model_props(model, {name: str(value) for name, value in known.items()})
-    (folder / SCAN_FILE).write_bytes(model.SerializeToString())
 
 
 def created(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
@@ -321,17 +326,18 @@ def _best_nodes(k: str, n: int, outputs: list[str], initializers: list[Any]) -> 
     return nodes
 
 
-def _save_graph(path: Path, dim: int, nodes: list[Any], initializers: list[Any]) -> None:
-    """Write the graph: `vector` (B, D) and `k` (1) to `scores` and `rows` (B, K)."""
-    graph = helper.make_graph(
-        nodes, "index",
-        [helper.make_tensor_value_info("vector", TensorProto.FLOAT, ["batch", dim]),
-         helper.make_tensor_value_info("k", TensorProto.INT64, [1])],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", None]),
-         helper.make_tensor_value_info("rows", TensorProto.INT64, ["batch", None])],
-        initializers,
-    )  # fmt: skip
+def _tensor(name: str, size: int | None, kind: int = TensorProto.FLOAT) -> Any:
+    return helper.make_tensor_value_info(name, kind, ["batch", size])
+
+
+def _save_graph(
+    path: Path, nodes: list[Any], initializers: list[Any], inputs: list[Any], outputs: list[Any],
+    **known: float,
+) -> None:  # fmt: skip
+    """Write a graph, with what is known of it as its metadata."""
+    graph = helper.make_graph(nodes, path.stem, inputs, outputs, initializers)
     model = helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
+    helper.set_model_props(model, {name: str(value) for name, value in known.items()})
     path.write_bytes(model.SerializeToString())
 
 

@@ -120,7 +120,7 @@ class Scan:
         self.session = _open_graph(folder / SCAN_FILE, threads, copied=True)
         known = self.session.get_modelmeta().custom_metadata_map
         self.longest, self.error = float(known["longest"]), float(known["error"])
-        self.groups = int(known["groups"])
+        _, self.groups = self.session.get_outputs()[1].shape  # of `group_best`
 
     def bound(self, vector_D: F32) -> float:
         """Return what a vector's products in 8 bits are off by at most."""
@@ -163,12 +163,13 @@ class Scan:
         """
         tried = np.linspace(0, len(self.item_ND) - 1, TRIED_VECTORS).astype(np.int64)
         k = min(TRIED_K, self.groups)
+        for vector_D in self.item_ND[tried]:
+            off = self.products(vector_D[None])[0][0] - self.item_ND @ vector_D
+            if not np.abs(off).max() <= self.bound(vector_D):
+                return False
         scanned, all_products = [], []
         for row in np.tile(tried, TRIALS):
             vector_BD = self.item_ND[row][None]
-            off = self.products(vector_BD)[0][0] - self.item_ND @ vector_BD[0]
-            if not np.abs(off).max() <= self.bound(vector_BD[0]):
-                return False
             started = time.perf_counter()
             if self.search(vector_BD, k) is None:
                 return False
