@@ -268,13 +268,14 @@ def bench_top_k(on: Device, limit: dict[str, float], small: bool) -> list[dict[s
 
 @dataclass
 class Suite:
-    """An interaction with its inputs, and the bytes that it must move with its gradients."""
+    """An interaction with its inputs, the bytes that it must move and the sums of its products."""
 
     own: Callable[..., torch.Tensor]
     reference: Callable[..., torch.Tensor]
     inputs: list[torch.Tensor]
     weights: list[torch.Tensor]
     moved: int
+    operations: int
 
     def step(self, function: Callable[..., torch.Tensor]) -> Work:
         """Return a forward and backward pass, whose gradient is at hand."""
@@ -289,41 +290,47 @@ class Suite:
 
 
 def interactions(on: Device, small: bool) -> dict[str, Suite]:
-    """Return both interactions at the sizes of a ranking model's."""
+    """Return both interactions at the sizes of a ranking model's, and crosses of other ranks."""
     batch = 256 if small else 65_536
-    features, width, inner, rank, layers = 27, 128, 512, 64, 3
+    features, width, inner = 27, 128, 512
 
     def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
         values = torch.randn(*shape, device=on.device, dtype=BF16) * scale
         return values.requires_grad_()
 
-    shapes = (layers, inner, rank), (layers, rank, inner), (layers, inner)
     pairs = features * (features - 1) // 2
-    # Read x and write the output; then read x and the gradient, write x's gradient.
-    return {
+    suites = {
+        # Read x and write the output; then read x and the gradient, write x's gradient. Of the
+        # products, half of one square and all of another.
         "dot_interaction": Suite(
             dot.dot_interaction, dot.dot_interaction_reference,
             [leaf(batch, features, width) for _ in range(SETS)], [],
             2 * batch * (3 * features * width + 2 * (width + pairs)),
-        ),
-        "low_rank_cross": Suite(
-            cross.low_rank_cross, cross.low_rank_cross_reference,
-            [leaf(batch, inner) for _ in range(SETS)], [leaf(*s, scale=0.02) for s in shapes],
-            2 * batch * 5 * inner,
+            batch * 3 * features**2 * width,
         ),
     }  # fmt: skip
+    for layers, rank in ((3, 64), (2, 32), (3, 128)):
+        shapes = (layers, inner, rank), (layers, rank, inner), (layers, inner)
+        suites[f"low_rank_cross of {layers} layers, rank {rank},"] = Suite(
+            cross.low_rank_cross, cross.low_rank_cross_reference,
+            [leaf(batch, inner) for _ in range(SETS)], [leaf(*s, scale=0.02) for s in shapes],
+            2 * batch * 5 * inner, 2 * 7 * layers * batch * inner * rank,
+        )  # fmt: skip
+    return suites
 
 
 def bench_interactions(on: Device, limit: dict[str, float], small: bool) -> list[dict[str, Any]]:
-    """Time both interactions, forward and backward, against the bytes they must move."""
+    """Time the interactions, forward and backward, against what bounds them."""
     rows = []
     for name, suite in interactions(on, small).items():
         works = {"twotower": suite.own, "compiled eager": compiled(suite.reference, on),
                  "eager": suite.reference}  # fmt: skip
         found = {n: on.measured(suite.step(f)) for n, f in works.items()}
-        rate = suite.moved / found["twotower"]["ms"] / 1e6
+        of_copy = suite.moved / found["twotower"]["ms"] / 1e6 / limit["copy_gb_s"]
+        of_matmul = suite.operations / found["twotower"]["ms"] / 1e9 / limit["matmul_tflop_s"]
         rows += table_rows(f"{name} {tuple(suite.inputs[0].shape)}, with gradients", found, {
-            "of copy rate": rate / limit["copy_gb_s"], "target": "0.8 of copy"})  # fmt: skip
+            "of copy rate": of_copy, "of matmul rate": of_matmul, "target": "0.8 of copy",
+        })  # fmt: skip
     return rows
 
 
@@ -400,20 +407,28 @@ def sweep(on: Device, small: bool, share: str) -> list[dict[str, Any]]:
         top_k.SELECT_BLOCK, top_k.SELECT_WARPS = select
         search(batch, "select {} warps {}".format(*select))
     top_k.SELECT_BLOCK, top_k.SELECT_WARPS = usual_select
-    choices = {
-        # A tile of 27 features holds 32 or 64 rows.
-        "dot_interaction": (dot, itertools.product((32, 64), (32, 64, 128), (2, 4, 8), (2, 3))),
-        "low_rank_cross": (cross, itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))),
-    }
-    for name, suite in interactions(on, small).items():
-        module, shapes = choices[name]
-        usual_tiles = module.tiles
-        for shape in itertools.islice(shapes, 2 if small else None):
-            choice = Blocks(*shape)
-            module.tiles = lambda *_, choice=choice: choice
-            op = f"{name} {tuple(suite.inputs[0].shape)}"
-            attempt(op, f"tiles {choice}", suite.step(suite.own))
-        module.tiles = usual_tiles
+    # In the crosses' each warp takes 16 rows of a product: of a tile's rows in the chain, of its
+    # columns in the others. A tile of 27 features holds 32 or 64 rows.
+    crossing = itertools.product((64, 128), (32, 64, 128), (2, 3))
+    rows_first = [(m, n, m // 16, stages) for m, n, stages in crossing]
+    columns_first = [(n, m, warps, stages) for m, n, warps, stages in rows_first]
+    dotting = list(itertools.product((32, 64), (32, 64, 128), (2, 4, 8), (2, 3)))
+    choices = [
+        ("dot", dot, {"tiles": dotting}),
+        ("low", cross, {"chain_tiles": rows_first, "outward_tiles": columns_first,
+                        "inward_tiles": columns_first}),
+    ]  # fmt: skip
+    for (name, suite), (start, module, parts) in itertools.product(
+        interactions(on, small).items(), choices
+    ):
+        for part, shapes in parts.items() if name.startswith(start) else ():
+            usual_tiles = getattr(module, part)
+            for shape in shapes[: 2 if small else None]:
+                choice = Blocks(*shape)
+                setattr(module, part, lambda *_, choice=choice: choice)
+                op = f"{name} {tuple(suite.inputs[0].shape)}"
+                attempt(op, f"{part} {choice}", suite.step(suite.own))
+            setattr(module, part, usual_tiles)
     return sorted(rows, key=lambda r: (r["op"], r["by"].split()[0], r["ms"]))
 
 
