@@ -139,22 +139,28 @@ def _backward_kernel(
         )  # fmt: skip
 
 
-def tiles(features: int, width: int) -> Blocks:
-    """Return rows, columns of a step over the width, warps and stages.
+def forward_tiles(features: int, width: int) -> Blocks:
+    """Return rows, columns of a step over the width, warps and stages of the forward kernel.
 
-    Of 27 features in bf16 the fastest of 36 on an H200 (`benchmarks/gpu.py --sweep`); others are
-    reasoned: the smallest tile that holds a sample wastes the least of the product and
-    of its stores, and 2 to 8 KB a program with a warp for each 16 rows leave room for 16 programs
-    and more a multiprocessor, which together keep the memory busy. Nothing spills in bf16
-    (tests/kernels/test_compile.py).
+    Of 27 features in bf16 these and the other's were the fastest tried on an H200, of 36 with one
+    tile for both (`benchmarks/gpu.py --sweep`), then of 4 each by itself. Others are reasoned: the
+    smallest tile that holds a sample wastes the least of the product and of its stores, and small
+    programs, of which a multiprocessor holds many, together keep the memory busy. Nothing spills in
+    bf16 (tests/kernels/test_compile.py).
     """
     rows = power_of_two(features)
-    return Blocks(rows, min(power_of_two(width), 64), rows // 16, 3 if rows <= 32 else 2)
+    return Blocks(rows, min(power_of_two(width), 128 if rows <= 32 else 64), rows // 16, 2)
 
 
-def _options(features: int, width: int) -> tuple[int, dict[str, Any]]:
+def backward_tiles(features: int, width: int) -> Blocks:
+    """Return the same of the backward kernel."""
+    rows = power_of_two(features)
+    warps, stages = (1, 3) if rows <= 32 else (rows // 16, 2)
+    return Blocks(rows, min(power_of_two(width), 64), warps, stages)
+
+
+def _options(features: int, blocks: Blocks) -> tuple[int, dict[str, Any]]:
     """Return the samples of a program and the kernels' compile-time values."""
-    blocks = tiles(features, width)
     samples = blocks.rows // features
     return samples, {
         "F": features, "SAMPLES": samples, "BLOCK_F": blocks.rows, "BLOCK_D": blocks.columns,
@@ -168,7 +174,7 @@ def triton_forward(feature: Tensor) -> Tensor:
         return triton_forward(feature.float()).to(feature.dtype)
     b, f, d = feature.shape
     out = feature.new_empty(b, output_width(f, d))
-    samples, options = _options(f, d)
+    samples, options = _options(f, forward_tiles(f, d))
     block_s = int(triton.next_power_of_2(samples))
     _forward_kernel[(triton.cdiv(b, samples),)](
         feature, out, b, d, BLOCK_S=block_s, **options
@@ -182,7 +188,7 @@ def triton_backward(feature: Tensor, grad: Tensor) -> Tensor:
         return triton_backward(feature.float(), grad.float()).to(feature.dtype)
     b, f, d = feature.shape
     of_feature = torch.empty_like(feature)
-    samples, options = _options(f, d)
+    samples, options = _options(f, backward_tiles(f, d))
     _backward_kernel[(triton.cdiv(b, samples),)](feature, grad, of_feature, b, d, **options)
     return of_feature
 

@@ -9,18 +9,21 @@ R numbers a row and layer, is all that a later layer must know of an earlier one
 saved. On a GPU a program takes a tile of rows through all layers with its h in registers: a layer
 walks over the columns, makes s_l anew from them and sums its h. Operations: B D R L (L + 3), of
 which L (L + 1) / 2 products are the scales'; handing on x_l would take fewer, but now no x_l is
-written, read or saved. Bytes of memory: 2 B D and L B R.
+written, read or saved. Bytes of memory: 2 B D and L B R, while the tiles that are at work, which
+are read once a layer, rest in the L2 cache.
 
 Backward the same holds with the roles of U and V exchanged. t_l, the gradient of x_l by what comes
 after it, is the gradient that comes and the sum of dh_j V_j over j >= l, and
 dh_l = (x_0 * t_{l+1}) U_l: so the same kernel walks back from the last layer, in B D R L (L + 1)
-operations and 2 B D and L B R bytes. From h and dh two kernels make the rest, of which no column
-depends on another: dU_l = (x_0 * t_{l+1})^T h_l and db_l = sum x_0 * t_{l+1}; then
+operations and 2 B D and L B R bytes likewise. From h and dh two kernels make the rest, of which no
+column depends on another: dU_l = (x_0 * t_{l+1})^T h_l and db_l = sum x_0 * t_{l+1}; then
 dV_l = dh_l^T (x_0 * s_l) and dx = s_L * grad + sum s_l * (dh_l V_l). A program holds 64 columns of
 all weights in shared memory and goes through a part of the rows; the parts' sums are added in fp32
-in a fixed order. Bytes: 5 B D, and 4 L B R for each 64 columns, of which the L2 cache spares most.
-Operations: (10 L - 2) B D R, at ranks above 64 more. At R = 64 and L = 3 a Hopper's products alone
-take longer than reading x and the gradient once and writing the results would.
+in a fixed order. Bytes: 5 B D, and 4 L B R for each 64 columns, of which the L2 cache spares most;
+operations: (10 L - 2) B D R. So of the layers whose sums fit the registers, three in bf16 up to
+rank 64 and one otherwise; the next layers read x twice and the gradient again, and make their t and
+s anew. At R = 64 and L = 3 a Hopper's products alone take longer than reading x and the gradient
+once and writing the results would.
 
 On a CPU, blocks of rows go through all layers, with explicit gradients: what they hold besides h
 does not grow with B.
@@ -108,38 +111,34 @@ def _chain_kernel(
     grad += first_row * D
     out += first_row * D
     before = ()
-    for step in tl.static_range(L + 1):
+    # Forward, one more step for the result.
+    for step in tl.static_range(L if BACKWARD else L + 1):
         h = tl.zeros([BLOCK_B, R], tl.float32)
         layer = L - 1 - step if BACKWARD else step
-        if (step < L) | (not BACKWARD):
-            # The stages are named, or loads that no product reads would wait for memory.
-            for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-                column = start + tl.arange(0, BLOCK_D)
-                x_0 = _load(x, row, column, rows, D).to(tl.float32)
-                if BACKWARD:
-                    scale = _load(grad, row, column, rows, D).to(tl.float32)
-                else:
-                    scale = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-                    shift = tl.full([BLOCK_D], 1.0, tl.float32)
-                    for j in tl.static_range(step):
-                        b_j = tl.load(bias + j * D + column, mask=column < D, other=0.0)
-                        shift += b_j.to(tl.float32)
+        # The stages are named, or loads that no product reads would wait for memory.
+        for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+            column = start + tl.arange(0, BLOCK_D)
+            x_0 = _load(x, row, column, rows, D).to(tl.float32)
+            if BACKWARD:
+                scale = _load(grad, row, column, rows, D).to(tl.float32)
+            else:
+                scale = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+                shift = tl.full([BLOCK_D], 1.0, tl.float32)
                 for j in tl.static_range(step):
-                    past = L - 1 - j if BACKWARD else j
-                    w = _weight(
-                        outward + past * D * R, column, rank, D, out_column, out_rank
-                    )  # fmt: skip
-                    scale = tl.dot(before[j], tl.trans(w), scale, input_precision="tf32x3")
-                if not BACKWARD:
-                    scale += shift[None, :]
-                x_l = x_0 * scale
-                if step < L:
-                    w = _weight(
-                        inward + layer * D * R, column, rank, D, in_column, in_rank
-                    )  # fmt: skip
-                    h = tl.dot(x_l.to(w.dtype), w, h, input_precision="tf32x3")
-                else:
-                    _store(out, row, column, rows, D, x_l)
+                    b_j = tl.load(bias + j * D + column, mask=column < D, other=0.0)
+                    shift += b_j.to(tl.float32)
+            for j in tl.static_range(step):
+                past = L - 1 - j if BACKWARD else j
+                w = _weight(outward + past * D * R, column, rank, D, out_column, out_rank)
+                scale = tl.dot(before[j], tl.trans(w), scale, input_precision="tf32x3")
+            if not BACKWARD:
+                scale += shift[None, :]
+            x_l = x_0 * scale
+            if step < L:
+                w = _weight(inward + layer * D * R, column, rank, D, in_column, in_rank)
+                h = tl.dot(x_l.to(w.dtype), w, h, input_precision="tf32x3")
+            else:
+                _store(out, row, column, rows, D, x_l)
         if step < L:
             _store(hidden + (layer * tl.cast(B, tl.int64) + first_row) * R, row, rank, rows, R, h)
             before = before + (h.to(hidden.dtype.element_ty),)
@@ -261,9 +260,10 @@ def _inward_kernel(
 def chain_tiles(rank: int, dtype: torch.dtype) -> Blocks:
     """Return rows, columns of a step over the width, warps and stages of `_chain_kernel`.
 
-    These and the other kernels' are in bf16 the fastest of a dozen on an H200 at ranks 32, 64 and
-    128 (`benchmarks/gpu.py --sweep`); those of fp32 fit. A warp takes 16 rows of a product: with
-    more warps than its rows fill, kernels compiled by Triton 3.6 ended in an illegal access.
+    In bf16 these and the other kernels' were the fastest of 4 to 13 tried on an H200 at ranks 32,
+    64 and 128, one by one (`benchmarks/gpu.py --sweep` tries more at a time); those of fp32 fit.
+    Each warp has 16 rows of a product: with 8 warps for 64 rows, as compiled by Triton 3.6,
+    gradients of rank 32 ended in an illegal access.
     """
     if dtype == torch.float32:
         return Blocks(64, 32 if rank <= 64 else 16, 4, 2)
@@ -346,9 +346,10 @@ def triton_backward(
         )  # fmt: skip
     summed = parts.sum(0)
     of_u = summed[:, :rank].reshape(layers, d, rank)
-    return (
-        of_x, of_u.to(x.dtype), summed[:, rank : 2 * rank].to(x.dtype), summed[:, -1].to(x.dtype),
-    )  # fmt: skip
+    of_v, of_bias = summed[:, rank : 2 * rank], summed[:, -1]
+    # Copies, for an operator's results share no memory.
+    of_u, of_v, of_bias = (t.to(x.dtype, copy=True) for t in (of_u, of_v, of_bias))
+    return of_x, of_u, of_v, of_bias
 
 
 def _rows_a_block(x: Tensor) -> int:
@@ -414,7 +415,10 @@ def _held(v: Tensor) -> bool:
 
 
 def _forward_now(x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Two:
-    """Return the result and what the backward pass needs of it, h (L, B, R)."""
+    """Return the result and what the backward pass needs of it, h (L, B, R).
+
+    On a GPU the rank must be a power of two, 16 at least, which `_padded` sees to.
+    """
     with torch.autocast(x.device.type, enabled=False):
         return (triton_forward if runs_triton(x.device) else eager_forward)(x, u, v, bias)
 
@@ -464,9 +468,10 @@ def low_rank_cross(x_BD: Tensor, u_LDR: Tensor, v_LRD: Tensor, bias_LD: Tensor) 
     """Return x_L (B, D), the rows behind L cross layers.
 
     Differentiable, once, by all arguments. fp32 and bf16 are summed in fp32, fp64 (on a CPU) in
-    fp64; the result has the inputs' type, and so have h, which is saved, and its gradient. On a
-    GPU, of a rank above 128, of more than 8 layers, and of more layers x rank than 384 (fp32: 192)
-    PyTorch's own operators take care; the width has no limit.
+    fp64; the result has the inputs' type, and so has h (L, B, R), which is made in any case. On a
+    GPU PyTorch's own operators, as they sum, take care of ranks above 128, of more than 8 layers
+    and of more than 384 layers x ranks (fp32: 192), the rank rounded up to a power of two; the
+    width has no limit.
 
     Args:
         x_BD: rows, fp32 or bf16; fp64 on a CPU.
@@ -485,8 +490,8 @@ def low_rank_cross(x_BD: Tensor, u_LDR: Tensor, v_LRD: Tensor, bias_LD: Tensor) 
             with torch.autocast(x_BD.device.type, enabled=False):
                 return low_rank_cross_reference(*tensors)
         tensors = _padded(*tensors)
-    result: Tensor = _forward(*(t.contiguous() for t in tensors))[0][:, :d]
-    return result
+    result: Tensor = _forward(*(t.contiguous() for t in tensors))[0]
+    return result[:, :d].contiguous()
 
 
 def _padded(x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, ...]:

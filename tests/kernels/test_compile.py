@@ -175,7 +175,8 @@ def test_the_selection_of_keys_fits_hopper(k) -> None:
 @pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
 def test_dot_interaction_in_bf16_fits_hopper(kernel, features, width, aligned) -> None:
     function = getattr(dot_interaction, kernel)
-    tiles = dot_interaction.tiles(features, width)
+    choose = kernel.removeprefix("_").replace("kernel", "tiles")
+    tiles = getattr(dot_interaction, choose)(features, width)
     samples = tiles.rows // features
     constants = {"F": features, "SAMPLES": samples, "BLOCK_S": triton.next_power_of_2(samples),
                  "BLOCK_F": tiles.rows, "BLOCK_D": tiles.columns}  # fmt: skip

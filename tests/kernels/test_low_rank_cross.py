@@ -45,8 +45,8 @@ def test_no_worse_than_eager_against_fp64(device, shape, dtype) -> None:
     got = with_gradients(low_rank_cross, tensors, device, dtype)
     eager = with_gradients(low_rank_cross_reference, tensors, device, dtype)
     truth = with_gradients(low_rank_cross_reference, tensors, torch.device("cpu"), torch.float64)
-    # What a layer hands on and saves is rounded to the type, h, x, dy, dh and dx, as in eager,
-    # but in other places: an eps a layer. fp32 sums in another order differ by a few eps of fp32.
+    # What is saved and multiplied is rounded to the type, h, dh, x and dy, as in eager, but in
+    # other places: an eps a layer. fp32 sums in another order differ by a few eps of fp32.
     room = shape[2] * torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps
     for name, a, b, c in zip(NAMES, got, eager, truth, strict=True):
         assert a.shape == c.shape
@@ -112,6 +112,20 @@ def test_the_operator_obeys_its_contract(device) -> None:
         # As the public function pads its arguments.
         leaves = [t.to(device).requires_grad_(gradients) for t in case(5, 32, layers, 16)[:4]]
         torch.library.opcheck(torch.ops.twotower.low_rank_cross.default, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_gradients_are_laid_out_as_compilers_are_told(device, dtype) -> None:
+    *tensors, grad = (t.to(device) for t in case(5, 32, 2, 16, dtype))
+    _, hidden = torch.ops.twotower.low_rank_cross(*tensors)
+    arguments = (*tensors, hidden, grad)
+    torch.library.opcheck(
+        torch.ops.twotower.low_rank_cross_backward.default, arguments, test_utils="test_faketensor"
+    )
+    got = torch.ops.twotower.low_rank_cross_backward(*arguments)
+    for gradient, tensor in zip(got, tensors, strict=True):
+        assert gradient.stride() == tensor.stride()
+    assert len({gradient.untyped_storage().data_ptr() for gradient in got}) == 4
 
 
 def test_it_compiles_without_a_break(device) -> None:

@@ -241,6 +241,30 @@ def test_cross_layers_begin_with_small_weights_and_no_bias(make) -> None:
     assert narrow.v.shape == (2, width, width), "a rank above the width adds nothing"
 
 
+@pytest.mark.parametrize("interaction", ["dot", "cross"])
+@pytest.mark.parametrize("features", [USER[:1], USER])
+def test_under_autocast_features_are_multiplied_in_bf16(features, interaction, make) -> None:
+    data = make(EVENTS, users=USERS, query=[history("mean"), *features])
+    model = build(data, interaction=interaction)
+    queries = BatchBuilder(data).queries(np.arange(10))
+    seen: list[torch.Tensor] = []
+    model.query.interaction.register_forward_hook(lambda *args: seen.append(args[2]))
+    vectors = model.query_vectors(queries)
+    with torch.autocast("cpu", torch.bfloat16):
+        near = model.query_vectors(queries)
+    # A step of bf16 for each of a value's few roundings, twice as much as the layers' own.
+    torch.testing.assert_close(near.float(), vectors, atol=2**-5, rtol=0)
+    if interaction == "cross":
+        assert seen[1].dtype == torch.bfloat16
+    else:
+        dots = seen[1][:, -3:]
+        assert torch.equal(dots, dots.bfloat16().float()), "sums rounded to bf16"
+    seen[1].float().square().sum().backward()
+    for name, parameter in model.query.interaction.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32
+
+
 def test_concatenation_is_the_default_and_has_no_further_parameters(make) -> None:
     data = make(EVENTS, users=USERS, query=[history("mean"), *USER])
     names = build(data).state_dict().keys()
