@@ -171,10 +171,8 @@ class Soak:
 
     def kill_stub(self) -> None:
         """Kill what answers, and measure until a client is answered again."""
-        stubs = [
-            p for p in psutil.Process(self.state["pid"]).children(recursive=True)
-            if "triton_python_b" in p.name()
-        ]  # fmt: skip
+        below = self.process.children(recursive=True)
+        stubs = [p for p in below if "triton_python_b" in p.name()]
         started = time.monotonic()
         self.kills.append(started)
         for stub in stubs:
@@ -301,6 +299,9 @@ def main() -> None:
             soak.run(seconds)
             metrics = soak.metrics()
             code, stop_s = soak.end()
+        except BaseException:
+            print((folder / "serve.log").read_text()[-4000:])
+            raise
         finally:
             if soak.process.is_running():
                 soak.process.kill()
