@@ -126,6 +126,8 @@ class HealthEndpoint:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    # Of connections that wait: with the 5 of the base class, a probe behind a burst waits a second.
+    request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of a client that has hung up before it was answered."""
