@@ -417,15 +417,16 @@ def sweep(on: Device, small: bool, share: str) -> list[dict[str, Any]]:
     rows_first = [(m, n, m // 16, stages) for m, n, stages in crossing]
     columns_first = [(n, m, warps, stages) for m, n, warps, stages in rows_first]
     dotting = list(itertools.product((32, 64), (64, 128), (1, 2, 4), (2, 3)))
-    choices = [
-        ("dot", dot, {"forward_tiles": dotting, "backward_tiles": dotting}),
-        ("low", cross, {"chain_tiles": rows_first, "outward_tiles": columns_first,
-                        "inward_tiles": columns_first}),
-    ]  # fmt: skip
-    for (name, suite), (start, module, parts) in itertools.product(
-        interactions(on, small).items(), choices
-    ):
-        for part, shapes in parts.items() if name.startswith(start) else ():
+    choices = {
+        dot.dot_interaction: (dot, {"forward_tiles": dotting, "backward_tiles": dotting}),
+        cross.low_rank_cross: (cross, {
+            "chain_tiles": rows_first, "outward_tiles": columns_first,
+            "inward_tiles": columns_first,
+        }),
+    }  # fmt: skip
+    for name, suite in interactions(on, small).items():
+        module, parts = choices[suite.own]
+        for part, shapes in parts.items():
             usual_tiles = getattr(module, part)
             for shape in shapes[: 2 if small else None]:
                 choice = Blocks(*shape)

@@ -40,14 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels.launch import (
-    Blocks,
-    operator,
-    power_of_two,
-    runs_triton,
-    splits_for,
-    upcast,
-)
+from twotower.kernels.launch import Blocks, operator, power_of_two, runs_triton, splits_for, upcast
 
 # Of the kernels: a higher rank's sums do not fit Hopper's registers, and more bytes of weights a
 # column, layers x rank, not its shared memory.
@@ -457,8 +450,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Two) -> None:
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 4
-    of_x, of_u, of_v, of_bias = _backward(*ctx.saved_tensors, grad.contiguous())
-    return of_x, of_u, of_v, of_bias
+    gradients: Four = _backward(*ctx.saved_tensors, grad.contiguous())
+    return gradients
 
 
 torch.library.register_autograd(_forward, _differentiate, setup_context=_setup_context)

@@ -22,12 +22,12 @@ from twotower.kernels.dot_interaction import (
 from twotower.kernels.low_rank_cross import low_rank_cross, low_rank_cross_reference
 
 
-def _autocast(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors as autocast, where it is on, would hand them to a product of PyTorch's own."""
-    if not torch.is_autocast_enabled(device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device.type)
-    return tuple(t.to(dtype) for t in tensors)
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """Return the type of what meets a weight in a product: autocast's, where it is on."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 class DotInteraction(nn.Module):
@@ -65,8 +65,9 @@ class DotInteraction(nn.Module):
         else:
             dense_BD = self.vector.expand(concatenated_BW.shape[0], -1)
         feature_BFD = torch.stack([dense_BD, *(inputs[name] for name in self.embedded)], dim=1)
-        device = self.projection.weight.device if self.dense else self.vector.device
-        (feature_BFD,) = _autocast(device, feature_BFD)
+        feature_BFD = feature_BFD.to(
+            _product_dtype(self.projection.weight if self.dense else self.vector)
+        )
         dot = dot_interaction_reference if torch.compiler.is_exporting() else dot_interaction
         return torch.cat([concatenated_BW, dot(feature_BFD)], dim=-1)
 
@@ -93,5 +94,5 @@ class CrossInteraction(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor], concatenated_BW: Tensor) -> Tensor:
         """Return the crossed inputs (B, W); see `DotInteraction.forward`."""
         cross = low_rank_cross_reference if torch.compiler.is_exporting() else low_rank_cross
-        tensors = (concatenated_BW.to(self.u.dtype), self.u, self.v, self.bias)
-        return cross(*_autocast(self.u.device, *tensors))
+        dtype = _product_dtype(self.u)
+        return cross(*(t.to(dtype) for t in (concatenated_BW, self.u, self.v, self.bias)))
